@@ -1,0 +1,86 @@
+"""What a decode carries from call to call."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jax_monokernel.spec import DecoderSpec
+
+# DecodeState.status
+RUNNING = 0  # more tokens can be generated
+STOPPED = 1  # an end-of-sequence token was generated
+FULL = 2  # the KV cache has no room for another token
+
+
+@functools.partial(jax.tree_util.register_dataclass)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeState:
+    """Requests in flight. Every leaf has the batch as its first axis, so a state is sharded or vmapped over axis 0.
+
+    `last_token` has been chosen (or is the end of the prompt) but its keys and values are not in the cache yet: the next
+    step reads it, writes them at index `position`, and chooses the token after it.
+    """
+
+    k_cache: jax.Array  # spec.kv_dtype [batch, layers, num_kv_heads, capacity, head_dim], rotated keys
+    v_cache: jax.Array  # spec.kv_dtype [batch, layers, num_kv_heads, capacity, head_dim]
+    position: jax.Array  # int32 [batch], tokens in the cache
+    last_token: jax.Array  # int32 [batch]
+    key_data: jax.Array  # uint32 [batch, 2], one threefry key per request
+    status: jax.Array  # int32 [batch], RUNNING, STOPPED or FULL
+    seen: jax.Array  # uint8 [batch, vocab], bit 0: token is in the prompt; bit 1: it was generated
+
+    @property
+    def batch(self) -> int:
+        return self.position.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens the KV cache can hold per request."""
+        return self.k_cache.shape[3]
+
+
+def empty_state(spec: DecoderSpec, *, batch: int, capacity: int, key: jax.Array) -> DecodeState:
+    """A state with nothing in its cache.
+
+    Args:
+      batch: number of requests.
+      capacity: tokens the KV cache can hold per request: prompt length + tokens to generate - 1 is enough.
+      key: a `jax.random.key` (split over the batch) or an array of `batch` keys. Threefry only, since every backend
+        computes the random bits itself.
+
+    Raises:
+      ValueError: batch or capacity below 1, or a key of another kind or shape.
+    """
+    if batch < 1 or capacity < 1:
+        raise ValueError(f"batch and capacity must be at least 1, got {batch} and {capacity}")
+    shape = (batch, spec.num_layers, spec.num_kv_heads, capacity, spec.head_dim)
+    zeros = jnp.zeros(batch, jnp.int32)
+    return DecodeState(
+        k_cache=jnp.zeros(shape, spec.kv_dtype),
+        v_cache=jnp.zeros(shape, spec.kv_dtype),
+        position=zeros,
+        last_token=zeros,
+        key_data=request_keys(key, batch),
+        status=zeros,
+        seen=jnp.zeros((batch, spec.vocab_size), jnp.uint8),
+    )
+
+
+def request_keys(key: jax.Array, batch: int) -> jax.Array:
+    """uint32 [batch, 2]: `key` itself where it already holds one key per request, else request i gets fold_in(key, i)."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"expected a key made by jax.random.key(seed), got an array of {key.dtype}{list(key.shape)}")
+    if str(jax.random.key_impl(key)) != "threefry2x32":
+        raise ValueError(
+            f"the key uses {jax.random.key_impl(key)}; decoding needs jax.random.key(seed, impl='threefry2x32'), whose "
+            "random bits every backend can compute"
+        )
+    if key.ndim == 0:
+        key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    if key.shape != (batch,):
+        raise ValueError(f"expected one key or {batch} keys, got {list(key.shape)}")
+    return jax.random.key_data(key)

@@ -1,0 +1,79 @@
+"""The Flax NNX module behind every model family here: a `DecoderSpec` with parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_monokernel.forward import forward
+from jax_monokernel.spec import DecoderSpec
+from jax_monokernel.weights import DecoderWeights, LayerWeights, weight_shapes
+
+
+class DecoderLayers(nnx.Module):
+    """Every layer's parameters, stacked on a leading layer axis and named by role as in `LayerWeights`.
+
+    Stacking keeps compile time independent of depth: prefill scans over the layers.
+    """
+
+    def __init__(self, **roles: jax.Array | jax.ShapeDtypeStruct):
+        for name, value in roles.items():
+            setattr(self, name, nnx.Param(value))
+
+    def weights(self) -> LayerWeights:
+        """The parameters' current values, by role."""
+        present = {f.name: getattr(self, f.name, None) for f in dataclasses.fields(LayerWeights)}
+        return LayerWeights(**{name: None if p is None else p[...] for name, p in present.items()})
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model.
+
+    Args:
+      spec: what it computes.
+      rngs: with a `params` stream, for the initial values: normal with standard deviation `init_scale`, ones for norm
+        scales (zeros where the spec adds 1 to them), zeros for biases.
+      init_scale: standard deviation of initial matrices and embeddings.
+    """
+
+    def __init__(self, spec: DecoderSpec, *, rngs: nnx.Rngs, init_scale: float = 0.02):
+        def initial(path: tuple, shape: jax.ShapeDtypeStruct) -> jax.Array:
+            name = path[-1].name
+            if name.endswith("norm"):
+                return jnp.full(shape.shape, 1.0 - spec.norm_offset, shape.dtype)
+            if name.endswith("bias"):
+                return jnp.zeros(shape.shape, shape.dtype)
+            return init_scale * jax.random.normal(rngs.params(), shape.shape, shape.dtype)
+
+        self._set(spec, jax.tree_util.tree_map_with_path(initial, weight_shapes(spec)))
+
+    @classmethod
+    def from_weights(cls, spec: DecoderSpec, weights: DecoderWeights) -> Decoder:
+        """A module that holds `weights` as they are."""
+        model = cls.__new__(cls)
+        model._set(spec, weights)
+        return model
+
+    def _set(self, spec: DecoderSpec, weights: DecoderWeights) -> None:
+        self.spec = spec
+        self.embedding = nnx.Param(weights.embedding)
+        self.final_norm = nnx.Param(weights.final_norm)
+        self.head = None if weights.head is None else nnx.Param(weights.head)
+        roles = {f.name: getattr(weights.layers, f.name) for f in dataclasses.fields(LayerWeights)}
+        self.layers = DecoderLayers(**{name: value for name, value in roles.items() if value is not None})
+
+    def decoder_weights(self) -> DecoderWeights:
+        """The parameters' current values, by role."""
+        return DecoderWeights(
+            embedding=self.embedding[...],
+            layers=self.layers.weights(),
+            final_norm=self.final_norm[...],
+            head=None if self.head is None else self.head[...],
+        )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Logits f32 [batch, tokens, vocab] for int tokens [batch, tokens]."""
+        return forward(self.spec, self.decoder_weights(), tokens)
