@@ -19,12 +19,15 @@ def inverse_frequencies(rope: RopeSpec) -> np.ndarray:
     """Angle per position, in radians, of each rotated pair: f32 [rows, rotary_dim / 2].
 
     One row, or two for longrope (row 0 up to original_max_position tokens, row 1 beyond). "dynamic" gives its row for
-    sequences up to original_max_position; `angles` derives the others from the length.
+    sequences up to original_max_position; `cos_sin` derives the others from the length.
     """
     half = rope.rotary_dim // 2
-    # In f32 as the checkpoints' own code computes them; the exponent is i / half = 2i / rotary_dim.
+    # In f32 as the checkpoints' own code computes them; the exponent is i / half = 2i / rotary_dim. Powers are rounded
+    # from f64, so that they do not depend on the accuracy of a library's f32 power: at position 10^5 the last bit of a
+    # frequency is worth 0.01 radians.
     exponent = np.arange(half, dtype=np.float32) / np.float32(half)
-    base = (1.0 / np.power(np.float32(rope.theta), exponent)).astype(np.float32)
+    powers = np.power(np.float64(np.float32(rope.theta)), exponent.astype(np.float64)).astype(np.float32)
+    base = np.float32(1.0) / powers
     if rope.scaling == "linear":
         return (base / np.float32(rope.factor))[None]
     if rope.scaling == "llama3":
@@ -33,7 +36,7 @@ def inverse_frequencies(rope: RopeSpec) -> np.ndarray:
         return _yarn(rope, base)[None]
     if rope.scaling == "longrope":
         factors = np.array([rope.short_factor, rope.long_factor], np.float32)
-        return (1.0 / (factors * np.power(np.float32(rope.theta), exponent))).astype(np.float32)
+        return np.float32(1.0) / (factors * powers)
     return base[None]
 
 
@@ -77,10 +80,11 @@ def _frequencies_at(rope: RopeSpec, length: jax.Array) -> jax.Array:
     dim = rope.rotary_dim
     limit = rope.original_max_position
     stretch = rope.factor * length.astype(jnp.float32) / limit - (rope.factor - 1)
-    # log(theta') / dim, kept in logarithms: theta' itself may be beyond f32 for long contexts.
-    log_theta = math.log(rope.theta) + jnp.log(jnp.maximum(stretch, 1.0)) * (dim / max(dim - 2, 1))
+    # theta' = theta * stretch ** (dim / (dim - 2)). Only the stretch's power is taken in f32: its logarithm is small,
+    # so the error stays at a few units in the last place.
     exponent = jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2)
-    stretched = jnp.exp(-exponent * log_theta[..., None])
+    growth = jnp.log(jnp.maximum(stretch, 1.0)) * (dim / max(dim - 2, 1))
+    stretched = table[0] * jnp.exp(-exponent * growth[..., None])
     return jnp.where((length > limit)[..., None], stretched, table[0])
 
 
