@@ -1,0 +1,1 @@
+"""Decode speed beside peers, measured in one run: see `python -m benchmarks.run --help`."""
