@@ -35,6 +35,7 @@ _DEFAULTS = {
 }
 # Fields beside text_config that concern images only.
 _IMAGE_FIELDS = ("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index")
+_IMAGE_TENSORS = ("model.vision_tower.", "model.multi_modal_projector.")
 
 
 def spec_from_config(config: Mapping[str, Any], *, dtype: DTypeName) -> DecoderSpec:
@@ -103,3 +104,17 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def tensor_map(spec: DecoderSpec) -> TensorMap:
     """Checkpoint tensor name -> the parts it holds, along axis 0."""
     return common.tensors_by_name(spec, common.POST_NORM_NAMES)
+
+
+def text_tensor_name(name: str) -> str | None:
+    """`tensor_map`'s name for a tensor of a checkpoint for text and images; None for one that concerns images only.
+
+    Such checkpoints call the text model language_model, with or without a "model." before or after it.
+    """
+    name = name.removeprefix("model.") if name.startswith(("model.language_model.", *_IMAGE_TENSORS)) else name
+    if name.startswith(("vision_tower.", "multi_modal_projector.")):
+        return None
+    if not name.startswith("language_model."):
+        return name
+    name = name.removeprefix("language_model.")
+    return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"

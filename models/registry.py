@@ -53,18 +53,22 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a parsed config.json.
+def family(model_type: object) -> Family:
+    """The family of a config.json's `model_type`.
 
     Raises:
-      ValueError: model_type is missing or not one of `FAMILIES`.
+      ValueError: it is missing (None) or not one of `FAMILIES`.
     """
-    model_type = config.get("model_type") if isinstance(config, Mapping) else None
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None:
+    found = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if found is None:
         what = "no model_type" if model_type is None else f"model_type {str(model_type)[:80]!r}, which is not supported"
         raise ValueError(
             f"config.json has {what}; expected one of {', '.join(sorted(FAMILIES))}. A model of another kind can be "
             "used through a DecoderSpec of its own"
         )
-    return family
+    return found
+
+
+def canonical_name(model_type: str, name: str) -> str | None:
+    """What a tensor map calls a checkpoint's tensor; None for one that text needs nothing of (parts for images)."""
+    return gemma3.text_tensor_name(name) if model_type == "gemma3" else name

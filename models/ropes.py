@@ -45,7 +45,7 @@ def rope_from_config(
             theta=c.optional_number("rope_theta") or theta,
             fraction=c.optional_number("partial_rotary_factor") or 1.0,
             partial=partial,
-            max_position=c.optional_integer("max_position_embeddings"),
+            max_position=c.integer("max_position_embeddings"),
             original=c.optional_integer("original_max_position_embeddings"),
             kinds=kinds,
             aliases=aliases,
@@ -62,9 +62,9 @@ def parse_rope(
     head_dim: int,
     *,
     theta: float,
+    max_position: int,
     fraction: float = 1.0,
     partial: bool = False,
-    max_position: int | None = None,
     original: int | None = None,
     kinds: tuple[str, ...] = get_args(RopeScaling),
     aliases: Mapping[str, str] | None = None,
@@ -74,9 +74,10 @@ def parse_rope(
     Args:
       r: the object; all its fields must be known.
       head_dim: width of a head.
-      theta, fraction: base and rotated part of a head where the object does not say.
-      partial: whether parts other than 1 can be handled.
+      theta: base where the object does not say.
       max_position: the model's context length in tokens.
+      fraction: rotated part of a head where the object does not say.
+      partial: whether parts other than 1 can be handled.
       original: the top-level original_max_position_embeddings, which wins over the object's own.
       kinds, aliases: as in `rope_from_config`.
     """
@@ -89,18 +90,17 @@ def parse_rope(
     if scaling in ("linear", "dynamic"):
         fields["factor"] = r.number("factor")
     if scaling == "dynamic":
-        if max_position is None:
-            raise ValueError(f"{r.where}: dynamic scaling needs max_position_embeddings in config.json")
         fields["original_max_position"] = max_position
     if scaling in ("llama3", "yarn", "longrope"):
         inner = r.optional_integer("original_max_position_embeddings")
         old = original or inner or max_position
-        if old is None:
-            raise ValueError(f"{r.where}: {scaling} scaling needs original_max_position_embeddings")
         fields["original_max_position"] = old
-        fields |= {"llama3": _llama3, "yarn": _yarn, "longrope": _longrope}[scaling](
-            r, old, max_position, fields["theta"]
-        )
+        if scaling == "llama3":
+            fields |= _llama3(r)
+        else:
+            # The longer context over the older one, where the object does not give it.
+            factor = r.optional_number("factor") or max_position / old
+            fields |= _yarn(r, factor, fields["theta"]) if scaling == "yarn" else _longrope(r, factor, old)
     r.finish()
     return RopeSpec(**fields)
 
