@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -35,6 +36,7 @@ def save_weights(
     *,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
+    extra_files: Sequence[Path] = (),
 ) -> None:
     """Writes config.json and one or many safetensors files.
 
@@ -49,6 +51,7 @@ def save_weights(
       config: written as config.json, with its dtype changed to spec.dtype.
       max_shard_bytes: above this the weights are split over files with an index. A tensor is never split.
       overwrite: replace a checkpoint that is there.
+      extra_files: copied along under their own names; without `overwrite`, those that the folder has are kept.
 
     Raises:
       CheckpointError: the folder holds a checkpoint and `overwrite` is not set, `config` is not JSON, or a file cannot
@@ -82,6 +85,10 @@ def save_weights(
         if len(shards) > 1:
             temporary[INDEX] = folder / (INDEX + suffix)
             temporary[INDEX].write_text(_index_json(spec, tensor_map, shards))
+        for source in extra_files:
+            if overwrite or not os.path.lexists(folder / source.name):
+                temporary[source.name] = folder / (source.name + suffix)
+                shutil.copyfile(source, temporary[source.name])
         temporary[CONFIG] = folder / (CONFIG + suffix)
         temporary[CONFIG].write_text(config_json)
         for file in temporary.values():

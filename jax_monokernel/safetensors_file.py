@@ -212,17 +212,31 @@ def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
     Raises:
       CheckpointError: missing, larger than 100 MB, or not a JSON object.
     """
-    with _open_regular(path) as file:
-        raw = file.read(MAX_HEADER_BYTES + 1)
-    if len(raw) > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{path} is larger than {MAX_HEADER_BYTES} bytes; that is not a checkpoint's description")
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique if unique else None)
+        value = json.loads(read_text(path), object_pairs_hook=_unique if unique else None)
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {short(value)}; expected a JSON object")
     return value
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file of at most 100 MB.
+
+    Raises:
+      CheckpointError: missing, too large, or not UTF-8.
+    """
+    with _open_regular(path) as file:
+        raw = file.read(MAX_HEADER_BYTES + 1)
+    if len(raw) > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path} is larger than {MAX_HEADER_BYTES} bytes; a checkpoint's descriptions are not")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 text: {error}") from None
 
 
 def _open_regular(path: Path) -> BinaryIO:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jax_monokernel.forward import forward
+from jax_monokernel.models.origin import Origin
 from jax_monokernel.spec import DecoderSpec
+from jax_monokernel.tokenizer import Tokenizer
 from jax_monokernel.weights import DecoderWeights, LayerWeights, weight_shapes
 
 
@@ -51,19 +54,34 @@ class Decoder(nnx.Module):
         self._set(spec, jax.tree_util.tree_map_with_path(initial, weight_shapes(spec)))
 
     @classmethod
-    def from_weights(cls, spec: DecoderSpec, weights: DecoderWeights) -> Decoder:
-        """A module that holds `weights` as they are."""
+    def from_weights(cls, spec: DecoderSpec, weights: DecoderWeights, *, origin: Origin | None = None) -> Decoder:
+        """A module that holds `weights` as they are, and where they came from."""
         model = cls.__new__(cls)
-        model._set(spec, weights)
+        model._set(spec, weights, origin)
         return model
 
-    def _set(self, spec: DecoderSpec, weights: DecoderWeights) -> None:
+    def _set(self, spec: DecoderSpec, weights: DecoderWeights, origin: Origin | None = None) -> None:
         self.spec = spec
+        self.origin = origin
         self.embedding = nnx.Param(weights.embedding)
         self.final_norm = nnx.Param(weights.final_norm)
         self.head = None if weights.head is None else nnx.Param(weights.head)
         roles = {f.name: getattr(weights.layers, f.name) for f in dataclasses.fields(LayerWeights)}
         self.layers = DecoderLayers(**{name: value for name, value in roles.items() if value is not None})
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """The checkpoint's config.json (a new copy each time), or None for a model that was not loaded."""
+        return None if self.origin is None else self.origin.config
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The checkpoint's tokenizer, read at first use; None where there is none.
+
+        Raises:
+          CheckpointError: its files are damaged.
+        """
+        return None if self.origin is None else self.origin.tokenizer
 
     def decoder_weights(self) -> DecoderWeights:
         """The parameters' current values, by role."""
