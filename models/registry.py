@@ -53,20 +53,21 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family(model_type: object) -> Family:
-    """The family of a config.json's `model_type`.
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a parsed config.json, by its model_type.
 
     Raises:
-      ValueError: it is missing (None) or not one of `FAMILIES`.
+      ValueError: model_type is missing or not one of `FAMILIES`.
     """
-    found = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if found is None:
+    model_type = config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
         what = "no model_type" if model_type is None else f"model_type {str(model_type)[:80]!r}, which is not supported"
         raise ValueError(
             f"config.json has {what}; expected one of {', '.join(sorted(FAMILIES))}. A model of another kind can be "
             "used through a DecoderSpec of its own"
         )
-    return found
+    return family
 
 
 def canonical_name(model_type: str, name: str) -> str | None:
