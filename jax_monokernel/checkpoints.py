@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,6 +116,7 @@ def load_weights(
     *,
     device: jax.Device | jax.sharding.Sharding | None = None,
     progress: bool | None = None,
+    rename: Callable[[str], str | None] | None = None,
 ) -> DecoderWeights:
     """Weights by role in spec.dtype, filled straight from the memory map.
 
@@ -127,22 +129,24 @@ def load_weights(
       tensor_map: what each tensor holds.
       device: where to; None for JAX's default device.
       progress: whether to show a progress bar on stderr; None shows it for checkpoints above 1 GB on a terminal.
+      rename: from the checkpoint's tensor names to those of the map, or None for a tensor to leave out.
 
     Raises:
       CheckpointError: tensors are missing, left over, of another shape or not floating point (all are named, up to
         ten), or a finite value would become infinite in spec.dtype.
       ValueError: the tensor map does not fit the spec.
     """
-    _check_tensors(checkpoint, spec, tensor_map)
+    stored = _stored_names(checkpoint, rename)
+    _check_tensors(checkpoint, stored, spec, tensor_map)
     sources: dict[str, list[_Source]] = {}
     for name, parts in tensor_map.items():
         row = 0
         for part in parts:
-            sources.setdefault(part.role, []).append(_Source(part.layer, name, row))
+            sources.setdefault(part.role, []).append(_Source(part.layer, stored[name], row))
             row += part.shape[0]
 
     roles: dict[str, jax.Array] = {}
-    total = sum(checkpoint.read(name).nbytes for name in tensor_map)
+    total = sum(checkpoint.read(stored[name]).nbytes for name in tensor_map)
     with _progress_bar(checkpoint, progress) as bar:
         task = bar.add_task(escape(f"Loading {checkpoint.path.name}"), total=total)
         for role, shape in role_shapes(spec).items():
@@ -171,11 +175,25 @@ class _Source(NamedTuple):
     row: int  # first row within the tensor
 
 
-def _check_tensors(checkpoint: Checkpoint, spec: DecoderSpec, tensor_map: TensorMap) -> None:
+def _stored_names(checkpoint: Checkpoint, rename: Callable[[str], str | None] | None) -> dict[str, str]:
+    """The map's name for each tensor -> the checkpoint's own, without tensors to leave out."""
+    stored: dict[str, str] = {}
+    for own in checkpoint.tensors:
+        name = own if rename is None else rename(own)
+        if name is not None and name in stored:
+            raise CheckpointError(
+                f"{checkpoint.path} has {short(name)} twice, as {short(stored[name])} and {short(own)}"
+            )
+        if name is not None:
+            stored[name] = own
+    return stored
+
+
+def _check_tensors(checkpoint: Checkpoint, stored: Mapping[str, str], spec: DecoderSpec, tensor_map: TensorMap) -> None:
     """Raises CheckpointError unless the checkpoint holds the map's tensors, and beside them only harmless ones."""
     problems = []
     for name, shape in tensor_shapes(spec, tensor_map).items():
-        info = checkpoint.tensors.get(name)
+        info = checkpoint.tensors[stored[name]] if name in stored else None
         if info is None:
             problems.append(f"{name} is missing; expected shape {list(shape)}")
         elif info.shape != shape:
@@ -184,20 +202,20 @@ def _check_tensors(checkpoint: Checkpoint, spec: DecoderSpec, tensor_map: Tensor
             problems.append(f"{name} is stored as {info.dtype}; expected one of {', '.join(_FLOATS)} (not quantised)")
     # A tied head may be stored all the same. It is harmless only where it repeats the embedding.
     embedding = next(n for n, parts in tensor_map.items() if any(part.role == "embedding" for part in parts))
-    for name in checkpoint.tensors.keys() - tensor_map.keys():
+    for name in stored.keys() - tensor_map.keys():
         if _HARMLESS.fullmatch(name):
             continue
-        if spec.tied_head and name.endswith("lm_head.weight") and embedding in checkpoint.tensors:
-            if not _same_bytes(checkpoint, name, embedding):
+        if spec.tied_head and name == "lm_head.weight" and embedding in stored:
+            if not _same_bytes(checkpoint, stored[name], stored[embedding]):
                 problems.append(f"{name} differs from {embedding}, but the config ties them (tie_word_embeddings)")
             continue
-        problems.append(f"{short(name)} {list(checkpoint.tensors[name].shape)} is not part of this model")
+        problems.append(f"{short(name)} {list(checkpoint.tensors[stored[name]].shape)} is not part of this model")
     if problems:
         more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
         lines = "\n  ".join(sorted(problems)[:10] + more)
         raise CheckpointError(
-            f"{checkpoint.path} does not hold the weights that its {CONFIG} describes:\n  {lines}\n"
-            f"Check that {CONFIG} and the weights come from the same model."
+            f"{checkpoint.path} does not hold the weights that its config.json describes:\n  {lines}\n"
+            "Check that config.json and the weights come from the same model."
         )
 
 

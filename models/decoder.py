@@ -38,29 +38,25 @@ class Decoder(nnx.Module):
     Args:
       spec: what it computes.
       rngs: with a `params` stream, for the initial values: normal with standard deviation `init_scale`, ones for norm
-        scales (zeros where the spec adds 1 to them), zeros for biases.
+        scales (zeros where the spec adds 1 to them), zeros for biases. Not needed with `weights`.
       init_scale: standard deviation of initial matrices and embeddings.
+      weights: values to hold as they are, instead of initial ones.
+      origin: where the weights came from.
     """
 
-    def __init__(self, spec: DecoderSpec, *, rngs: nnx.Rngs, init_scale: float = 0.02):
-        def initial(path: tuple, shape: jax.ShapeDtypeStruct) -> jax.Array:
-            name = path[-1].name
-            if name.endswith("norm"):
-                return jnp.full(shape.shape, 1.0 - spec.norm_offset, shape.dtype)
-            if name.endswith("bias"):
-                return jnp.zeros(shape.shape, shape.dtype)
-            return init_scale * jax.random.normal(rngs.params(), shape.shape, shape.dtype)
-
-        self._set(spec, jax.tree_util.tree_map_with_path(initial, weight_shapes(spec)))
-
-    @classmethod
-    def from_weights(cls, spec: DecoderSpec, weights: DecoderWeights, *, origin: Origin | None = None) -> Decoder:
-        """A module that holds `weights` as they are, and where they came from."""
-        model = cls.__new__(cls)
-        model._set(spec, weights, origin)
-        return model
-
-    def _set(self, spec: DecoderSpec, weights: DecoderWeights, origin: Origin | None = None) -> None:
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        *,
+        rngs: nnx.Rngs | None = None,
+        init_scale: float = 0.02,
+        weights: DecoderWeights | None = None,
+        origin: Origin | None = None,
+    ):
+        if weights is None:
+            if rngs is None:
+                raise ValueError("expected rngs, for initial values, or weights")
+            weights = _initial_weights(spec, rngs, init_scale)
         self.spec = spec
         self.origin = origin
         self.embedding = nnx.Param(weights.embedding)
@@ -68,6 +64,11 @@ class Decoder(nnx.Module):
         self.head = None if weights.head is None else nnx.Param(weights.head)
         roles = {f.name: getattr(weights.layers, f.name) for f in dataclasses.fields(LayerWeights)}
         self.layers = DecoderLayers(**{name: value for name, value in roles.items() if value is not None})
+
+    @classmethod
+    def from_weights(cls, spec: DecoderSpec, weights: DecoderWeights, *, origin: Origin | None = None) -> Decoder:
+        """A module that holds `weights` as they are, and where they came from."""
+        return cls(spec, weights=weights, origin=origin)
 
     @property
     def config(self) -> dict[str, Any] | None:
@@ -95,3 +96,15 @@ class Decoder(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Logits f32 [batch, tokens, vocab] for int tokens [batch, tokens]."""
         return forward(self.spec, self.decoder_weights(), tokens)
+
+
+def _initial_weights(spec: DecoderSpec, rngs: nnx.Rngs, scale: float) -> DecoderWeights:
+    def initial(path: tuple, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        name = path[-1].name
+        if name.endswith("norm"):
+            return jnp.full(shape.shape, 1.0 - spec.norm_offset, shape.dtype)
+        if name.endswith("bias"):
+            return jnp.zeros(shape.shape, shape.dtype)
+        return scale * jax.random.normal(rngs.params(), shape.shape, shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(initial, weight_shapes(spec))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
 import os
@@ -17,7 +19,8 @@ import jax.numpy as jnp
 from jax_monokernel.checkpoints import Checkpoint, CheckpointError, load_weights, save_weights
 from jax_monokernel.models.decoder import Decoder
 from jax_monokernel.models.origin import Origin
-from jax_monokernel.models.registry import family_of
+from jax_monokernel.models.registry import canonical_name, family_of
+from jax_monokernel.safetensors_file import short
 from jax_monokernel.spec import DTypeName
 
 # What the hub is asked for. Subfolders and "consolidated" files hold the same weights in other forms.
@@ -64,7 +67,14 @@ def from_pretrained(
     name = _dtype_name(dtype) if dtype is not None else _stored_dtype(checkpoint)
     family = family_of(config)
     spec = family.spec_from_config(config, dtype=name)
-    weights = load_weights(checkpoint, spec, family.tensor_map(spec), device=device, progress=progress)
+    weights = load_weights(
+        checkpoint,
+        spec,
+        family.tensor_map(spec),
+        device=device,
+        progress=progress,
+        rename=functools.partial(canonical_name, config["model_type"]),
+    )
     return Decoder.from_weights(spec, weights, origin=Origin(checkpoint.path.absolute(), json.dumps(config)))
 
 
@@ -96,6 +106,7 @@ def save_pretrained(
         raise CheckpointError(
             "this model was not loaded from a checkpoint, so nothing says what config.json should hold; pass config="
         )
+    config = _text_part(config)
     spec = model.spec
     family = family_of(config)
     described = family.spec_from_config(config, dtype=spec.dtype)
@@ -138,27 +149,39 @@ def _folder(path_or_hub_id: str | os.PathLike[str], revision: str | None) -> Pat
         ) from error
 
 
+def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the language model alone, which is all that is loaded from a checkpoint for text and images."""
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        return config
+    shared = {k: config[k] for k in ("tie_word_embeddings", "bos_token_id", "eos_token_id") if k in config}
+    return {"model_type": f"{config.get('model_type')}_text", **text, **shared}
+
+
 def _dtype_name(dtype: Any) -> DTypeName:
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = str(dtype)
-    if name not in get_args(DTypeName):
-        raise ValueError(f"dtype is {name}; expected one of {', '.join(get_args(DTypeName))}")
-    return name
+    with contextlib.suppress(TypeError):  # not a dtype at all; the message below says what is
+        dtype = jnp.dtype(dtype).name
+    for name in get_args(DTypeName):
+        if dtype == name:
+            return name
+    raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(get_args(DTypeName))}")
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> DTypeName:
     text = checkpoint.config.get("text_config")
     for section in (checkpoint.config, text if isinstance(text, dict) else {}):
         for key in ("dtype", "torch_dtype"):
-            value = section.get(key)
-            if value is not None:
-                name = str(value).removeprefix("torch.")
-                if name not in get_args(DTypeName):
-                    raise CheckpointError(f"{checkpoint.path}: {key} is {value!r}; pass dtype='bfloat16' or another")
-                return name
+            if section.get(key) is not None:
+                return _known_dtype(checkpoint, str(section[key]).removeprefix("torch."))
     largest = max(checkpoint.tensors.values(), key=lambda info: math.prod(info.shape), default=None)
-    if largest is None or largest.dtype not in _STORED:
-        raise CheckpointError(f"{checkpoint.path} does not say its dtype; pass dtype='bfloat16' or another")
-    return _STORED[largest.dtype]
+    return _known_dtype(checkpoint, "not given" if largest is None else _STORED.get(largest.dtype, largest.dtype))
+
+
+def _known_dtype(checkpoint: Checkpoint, stored: str) -> DTypeName:
+    try:
+        return _dtype_name(stored)
+    except ValueError:
+        raise CheckpointError(
+            f"{checkpoint.path}: the weights' dtype is {short(stored)}, which cannot be used as it is; pass "
+            f"dtype=, one of {', '.join(get_args(DTypeName))}"
+        ) from None
