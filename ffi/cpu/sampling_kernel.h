@@ -120,16 +120,17 @@ MONOKERNEL_INLINE float clean(float z) {
 
 MONOKERNEL_INLINE Row make_row(const float* logits, int64_t vocab, const uint8_t* seen, int32_t position,
                                const SampleParams& p, float* scratch) {
-  // Comparisons with NaN are false, so each test is written for what is accepted.
+  // Comparisons with NaN are false, so each test is written for what is accepted. Subnormal numbers count as 0.
+  constexpr float kTiny = std::numeric_limits<float>::min();
   Row row;
   row.logits = logits;
   row.vocab = vocab;
   row.bias = p.logit_bias;
   row.temperature = p.temperature >= kMinTemperature ? p.temperature : 0.0f;
   row.top_k = p.top_k > 0 && p.top_k < vocab ? p.top_k : vocab;
-  row.top_p = p.top_p < 1.0f ? std::fmax(p.top_p, std::numeric_limits<float>::min()) : 1.0f;
-  row.min_p = p.min_p > 0.0f ? std::fmin(p.min_p, 1.0f) : 0.0f;
-  row.repetition = p.repetition_penalty > 0.0f && p.repetition_penalty < kInf ? p.repetition_penalty : 1.0f;
+  row.top_p = p.top_p < 1.0f ? std::fmax(p.top_p, kTiny) : 1.0f;
+  row.min_p = p.min_p >= kTiny ? std::fmin(p.min_p, 1.0f) : 0.0f;
+  row.repetition = p.repetition_penalty >= kTiny && p.repetition_penalty < kInf ? p.repetition_penalty : 1.0f;
   row.presence = p.presence_penalty == p.presence_penalty ? p.presence_penalty : 0.0f;
   row.seen = row.repetition != 1.0f || row.presence != 0.0f ? seen : nullptr;
   row.step_key[0] = p.key[0];

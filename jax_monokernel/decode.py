@@ -1,0 +1,196 @@
+"""The decode itself: every layer, LM head, sampling and stop check of every token, in one XLA custom call."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from jax_monokernel import _native
+from jax_monokernel._program import program
+from jax_monokernel.reference import decode_reference
+from jax_monokernel.sampling import SamplingParams, check_sampling_params
+from jax_monokernel.spec import DecoderSpec
+from jax_monokernel.state import DecodeResult, DecodeState
+from jax_monokernel.tape import Tape, check_layout, unpack
+
+Backend = Literal["reference", "cpu", "cuda", "rocm"]
+
+# The custom call's name, the same on every platform.
+TARGET = "jax_monokernel_decode"
+
+for _name, _capsule in _native.registrations().items():
+    jax.ffi.register_ffi_target(_name, _capsule, platform="cpu")
+
+
+def decode(
+    tape: Tape,
+    state: DecodeState,
+    sampling: SamplingParams,
+    *,
+    max_new_tokens: int,
+    return_log_probs: bool = False,
+    backend: Backend | None = None,
+    spec: DecoderSpec | None = None,
+) -> DecodeResult:
+    """Generates up to `max_new_tokens` tokens for every request of `state`.
+
+    Pure; works under `jit`, `vmap` (folds into the batch), `shard_map` over the batch and `jax.export`. Under `jit`,
+    donate `state` (`donate_argnames="state"`) and the KV cache is written in place. Decoding N tokens and then M more from
+    the resulting state gives the same tokens as N + M at once.
+
+    Args:
+      tape: packed weights (`pack`), which carry the model's spec and the plan they were packed for.
+      state: requests to go on with (`prefill`); those that are not RUNNING are left as they are.
+      sampling: how tokens are chosen. Values are operands: changing them never recompiles.
+      max_new_tokens: length of the result, static. `sampling.max_new_tokens` may stop requests earlier.
+      return_log_probs: whether to compute the log-probability of each chosen token, static.
+      backend: "reference" (plain JAX, the definition) or the platform that the tape's plan is for, which is the default.
+      spec: not needed; if given, it must be the tape's.
+
+    Returns:
+      Tokens int32 [batch, max_new_tokens], with -1 past the end of a request; their number, int32 [batch]; log-probs f32
+      [batch, max_new_tokens] or None; and the state to go on from, where `status` says which requests have stopped at an
+      end-of-sequence token and which have run out of KV cache.
+
+    Raises:
+      ValueError: operands whose shapes do not fit together, a tape of another layout version, or a backend that the tape
+        was not packed for.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    if spec is not None and spec != tape.spec:
+        raise ValueError("spec is not the one that the tape was packed for; pack the weights again, or leave spec out")
+    if backend is not None and backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}; expected one of {get_args(Backend)}")
+    if backend not in (None, "reference", tape.plan.platform):
+        raise ValueError(
+            f"the tape is packed for {tape.plan.platform}; to decode on {backend}, pack the weights with "
+            f"make_plan(spec, platform={backend!r})"
+        )
+    check_layout(tape)
+    _check_state(tape.spec, state, sampling)
+    if backend == "reference":
+        return decode_reference(
+            tape.spec,
+            unpack(tape),
+            state,
+            sampling,
+            max_new_tokens=max_new_tokens,
+            return_log_probs=return_log_probs,
+        )
+    return _batched(max_new_tokens, return_log_probs)(tape, state, sampling)
+
+
+def cancel() -> None:
+    """Stops every decode that is running in this process; each raises an error within the time of one token.
+
+    Ctrl-C does the same for decodes of a process whose SIGINT handler is Python's own.
+    """
+    _native.cancel()
+
+
+def _check_state(spec: DecoderSpec, state: DecodeState, sampling: SamplingParams) -> None:
+    """Shapes and dtypes of everything that has a batch axis."""
+    if state.k_cache.ndim != 5:
+        raise ValueError(f"state.k_cache has {state.k_cache.ndim} axes; expected [batch, layers, kv_heads, capacity, head_dim]")
+    batch, capacity = state.k_cache.shape[0], state.k_cache.shape[3]
+    cache = (batch, spec.num_layers, spec.num_kv_heads, capacity, spec.head_dim)
+    row = (batch,)
+    wanted = {
+        "k_cache": (cache, spec.kv_dtype),
+        "v_cache": (cache, spec.kv_dtype),
+        "position": (row, "int32"),
+        "last_token": (row, "int32"),
+        "key_data": ((batch, 2), "uint32"),
+        "status": (row, "int32"),
+        "seen": ((batch, spec.vocab_size), "uint8"),
+    }
+    for name, (shape, dtype) in wanted.items():
+        value = getattr(state, name)
+        if value.shape != shape or value.dtype != dtype:
+            raise ValueError(f"state.{name} is {value.dtype}{list(value.shape)}; expected {dtype}{list(shape)}")
+    check_sampling_params(sampling, batch=batch, vocab_size=spec.vocab_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _batched(max_new_tokens: int, return_log_probs: bool):
+    """The custom call for any batch size, with a rule that folds vmap's axis into the batch."""
+
+    @custom_vmap
+    def run(tape: Tape, state: DecodeState, sampling: SamplingParams) -> DecodeResult:
+        parts = []
+        for start in range(0, state.batch, _native.MAX_BATCH):
+            rows = slice(start, start + _native.MAX_BATCH)
+            part = (state, sampling) if state.batch <= _native.MAX_BATCH else _rows((state, sampling), rows)
+            parts.append(_call(tape, *part, max_new_tokens, return_log_probs))
+        if len(parts) == 1:
+            return parts[0]
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+    @run.def_vmap
+    def fold(axis_size, in_batched, tape, state, sampling):
+        tape_batched, state_batched, sampling_batched = in_batched
+        if any(jax.tree.leaves(tape_batched)):
+            raise ValueError(
+                "decode cannot be vmapped over weights: a tape is read once for all requests. Loop over the tapes instead"
+            )
+
+        def into_batch(x, batched):
+            if not batched:
+                x = jnp.broadcast_to(x, (axis_size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        folded = jax.tree.map(into_batch, (state, sampling), (state_batched, sampling_batched))
+        result = run(tape, *folded)
+        result = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), result)
+        return result, jax.tree.map(lambda _: True, result)
+
+    return run
+
+
+def _rows(tree, rows: slice):
+    return jax.tree.map(lambda x: x[rows], tree)
+
+
+def _call(
+    tape: Tape, state: DecodeState, sampling: SamplingParams, max_new_tokens: int, return_log_probs: bool
+) -> DecodeResult:
+    spec, batch = tape.spec, state.batch
+    operands = {
+        "streams": tape.streams,
+        "constants": tape.constants,
+        "embedding": jnp.zeros((0, 0), spec.dtype) if tape.embedding is None else tape.embedding,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "max_new_tokens": sampling.max_new_tokens,
+        "eos_token_id": sampling.eos_token_id,
+        "logit_bias": jnp.zeros((batch, 0), jnp.float32) if sampling.logit_bias is None else sampling.logit_bias,
+        "key_data": state.key_data,
+    }
+    carried = {name: getattr(state, name) for name in ("k_cache", "v_cache", "position", "last_token", "status", "seen")}
+    fresh = {
+        "tokens": jax.ShapeDtypeStruct((batch, max_new_tokens), jnp.int32),
+        "lengths": jax.ShapeDtypeStruct((batch,), jnp.int32),
+        "log_probs": jax.ShapeDtypeStruct((batch, max_new_tokens if return_log_probs else 0), jnp.float32),
+    }
+    results = fresh | {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in carried.items()}
+    aliases = {len(operands) + i: len(fresh) + i for i in range(len(carried))}
+    call = jax.ffi.ffi_call(TARGET, list(results.values()), input_output_aliases=aliases)
+    values = call(*itertools.chain(operands.values(), carried.values()), **program(spec, tape.plan))
+    out = dict(zip(results, values, strict=True))
+    return DecodeResult(
+        tokens=out["tokens"],
+        lengths=out["lengths"],
+        log_probs=out["log_probs"] if return_log_probs else None,
+        state=dataclasses.replace(state, **{name: out[name] for name in carried}),
+    )

@@ -1,0 +1,193 @@
+"""The tape: weights in the order and layout in which each execution unit consumes them.
+
+A matrix [rows, cols] is cut into tiles of 16 rows. Inside a tile the order is [cols / g][16 rows][g] with g neighbouring
+columns together (`Geometry.k_group`), so one 64-byte load of bf16 weights holds two columns of all 16 rows: lanes are rows,
+products need no sum across lanes, and a unit reads its tiles as one contiguous stream.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_monokernel.plan import PHASES, VECTOR_ROLES, Geometry, Matrix, Plan, geometry, make_plan
+from jax_monokernel.rope import inverse_frequencies
+from jax_monokernel.spec import DecoderSpec
+from jax_monokernel.weights import DecoderWeights, LayerWeights, check_weights, layer_shapes
+
+# Raised whenever the order of bytes in a tape changes.
+LAYOUT_VERSION = 1
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["streams", "constants", "embedding"],
+    meta_fields=["spec", "plan", "layout_version"],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tape:
+    """Packed weights. `spec`, `plan` and `layout_version` are static, so a jitted function recompiles when they change."""
+
+    streams: jax.Array  # spec.dtype [units, unit_elems]
+    constants: jax.Array  # f32: final norm, RoPE frequencies, then every layer's norms and biases
+    embedding: jax.Array | None  # spec.dtype [vocab, hidden]; None when tied: rows are then read from the head's tiles
+    spec: DecoderSpec
+    plan: Plan
+    layout_version: int = LAYOUT_VERSION
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all arrays, in bytes."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that one decode step reads, without padding: every matrix and vector once."""
+        sizes = layer_shapes(self.spec).values()
+        per_layer = sum(int(np.prod(shape)) for shape in sizes)
+        head = self.spec.vocab_size * self.spec.hidden_size
+        itemsize = jnp.dtype(self.spec.dtype).itemsize
+        return (per_layer * self.spec.num_layers + head + self.spec.hidden_size) * itemsize
+
+
+def pack(spec: DecoderSpec, weights: DecoderWeights, plan: Plan | None = None) -> Tape:
+    """Packs weights for decoding. Pure and jittable; `unpack` is its inverse.
+
+    Args:
+      spec: the model.
+      weights: its weights, of the shapes and dtype that `weight_shapes(spec)` gives.
+      plan: device geometry; `make_plan(spec)` by default, which is for the CPU.
+
+    Raises:
+      ValueError: weights that do not fit the spec, naming the role.
+    """
+    check_weights(spec, weights)
+    plan = make_plan(spec) if plan is None else plan
+    geo = geometry(spec, plan)
+    w = weights.layers
+    stacked = {
+        "qkv": jnp.concatenate([w.q, w.k, w.v], axis=1),
+        "o": w.o,
+        "down": w.down,
+        "head": weights.output_matrix[None],
+    }
+    tiles = {phase: _to_tiles(matrix, geo.matrices[phase], plan, geo) for phase, matrix in stacked.items()}
+    tiles["gate_up"] = _pack_gate_up(w, geo.matrices["gate_up"], plan, geo)
+
+    units = []
+    for u in range(plan.units):
+        parts = [_unit_tiles(tiles[phase], geo.matrices[phase], u) for phase in PHASES[:-1]]
+        layers = _pad_last(jnp.concatenate(parts, axis=1), geo.layer_elems).reshape(-1)
+        head = _unit_tiles(tiles["head"], geo.matrices["head"], u).reshape(-1)
+        units.append(_pad_last(jnp.concatenate([layers, head]), geo.unit_elems))
+
+    vectors = [getattr(w, role) for role in VECTOR_ROLES if getattr(w, role) is not None]
+    per_layer = [jnp.concatenate([v.astype(jnp.float32) for v in vectors], axis=1).reshape(-1)] if vectors else []
+    frequencies = [jnp.asarray(inverse_frequencies(rope)).reshape(-1) for rope in spec.ropes]
+    constants = jnp.concatenate([weights.final_norm.astype(jnp.float32), *frequencies, *per_layer])
+    return Tape(
+        streams=jnp.stack(units),
+        constants=constants,
+        embedding=None if spec.tied_head else weights.embedding,
+        spec=spec,
+        plan=plan,
+    )
+
+
+def unpack(tape: Tape) -> DecoderWeights:
+    """The weights a tape was packed from, bit for bit. Pure and jittable.
+
+    Raises:
+      ValueError: a tape of another layout version.
+    """
+    check_layout(tape)
+    spec, plan, geo = tape.spec, tape.plan, geometry(tape.spec, tape.plan)
+    shapes = layer_shapes(spec)
+
+    def matrix(phase: str) -> jax.Array:
+        """[layers, tiles, rows of a tile, cols], padding included."""
+        m = geo.matrices[phase]
+        runs = []
+        for u in range(plan.units):
+            count = (m.begin[u + 1] - m.begin[u]) * m.tile_elems
+            stream = tape.streams[u]
+            if phase == "head":
+                run = stream[None, m.offset[u] : m.offset[u] + count]
+            else:
+                per_layer = stream[: geo.layer_elems * spec.num_layers].reshape(spec.num_layers, geo.layer_elems)
+                run = per_layer[:, m.offset[u] : m.offset[u] + count]
+            runs.append(run.reshape(run.shape[0], -1, m.cols // geo.k_group, plan.tile_rows, geo.k_group))
+        tiles = jnp.concatenate(runs, axis=1)
+        return tiles.transpose(0, 1, 3, 2, 4).reshape(*tiles.shape[:2], plan.tile_rows, m.cols)
+
+    def rows(tiles: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return tiles.reshape(tiles.shape[0], -1, tiles.shape[-1])[:, : shape[0], : shape[1]]
+
+    layers: dict[str, jax.Array] = {}
+    q, kv, hidden = spec.q_size, spec.kv_size, spec.hidden_size
+    qkv = rows(matrix("qkv"), (q + 2 * kv, hidden))
+    layers["q"], layers["k"], layers["v"] = jnp.split(qkv, (q, q + kv), axis=1)
+    layers["o"] = rows(matrix("o"), shapes["o"])
+    layers["down"] = rows(matrix("down"), shapes["down"])
+    gate_up = matrix("gate_up")
+    if spec.gated:
+        layers["gate"], layers["up"] = (rows(gate_up[:, half::2], shapes["up"]) for half in (0, 1))
+    else:
+        layers["up"] = rows(gate_up, shapes["up"])
+    head = rows(matrix("head"), (spec.vocab_size, hidden))[0]
+
+    constants = tape.constants[geo.layer_constants_offset :].reshape(spec.num_layers, geo.layer_constants)
+    for role in VECTOR_ROLES:
+        if role in shapes:
+            start = geo.vector_offset[role]
+            layers[role] = constants[:, start : start + shapes[role][0]].astype(spec.dtype)
+    return DecoderWeights(
+        embedding=head if tape.embedding is None else tape.embedding,
+        layers=LayerWeights(**layers),
+        final_norm=tape.constants[:hidden].astype(spec.dtype),
+        head=None if spec.tied_head else head,
+    )
+
+
+def check_layout(tape: Tape) -> None:
+    """Raises ValueError for a tape whose layout version or array shapes are not those of this package's plan."""
+    if tape.layout_version != LAYOUT_VERSION:
+        raise ValueError(
+            f"the tape has layout version {tape.layout_version}, this jax_monokernel reads version {LAYOUT_VERSION}; "
+            "pack the weights again"
+        )
+    geo = geometry(tape.spec, tape.plan)
+    want = {"streams": (tape.plan.units, geo.unit_elems), "constants": (geo.constants,)}
+    for name, shape in want.items():
+        if getattr(tape, name).shape != shape:
+            raise ValueError(f"tape.{name} has shape {getattr(tape, name).shape}; spec and plan ask for {shape}")
+    if (tape.embedding is None) != tape.spec.tied_head:
+        raise ValueError("tape.embedding must be None exactly when the spec ties the head to the embedding")
+
+
+def _pad_last(x: jax.Array, size: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
+
+
+def _to_tiles(x: jax.Array, m: Matrix, plan: Plan, geo: Geometry) -> jax.Array:
+    """[layers, rows, cols] -> [layers, tiles, tile_elems], padded with zeros."""
+    x = jnp.pad(x, ((0, 0), (0, m.rows - x.shape[1]), (0, m.cols - x.shape[2])))
+    x = x.reshape(x.shape[0], m.tiles, plan.tile_rows, m.cols // geo.k_group, geo.k_group)
+    return x.transpose(0, 1, 3, 2, 4).reshape(x.shape[0], m.tiles, m.tile_elems)
+
+
+def _pack_gate_up(w: LayerWeights, m: Matrix, plan: Plan, geo: Geometry) -> jax.Array:
+    if w.gate is None:
+        return _to_tiles(w.up, m, plan, geo)
+    half = dataclasses.replace(m, rows=m.rows // 2, tiles=m.tiles // 2)
+    gate, up = (_to_tiles(x, half, plan, geo) for x in (w.gate, w.up))
+    return jnp.stack([gate, up], axis=2).reshape(gate.shape[0], m.tiles, m.tile_elems)
+
+
+def _unit_tiles(tiles: jax.Array, m: Matrix, unit: int) -> jax.Array:
+    """The unit's run of tiles, [layers, elems]."""
+    return tiles[:, m.begin[unit] : m.begin[unit + 1]].reshape(tiles.shape[0], -1)
