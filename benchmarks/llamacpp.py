@@ -36,9 +36,15 @@ class LlamaCpp:
         threads: int,
         *,
         kv_dtype: str = "float16",
-        flash_attention: bool = True,
-        mmap: bool = False,
+        flash_attention: int = 1,
+        mmap: int = 0,
     ):
+        self.settings = {
+            "kv_dtype": kv_dtype,
+            "flash_attention": flash_attention,
+            "mmap": mmap,
+            "system_info": llama_cpp.llama_print_system_info().decode().strip(" |"),
+        }
         llama_cpp.llama_log_set(_keep_errors, ctypes.c_void_p())
         llama_cpp.llama_backend_init()
         model_params = llama_cpp.llama_model_default_params()
@@ -55,7 +61,7 @@ class LlamaCpp:
         params.n_ctx, params.n_seq_max, params.kv_unified = batch * per_row, batch, False
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = _KV_TYPES[kv_dtype]
-        params.flash_attn_type = int(flash_attention)
+        params.flash_attn_type = flash_attention
         params.no_perf = True
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:

@@ -159,7 +159,7 @@ def random_weights(spec: DecoderSpec, seed: int = 0) -> DecoderWeights:
 
 
 def weight_bytes(spec: DecoderSpec) -> int:
-    """Bytes of weights that a decode step must read: everything, but of an embedding that is not the head too one row."""
+    """Bytes of weights that a decode step must read: all, except that an untied embedding counts as one row."""
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight_shapes(spec)))
     if not spec.tied_head:
         total -= (spec.vocab_size - 1) * spec.hidden_size * jnp.dtype(spec.dtype).itemsize

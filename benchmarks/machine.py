@@ -1,0 +1,82 @@
+"""Where and with what a measurement was made."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
+_PACKAGES = ("jax-monokernel", "jax", "jaxlib", "llama-cpp-python", "gguf", "numpy")
+# Made from results, so a change there does not make the measured code another one.
+_GENERATED = ("README.md", "benchmarks/results", "docs/images")
+
+
+def describe_machine() -> dict[str, Any]:
+    """CPU model, caches, memory and operating system."""
+    release = platform.freedesktop_os_release() if Path("/etc/os-release").exists() else {}
+    return {
+        "cpu": _cpu_model(),
+        "cpus": os.cpu_count(),
+        "caches_kib": _caches(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "os": release.get("PRETTY_NAME", platform.system()),
+        "kernel": platform.release(),
+        "transparent_huge_pages": _read(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
+        "python": platform.python_version(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that matter, of those that are installed."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_commit() -> dict[str, Any]:
+    """{"commit": hash or None outside git, "dirty": whether tracked files that could matter differ from it}."""
+    commit = _git("rev-parse", "HEAD")
+    excluded = [f":(exclude){path}" for path in _GENERATED]
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *excluded)
+    return {"commit": commit, "dirty": bool(changes)}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=_REPOSITORY, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu_model() -> str:
+    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _caches() -> dict[str, int]:
+    """Size in KiB of each cache that CPU 0 uses, by name such as L1d, L2, L3."""
+    sizes = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = (_read(folder / name) or "" for name in ("level", "type", "size"))
+        letter = {"Data": "d", "Instruction": "i"}.get(kind, "")
+        if size.endswith("K"):
+            sizes[f"L{level}{letter}"] = int(size[:-1])
+    return sizes
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None

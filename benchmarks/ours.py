@@ -1,0 +1,45 @@
+"""What is being measured: one `decode` call, the whole loop inside."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.shapes import random_weights
+from jax_monokernel import DecoderSpec, DecodeState, empty_state
+from jax_monokernel.decode import decode
+from jax_monokernel.prefill import prefill
+from jax_monokernel.sampling import GenerationConfig, sampling_params
+from jax_monokernel.tape import pack
+from jax_monokernel.weights import DecoderWeights
+
+
+def prefilled(spec: DecoderSpec, weights: DecoderWeights, prompt: np.ndarray, new_tokens: int) -> DecodeState:
+    """`prompt` (int [batch, tokens]) in a cache with room for `new_tokens` more."""
+    batch, length = prompt.shape
+    state = empty_state(spec, batch=batch, capacity=length + new_tokens, key=jax.random.key(0))
+    return prefill(spec, weights, jnp.asarray(prompt, jnp.int32), jnp.full(batch, length, jnp.int32), state)
+
+
+class Ours:
+    """Greedy decoding of `prompt` (int [batch, tokens], equal lengths) with the random weights of `spec`."""
+
+    def __init__(self, spec: DecoderSpec, prompt: np.ndarray, new_tokens: int):
+        weights = random_weights(spec)
+        self._state = prefilled(spec, weights, prompt, new_tokens)
+        self._tape = jax.block_until_ready(jax.jit(functools.partial(pack, spec))(weights))
+        config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens)
+        self._sampling = sampling_params(config, batch=len(prompt), vocab_size=spec.vocab_size)
+        self._decode = jax.jit(functools.partial(decode, max_new_tokens=new_tokens), donate_argnames="state")
+        self.settings = {"plan_units": self._tape.plan.units}
+
+    def measure(self) -> dict:
+        """{"seconds": of new_tokens steps, "tokens": int [batch][new_tokens]}."""
+        state = jax.block_until_ready(jax.tree.map(jnp.copy, self._state))
+        start = time.perf_counter()
+        result = jax.block_until_ready(self._decode(self._tape, state, self._sampling))
+        return {"seconds": time.perf_counter() - start, "tokens": np.asarray(result.tokens).tolist()}

@@ -1,0 +1,279 @@
+"""Measures decode beside its peers, all in one run: `python -m benchmarks.run --help`."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.gguf_model import write_gguf
+from benchmarks.machine import describe_commit, describe_machine, versions
+from benchmarks.shapes import SHAPES, kv_bytes, random_weights, weight_bytes
+from benchmarks.statistics import summarize
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+PEERS = ("ours", "llama_cpp", "jax_loop", "probe")
+
+
+class Worker:
+    """One peer in a child process of its own."""
+
+    def __init__(self, label: str, job: dict[str, Any], *, python: str, environment: dict[str, str]):
+        self.label = label
+        self._child = subprocess.Popen(
+            [python, "-m", "benchmarks.worker"],
+            cwd=_REPOSITORY,
+            env=os.environ | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.settings = self._ask(json.dumps(job))["settings"] | environment
+
+    def measure(self) -> dict[str, Any]:
+        """One measurement, as the peer's `measure` gives it."""
+        return self._ask("measure")
+
+    def close(self) -> None:
+        """Ends the child process."""
+        assert self._child.stdin is not None
+        self._child.stdin.close()
+        try:
+            self._child.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+
+    def _ask(self, line: str) -> dict[str, Any]:
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        try:
+            print(line, file=self._child.stdin, flush=True)
+            answer = self._child.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise RuntimeError(f"peer {self.label} ended with exit code {self._child.wait()}; its messages are above")
+        return json.loads(answer)
+
+
+def parse_peer(text: str) -> tuple[str, dict[str, Any], dict[str, str]]:
+    """`llama_cpp:mmap=1,OMP_PROC_BIND=true` as (peer, {"mmap": 1}, {"OMP_PROC_BIND": "true"}).
+
+    Raises:
+      ValueError: an unknown peer, or a setting without a value.
+    """
+    kind, _, rest = text.partition(":")
+    if kind not in PEERS:
+        raise ValueError(f"unknown peer {kind!r}; expected one of {', '.join(PEERS)}")
+    settings: dict[str, Any] = {}
+    environment = {}
+    for item in filter(None, rest.split(",")):
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"peer setting {item!r} has no value; expected name=value")
+        if name.isupper():
+            environment[name] = value
+        else:
+            settings[name] = int(value) if value.isdigit() else value
+    return kind, settings, environment
+
+
+def measure(
+    shape: str,
+    *,
+    peers: list[str],
+    prompt_tokens: int,
+    new_tokens: int,
+    batch: int,
+    threads: int,
+    repeats: int,
+    dtype: str,
+    llama_python: str,
+) -> dict[str, Any]:
+    """The workload and every peer's measurements, interleaved. Peers are written as in `parse_peer`.
+
+    Raises:
+      RuntimeError: a peer failed; its own messages are on stderr.
+    """
+    spec = SHAPES[shape].spec(dtype)
+    visible = prompt_tokens + (new_tokens - 1) / 2  # places that a step attends to, on average
+    bytes_per_step = int(weight_bytes(spec) + batch * kv_bytes(spec, visible))
+    workload = {
+        "shape": shape,
+        "dtype": dtype,
+        "batch": batch,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "threads": threads,
+        "bytes_per_step": bytes_per_step,
+        "repeats": repeats,
+    }
+    job = workload | {"vocab_size": spec.vocab_size, "cpus": _cpus(threads)}
+    environment = {"MONOKERNEL_THREADS": str(threads), "OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
+    workers: list[Worker] = []
+    with tempfile.TemporaryDirectory(prefix="monokernel-bench-") as folder:
+        try:
+            for label in peers:
+                kind, settings, own = parse_peer(label)
+                gguf = Path(folder, "model.gguf")
+                if kind == "llama_cpp" and not gguf.exists():
+                    write_gguf(gguf, spec, random_weights(spec))
+                print(f"  starting {label}", file=sys.stderr)
+                this_job = job | {"peer": kind, "settings": settings, "gguf": str(gguf)}
+                python = llama_python if kind == "llama_cpp" else sys.executable
+                workers.append(Worker(label, this_job, python=python, environment=environment | own))
+            measured = _interleave(workers, repeats)
+        finally:
+            for worker in workers:
+                worker.close()
+    for worker in workers:
+        kept = {name: value for name, value in worker.settings.items() if name not in environment}
+        measured[worker.label]["settings"] = kept
+    return {"workload": workload, "peers": measured}
+
+
+def _interleave(workers: list[Worker], repeats: int) -> dict[str, dict[str, Any]]:
+    """Per peer, seconds of each round and a hash of its tokens. One more round comes first, to warm up."""
+    measured: dict[str, dict[str, Any]] = {worker.label: {"seconds": []} for worker in workers}
+    for round_number in range(repeats + 1):
+        # Each round starts with another peer, so that none always follows the same one.
+        start = round_number % len(workers)
+        for worker in workers[start:] + workers[:start]:
+            found = worker.measure()
+            peer = measured[worker.label]
+            if "tokens" in found:
+                digest = hashlib.sha256(np.array(found["tokens"], "<i4").tobytes()).hexdigest()[:16]
+                if peer.setdefault("tokens_sha256", digest) != digest:
+                    raise RuntimeError(f"{worker.label} gave other tokens in round {round_number} than before")
+            else:
+                peer.setdefault("bytes", found["bytes"])
+            if round_number == 0:
+                continue
+            peer["seconds"].append(found["seconds"])
+            for extra in ("best", "steps"):
+                if extra in found:
+                    peer.setdefault(extra, []).append(found[extra])
+        print(f"  round {round_number} of {repeats} done", file=sys.stderr)
+    return measured
+
+
+def _cpus(threads: int) -> list[int] | None:
+    """The CPUs that every peer is held to: as many as threads, or None where they cannot be chosen."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    allowed = sorted(os.sched_getaffinity(0))
+    if threads > len(allowed):
+        raise SystemExit(f"{threads} threads were asked for, but only {len(allowed)} CPUs may be used")
+    return allowed[:threads]
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    parser.add_argument("--shapes", default="10m,smollm2-135m,qwen2.5-0.5b", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--prompt", type=numbers, default=[32], metavar="N,...", help="prompt lengths in tokens")
+    parser.add_argument("--batch", type=numbers, default=[1], metavar="N,...", help="rows decoded together")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=len(_affinity()), help="for every peer; default: all CPUs")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds; in each, every peer is measured once")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        default=list(PEERS),
+        metavar="PEER[:NAME=VALUE,...]",
+        help=f"of {', '.join(PEERS)}; settings are arguments of the peer, or environment variables in capitals",
+    )
+    parser.add_argument("--llama-python", default=sys.executable, help="interpreter that has llama-cpp-python")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON files")
+    arguments = parser.parse_args(argv)
+    try:
+        for shape in arguments.shapes.split(","):
+            if shape not in SHAPES:
+                raise ValueError(f"unknown shape {shape!r}; expected one of {', '.join(SHAPES)}")
+        for peer in arguments.peers:
+            parse_peer(peer)
+        if min(arguments.prompt) < 2 or min(*arguments.batch, arguments.new_tokens, arguments.repeats) < 1:
+            raise ValueError("prompts need at least 2 tokens; batch, new tokens and repeats at least 1")
+    except ValueError as e:
+        parser.error(str(e))
+    return arguments
+
+
+def _affinity() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs every combination of shape, prompt length and batch, and writes one JSON file for each."""
+    arguments = _arguments(argv)
+    provenance = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": _command(arguments),
+        **describe_commit(),
+        "machine": describe_machine(),
+        "versions": versions(),
+    }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for shape, prompt, batch in itertools.product(arguments.shapes.split(","), arguments.prompt, arguments.batch):
+        name = f"{shape}-p{prompt}-b{batch}-t{arguments.threads}"
+        print(name, file=sys.stderr)
+        found = measure(
+            shape,
+            peers=arguments.peers,
+            prompt_tokens=prompt,
+            new_tokens=arguments.new_tokens,
+            batch=batch,
+            threads=arguments.threads,
+            repeats=arguments.repeats,
+            dtype=arguments.dtype,
+            llama_python=arguments.llama_python,
+        )
+        result = {"schema": 1, **provenance, **summarize(found)}
+        Path(arguments.output, f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        for label, peer in result["peers"].items():
+            print(f"  {describe(label, peer)}")
+
+
+def describe(label: str, peer: dict[str, Any]) -> str:
+    """One line about one peer's summary."""
+    line = f"{label:24} {peer['gb_per_second']:7.1f} GB/s"
+    if "tokens_per_second" in peer:
+        ms = peer["ms_per_step"]
+        line += (
+            f" {peer['tokens_per_second']:9.1f} tok/s  {ms['median']:.3f} ms/step ({ms['p10']:.3f} to {ms['p90']:.3f})"
+        )
+        line += f"  ours is {peer['ours_is_faster_by']:.2f}x" if "ours_is_faster_by" in peer else ""
+    return line
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """The command that repeats this run, without what depends on where things lie."""
+    parts = ["python", "-m", "benchmarks.run", "--shapes", arguments.shapes]
+    for name in ("prompt", "batch"):
+        parts += [f"--{name}", ",".join(map(str, getattr(arguments, name)))]
+    for name in ("new_tokens", "threads", "repeats", "dtype"):
+        parts += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    return shlex.join([*parts, "--peers", *arguments.peers])
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    main()

@@ -1,0 +1,50 @@
+"""From seconds to the numbers that are reported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def summarize(found: dict[str, Any]) -> dict[str, Any]:
+    """Adds to `found` (as `run.measure` gives it) medians over rounds, and per-round comparisons.
+
+    Comparisons are medians of the ratios within each round: what slows the machine down for a while then cancels.
+    """
+    workload, peers = found["workload"], found["peers"]
+    steps, bytes_per_step = workload["new_tokens"], workload["bytes_per_step"]
+    rates = {}  # bytes per second of each round
+    for label, peer in peers.items():
+        seconds = np.array(peer["seconds"])
+        rates[label] = (peer["bytes"] if "bytes" in peer else bytes_per_step * steps) / seconds
+    summary = {}
+    for label, peer in peers.items():
+        numbers: dict[str, Any] = {"gb_per_second": _rounded(np.median(rates[label]) / 1e9)}
+        if "bytes" not in peer:
+            per_step = np.array(peer["seconds"]) / steps
+            numbers["tokens_per_second"] = _rounded(workload["batch"] / np.median(per_step))
+            numbers["ms_per_step"] = _distribution(per_step * 1e3)
+            if "probe" in rates:
+                numbers["share_of_probe"] = _rounded(np.median(rates[label] / rates["probe"]))
+            if "ours" in rates and label != "ours":
+                numbers["ours_is_faster_by"] = _rounded(np.median(rates["ours"] / rates[label]))
+        if "steps" in peer:  # too many to keep one by one
+            numbers["ms_of_single_steps"] = _distribution(np.array(peer["steps"]) * 1e3)
+        kept = {name: value for name, value in peer.items() if name != "steps"}
+        for name in ("seconds", "best"):
+            if name in kept:
+                kept[name] = [_rounded(value) for value in kept[name]]
+        summary[label] = numbers | kept
+    return {"workload": workload, "peers": summary}
+
+
+def _distribution(values: np.ndarray) -> dict[str, float]:
+    """Median, tenth and ninetieth percentile, and minimum of all values."""
+    points = {"median": 50, "p10": 10, "p90": 90, "min": 0}
+    return {name: _rounded(np.percentile(values, point)) for name, point in points.items()}
+
+
+def _rounded(value: float) -> float:
+    """Five significant digits: more than the measurement has."""
+    return float(f"{value:.5g}")

@@ -1,0 +1,62 @@
+"""A child process that measures one peer, so that peers share neither threads nor allocators.
+
+Reads a job (one line of JSON) from stdin, answers with {"settings": ...}; then one measurement per line "measure".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def make_peer(job: dict[str, Any]) -> Any:
+    """The peer that `job` names, ready to measure. Imports what that peer needs only."""
+    kind, settings, threads = job["peer"], job["settings"], job["threads"]
+    if kind == "probe":
+        from benchmarks.bandwidth import Bandwidth
+
+        return Bandwidth(job["bytes_per_step"], threads, **settings)
+    prompt = make_prompt(job["batch"], job["prompt_tokens"], job["vocab_size"])
+    if kind == "llama_cpp":
+        from benchmarks.llamacpp import LlamaCpp
+
+        return LlamaCpp(Path(job["gguf"]), prompt, job["new_tokens"], threads, **settings)
+
+    from benchmarks.shapes import SHAPES
+
+    spec = SHAPES[job["shape"]].spec(job["dtype"])
+    if kind == "ours":
+        from benchmarks.ours import Ours
+
+        return Ours(spec, prompt, job["new_tokens"], **settings)
+    from benchmarks.jax_loop import JaxLoop
+
+    return JaxLoop(spec, prompt, job["new_tokens"], **settings)
+
+
+def make_prompt(batch: int, tokens: int, vocab_size: int) -> np.ndarray:
+    """Random token ids int64 [batch, tokens], the same for every peer."""
+    return np.random.default_rng(0).integers(vocab_size, size=(batch, tokens))
+
+
+def main() -> None:
+    # Answers go to the real stdout; whatever libraries print there joins stderr.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    job = json.loads(sys.stdin.readline())
+    if job["cpus"] is not None:
+        os.sched_setaffinity(0, job["cpus"])  # before any library counts its threads
+    peer = make_peer(job)
+    print(json.dumps({"settings": peer.settings}), file=answers)
+    for line in sys.stdin:
+        assert line.strip() == "measure", line
+        print(json.dumps(peer.measure()), file=answers)
+
+
+if __name__ == "__main__":
+    main()
