@@ -6,6 +6,11 @@ makes an ordinary Hugging Face checkpoint folder: config.json, generation_config
 tokenizer.json, tokenizer_config.json, README.md (model card), training.json (losses, options, corpus) and
 validation_sample.txt (held-out text whose loss training.json records, so that anyone can check the weights).
 
+The defaults are for a GPU. To see it work on a CPU in a minute, train something smaller:
+
+    python examples/train_small.py --out small --steps 20 --eval-every 10 --eval-tokens 1024 --batch 4 --seq-len 64 \\
+        --hidden 64 --intermediate 128 --layers 2
+
 Everything is fixed by the corpus and the options: files are read in sorted order, held-out files are chosen by a hash
 of their names, batches by seeded permutations. (Equal bits on a GPU need XLA_FLAGS=--xla_gpu_deterministic_ops=true.)
 Parameters are f32; matrix products take them rounded to --dtype, by default bf16, in which the model is saved. The
@@ -50,15 +55,15 @@ class Options:
     out: Path
     corpus: Path = Path(sysconfig.get_paths()["stdlib"])
     tests: bool = True  # train on the test suite's sources too
-    steps: int = 7200
+    steps: int = 6000
     eval_every: int = 300
     eval_tokens: int = 1 << 30  # of the validation stream, in the evaluations on the way; the last one takes all
     batch: int = 32  # sequences
     seq_len: int = 512  # tokens
     seed: int = 0
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     weight_decay: float = 0.5  # high, because every file is seen many times
-    warmup: int = 200  # steps
+    warmup: int = 300  # steps
     dtype: DTypeName = "bfloat16"  # of matrix products in training
     vocab: int = 4096
     hidden: int = 256
