@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -174,7 +175,7 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 
 
 def _checked(token: SupportsIndex) -> int:
-    value = token.__index__()
+    value = operator.index(token)
     if not 0 <= value < 2**31:
         raise ValueError(f"token id {value} cannot be decoded; ids are not negative (-1 fills rows past their length)")
     return value

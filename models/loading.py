@@ -128,11 +128,11 @@ def save_pretrained(
 
 
 def _folder(path_or_hub_id: str | os.PathLike[str], revision: str | None) -> Path:
-    path = Path(path_or_hub_id).expanduser()
-    if os.path.isdir(path):
-        return path
     name = os.fspath(path_or_hub_id)
-    if os.path.exists(path):
+    path = Path(name).expanduser()
+    if name and os.path.isdir(path):
+        return path
+    if name and os.path.exists(path):
         raise CheckpointError(f"{name} is a file; expected the folder it is in")
     if not isinstance(path_or_hub_id, str) or not _HUB_ID.fullmatch(name):
         raise CheckpointError(
