@@ -11,6 +11,8 @@ from pathlib import Path
 
 import golden
 import huggingface_hub
+import huggingface_hub.constants
+import huggingface_hub.utils
 import jax
 import jax.numpy as jnp
 import ml_dtypes
