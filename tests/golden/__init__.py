@@ -30,7 +30,7 @@ class Golden:
     positions: list[int]  # within the prompt, where `logits` are kept
     logits: np.ndarray  # f32 [positions, vocab]
     greedy: list[int]  # the 64 tokens that follow the prompt
-    greedy_logits: np.ndarray  # f32 [64], the chosen tokens' logits, computed with a KV cache
+    log_probs: np.ndarray  # f32 [64], of these tokens, computed with a KV cache
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The checkpoint's tensors, f32 with values exact in bfloat16."""
@@ -55,7 +55,7 @@ def read(name: str) -> Golden:
     """One case's golden data."""
     stored = json.loads((DATA / f"{name}.json").read_text())
     with np.load(DATA / "logits.npz") as arrays:
-        logits, greedy_logits = arrays[f"{name}/logits"], arrays[f"{name}/greedy_logits"]
+        logits, log_probs = arrays[f"{name}/logits"], arrays[f"{name}/log_probs"]
     return Golden(
         name=name,
         config=dict(CASES[name].config),
@@ -66,5 +66,5 @@ def read(name: str) -> Golden:
         positions=stored["positions"],
         logits=logits,
         greedy=stored["greedy"],
-        greedy_logits=greedy_logits,
+        log_probs=log_probs,
     )

@@ -112,9 +112,11 @@ def make(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         "saved_config": json.loads(model.config.to_json_string(use_diff=True)),
         "shapes": {tensor: list(shape) for tensor, shape in shapes.items()},
     }
-    chosen = rows[np.arange(NEW_TOKENS), tokens]
+    log_probs = torch.log_softmax(torch.tensor(rows, dtype=torch.float64), dim=-1).numpy()[
+        np.arange(NEW_TOKENS), tokens
+    ]
     print(f"{name:32} seed {seed:3}  margin {margin(rows):.1e}  distinct {len(set(tokens))}")
-    return stored, {f"{name}/logits": logits[positions], f"{name}/greedy_logits": chosen}
+    return stored, {f"{name}/logits": logits[positions], f"{name}/log_probs": log_probs.astype(np.float32)}
 
 
 def main(names: list[str]) -> None:

@@ -12,53 +12,75 @@ import pytest
 from golden.cases import CASES
 from golden.models import golden_model
 
-from jax_monokernel import DecoderSpec, DecoderWeights
-from jax_monokernel.forward import forward, forward_cached, logits
-from jax_monokernel.models.registry import family_of
+from jax_monokernel import DecoderSpec, DecoderWeights, GenerationConfig, empty_state, sampling_params
+from jax_monokernel.decode import decode
+from jax_monokernel.forward import forward
+from jax_monokernel.models.registry import FAMILIES, family_of
+from jax_monokernel.prefill import prefill
+from jax_monokernel.state import DecodeResult
+from jax_monokernel.tape import pack
 from jax_monokernel.weights import check_weights
 
-# Of float32 logits, in units of the largest one. Two float32 programs that add in another order differ by about 1e-6.
+# Of float32 logits and log-probabilities, in units of the largest logit. Float32 programs that add in another order
+# differ by about 1e-6.
 TOLERANCE = 2e-5
 
+# The reference compiles slowly. It runs one case per family, and those whose ropes depend on the length.
+_ONE_EACH = {case.config["model_type"]: name for name, case in reversed(CASES.items())}
+BY_REFERENCE = {*_ONE_EACH.values(), *(name for name in CASES if "crossing" in name or "nested" in name)}
+RUNS = [(name, "cpu") for name in CASES] + [(name, "reference") for name in CASES if name in BY_REFERENCE]
 
-def largest_error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+# These programs run for milliseconds and compile for seconds.
+_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def greedy(spec: DecoderSpec, weights: DecoderWeights, prompt: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Tokens int32 [count] and their logits f32 [count]: the decode semantics, written down once more, for one row."""
-    length = prompt.shape[0]
-    cache = jnp.full((1, spec.num_layers, spec.num_kv_heads, length + count, spec.head_dim), jnp.nan, spec.kv_dtype)
-    one = jnp.ones(1, jnp.int32)
-    # All but the last prompt token go into the cache, with the frequencies of the whole prompt.
-    _, k, v = forward_cached(spec, weights, cache, cache, prompt[None, :-1], one * 0, one * (length - 1), one * length)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=_QUICK)
+def prompt_logits(spec: DecoderSpec, weights: DecoderWeights, prompt: jax.Array) -> jax.Array:
+    return forward(spec, weights, prompt)
 
-    def step(carry, position):
-        k, v, token = carry
-        x, k, v = forward_cached(spec, weights, k, v, token[None, None], position[None], one, position[None] + 1)
-        z = logits(spec, weights, x)[0, 0]
-        best = jnp.argmax(z).astype(jnp.int32)
-        return (k, v, best), (best, z[best])
 
-    positions = length - 1 + jnp.arange(count, dtype=jnp.int32)
-    return jax.lax.scan(step, (k, v, prompt[-1]), positions)[1]
+@functools.partial(jax.jit, static_argnums=(0, 3), compiler_options=_QUICK)
+def greedy(spec: DecoderSpec, weights: DecoderWeights, prompt: jax.Array, backend: str) -> DecodeResult:
+    batch, length = prompt.shape
+    state = empty_state(spec, batch=batch, capacity=length + golden.NEW_TOKENS - 1, key=jax.random.key(0))
+    state = prefill(spec, weights, prompt, jnp.full(batch, length, jnp.int32), state)
+    params = sampling_params(
+        GenerationConfig(max_new_tokens=golden.NEW_TOKENS), batch=batch, vocab_size=spec.vocab_size
+    )
+    return decode(
+        pack(spec, weights),
+        state,
+        params,
+        max_new_tokens=golden.NEW_TOKENS,
+        return_log_probs=True,
+        backend=None if backend == "cpu" else backend,
+    )
+
+
+def largest(case: golden.Golden) -> float:
+    return float(np.abs(case.logits).max())
+
+
+def test_there_are_cases_for_every_family():
+    assert {case.config["model_type"] for case in CASES.values()} == FAMILIES.keys() - {"gemma3"}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_prompt_logits_equal_those_of_transformers(name):
     case = golden.read(name)
-    ours = golden_model(case)(jnp.array([case.prompt]))[0, jnp.array(case.positions)]
-    assert largest_error(np.asarray(ours), case.logits) < TOLERANCE
+    model = golden_model(case)
+    logits = prompt_logits(model.spec, model.decoder_weights(), jnp.array([case.prompt]))
+    ours = np.asarray(logits[0, jnp.array(case.positions)])
+    np.testing.assert_allclose(ours, case.logits, rtol=0, atol=TOLERANCE * largest(case))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_greedy_tokens_equal_those_of_transformers(name):
+@pytest.mark.parametrize(("name", "backend"), RUNS)
+def test_greedy_tokens_equal_those_of_transformers(name, backend):
     case = golden.read(name)
     model = golden_model(case)
-    tokens, chosen = greedy(model.spec, model.decoder_weights(), jnp.array(case.prompt, jnp.int32), golden.NEW_TOKENS)
-    assert tokens.tolist() == case.greedy
-    assert largest_error(np.asarray(chosen), case.greedy_logits) < TOLERANCE
+    result = greedy(model.spec, model.decoder_weights(), jnp.array([case.prompt], jnp.int32), backend)
+    assert result.tokens[0].tolist() == case.greedy
+    np.testing.assert_allclose(result.log_probs[0], case.log_probs, rtol=0, atol=2 * TOLERANCE * largest(case))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -80,6 +102,6 @@ def test_ropes_that_depend_on_the_length_go_by_the_tokens_so_far(name):
     case = golden.read(name)
     model = golden_model(case)
     tokens = jnp.array([case.prompt + case.greedy[:-1]])
-    at_once = forward(model.spec, model.decoder_weights(), tokens)[0, len(case.prompt) - 1 :]
-    chosen = np.asarray(at_once)[np.arange(golden.NEW_TOKENS), case.greedy]
-    assert largest_error(chosen, case.greedy_logits) > 100 * TOLERANCE
+    at_once = prompt_logits(model.spec, model.decoder_weights(), tokens)[0, len(case.prompt) - 1 :]
+    log_probs = np.asarray(jax.nn.log_softmax(at_once))[np.arange(golden.NEW_TOKENS), case.greedy]
+    assert np.abs(log_probs - case.log_probs).max() > 100 * TOLERANCE * largest(case)
