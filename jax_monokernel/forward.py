@@ -1,16 +1,19 @@
 """A decoder's mathematics in plain JAX: the definition that every backend is compared with.
 
 Rounding policy (docs/numerics.md): weights, matmul inputs and the KV cache are in their own dtypes (`spec.dtype`,
-`spec.kv_dtype`); products are accumulated in f32; norms, rotations, softmax, activations and the residual stream are f32.
+`spec.kv_dtype`); products are accumulated in f32; norms, rotations, softmax, activations and the residual stream are
+f32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jax_monokernel.attention import attention, cache_bits, cache_values, cached_attention, softcap
 from jax_monokernel.rope import cos_sin, rotate
 from jax_monokernel.spec import DecoderSpec
 from jax_monokernel.weights import DecoderWeights, LayerWeights
@@ -39,14 +42,11 @@ def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
     )
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, spec: DecoderSpec) -> jax.Array:
+def rms_norm(x: jax.Array, weight: jax.Array | None, spec: DecoderSpec) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last axis, in f32."""
+    assert weight is not None  # check_weights has seen to it
     scale = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + spec.norm_eps)
     return x * scale * (spec.norm_offset + weight.astype(jnp.float32))
-
-
-def softcap(x: jax.Array, cap: float | None) -> jax.Array:
-    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def embed(spec: DecoderSpec, weights: DecoderWeights, tokens: jax.Array) -> jax.Array:
@@ -92,51 +92,21 @@ def layer(
     h = rms_norm(x, w.mlp_norm, spec) if spec.pre_norm else x
     act = _ACTIVATIONS[spec.activation]
     m = _bias(matmul(h, w.up), w.up_bias)
-    m = act(_bias(matmul(h, w.gate), w.gate_bias)) * m if spec.gated else act(m)
+    m = act(m) if w.gate is None else act(_bias(matmul(h, w.gate), w.gate_bias)) * m
     m = _bias(matmul(m, w.down), w.down_bias)
     if spec.post_norm:
         m = rms_norm(m, w.mlp_post_norm, spec)
     return x + spec.residual_multiplier * m
 
 
-def attention(
-    spec: DecoderSpec,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    q_position: jax.Array,
-    k_position: jax.Array,
-    window: jax.Array,
-) -> jax.Array:
-    """Causal grouped-query attention in f32.
+def _layer_at(layers: LayerWeights, index: jax.Array) -> LayerWeights:
+    """One layer's weights, cut out where they are used.
 
-    Args:
-      q: f32 [batch, tokens, heads, head_dim]; rounded to the KV cache's dtype, as keys are.
-      k, v: [batch, kv_heads, span, head_dim], any float dtype.
-      q_position: int32 [batch, tokens].
-      k_position: int32 [span], the places of the keys; keys after the query or before its window are not seen.
-      window: int32 scalar, sliding window length in tokens.
-
-    Returns:
-      f32 [batch, tokens, heads, head_dim].
+    XLA's CPU compiler slices 16-bit floats by way of f32, and then moves the conversion of the whole stack out of the
+    loop: three times the memory of the weights. A barrier on the changing index holds it inside, where it is fused.
     """
-    b, t, heads, d = q.shape
-    q = q.astype(spec.kv_dtype).astype(jnp.float32).reshape(b, t, k.shape[1], -1, d)
-    k, v = k.astype(jnp.float32), v.astype(jnp.float32)
-    precision = jax.lax.Precision.HIGHEST
-    scores = jnp.einsum("btkgd,bksd->bkgts", q, k, precision=precision) * spec.attn_scale
-    scores = softcap(scores, spec.attn_softcap)
-    distance = q_position[:, :, None] - k_position
-    visible = (distance >= 0) & (distance < window)  # [batch, tokens, span]
-    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    # Rows of padding may see nothing at all; a finite maximum keeps them at zero instead of NaN.
-    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
-    p = jnp.exp(scores - top)
-    total = jnp.maximum(jnp.sum(p, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    # Slots never written may hold anything, NaN included: 0 * NaN must not reach the sum.
-    v = jnp.where(jnp.any(visible, axis=1)[:, None, :, None], v, 0.0)
-    out = jnp.einsum("bkgts,bksd->btkgd", p / total, v, precision=precision)
-    return out.reshape(b, t, heads, d)
+    layers, index = jax.lax.optimization_barrier((layers, index))
+    return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, 0, keepdims=False), layers)
 
 
 def _scan_layers(
@@ -145,10 +115,15 @@ def _scan_layers(
     x: jax.Array,
     position: jax.Array,
     rope_length: jax.Array,
-    attend: Callable[..., tuple[jax.Array, object]],
-    cache: object,
-) -> tuple[jax.Array, object]:
-    """Runs all layers. attend(q, k, v, layer, window, cache) -> (f32 [b, t, heads, d], cache)."""
+    attend: Callable[..., tuple[jax.Array, Any]],
+    cache: Any,
+    *,
+    lean: bool = False,
+) -> tuple[jax.Array, Any]:
+    """Runs all layers. attend(q, k, v, layer, window, cache) -> (f32 [b, t, heads, d], cache).
+
+    lean: keep XLA from making converted copies of all weights at once, at the price of a slow gradient.
+    """
     cos, sin = cos_sin(spec, position, rope_length)
     windows = jnp.array([la.window or _NO_WINDOW for la in spec.layers], jnp.int32)
     ropes = jnp.array([len(spec.ropes) if la.rope is None else la.rope for la in spec.layers], jnp.int32)
@@ -156,6 +131,8 @@ def _scan_layers(
     def step(carry, this):
         x, cache = carry
         index, w, window, rope = this
+        if lean:
+            w = _layer_at(weights.layers, index)
         box = [cache]
 
         def attend_here(q, k, v):
@@ -166,7 +143,7 @@ def _scan_layers(
         return (x, box[0]), None
 
     indices = jnp.arange(spec.num_layers)
-    (x, cache), _ = jax.lax.scan(step, (x, cache), (indices, weights.layers, windows, ropes))
+    (x, cache), _ = jax.lax.scan(step, (x, cache), (indices, None if lean else weights.layers, windows, ropes))
     return x, cache
 
 
@@ -192,40 +169,40 @@ def forward_cached(
     position: jax.Array,
     count: jax.Array,
     rope_length: jax.Array,
-    *,
-    span: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs tokens that follow what is in the cache, and appends their keys and values.
 
     Args:
-      k_cache, v_cache: as in DecodeState.
+      k_cache, v_cache: as in DecodeState, or as `cache_bits` of it, which a loop around this should carry.
       tokens: int32 [batch, tokens]; of row b the first count[b] are real, the rest padding.
       position: int32 [batch], place of the first token of each row.
       count: int32 [batch].
       rope_length: int32 [batch], as in `rope.cos_sin`.
-      span: cache slots that may be read (static); all by default.
 
     Returns:
       The residual stream f32 [batch, tokens, hidden] after the last layer, and the two caches.
     """
     batch, width = tokens.shape
     capacity = k_cache.shape[3]
-    span = capacity if span is None else min(span, capacity)
     places = position[:, None] + jnp.arange(width, dtype=jnp.int32)
     # Padding is sent past the end, where the scatter drops it.
     slots = jnp.where(jnp.arange(width) < count[:, None], places, capacity)
     rows = jnp.arange(batch)[:, None]
+    length = jnp.where(count > 0, position + count, 0)
 
     def attend(q, k, v, index, window, caches):
         # Advanced indices around a slice put the indexed axes first: [batch, tokens, kv_heads, head_dim].
-        caches = tuple(
-            cache.at[rows, index, :, slots].set(new.astype(cache.dtype), mode="drop")
+        k_bits, v_bits = (
+            cache.at[rows, index, :, slots].set(cache_bits(new.astype(spec.kv_dtype)), mode="drop")
             for cache, new in zip(caches, (k, v), strict=True)
         )
-        keys, values = (jax.lax.dynamic_index_in_dim(c, index, 1, keepdims=False)[:, :, :span] for c in caches)
-        out = attention(spec, q, keys, values, places, jnp.arange(span, dtype=jnp.int32), window)
-        return out, caches
+        return cached_attention(spec, q, k_bits, v_bits, index, places, length, window), (k_bits, v_bits)
 
+    # In a loop over steps, this holds conversions of the embedding inside, as in _layer_at.
+    weights, tokens = jax.lax.optimization_barrier((weights, tokens))
     x = embed(spec, weights, tokens)
-    x, (k_cache, v_cache) = _scan_layers(spec, weights, x, places, rope_length, attend, (k_cache, v_cache))
-    return x, k_cache, v_cache
+    caches = (cache_bits(k_cache), cache_bits(v_cache))
+    x, caches = _scan_layers(spec, weights, x, places, rope_length, attend, caches, lean=True)
+    if k_cache.dtype == jnp.dtype(spec.kv_dtype):
+        caches = (cache_values(spec, caches[0]), cache_values(spec, caches[1]))
+    return x, *caches

@@ -43,6 +43,17 @@ class DecodeState:
         return self.k_cache.shape[3]
 
 
+@functools.partial(jax.tree_util.register_dataclass)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeResult:
+    """What one decode call gives."""
+
+    tokens: jax.Array  # int32 [batch, max_new_tokens], -1 past a row's length
+    lengths: jax.Array  # int32 [batch], tokens generated in this call, an end-of-sequence token included
+    log_probs: jax.Array | None  # f32 [batch, max_new_tokens], 0 past a row's length; None if not asked for
+    state: DecodeState
+
+
 def empty_state(spec: DecoderSpec, *, batch: int, capacity: int, key: jax.Array) -> DecodeState:
     """A state with nothing in its cache.
 
@@ -68,6 +79,28 @@ def empty_state(spec: DecoderSpec, *, batch: int, capacity: int, key: jax.Array)
         status=zeros,
         seen=jnp.zeros((batch, spec.vocab_size), jnp.uint8),
     )
+
+
+def check_state(spec: DecoderSpec, state: DecodeState) -> None:
+    """Raises ValueError naming the first leaf that a state for `spec` cannot have, by its shape or dtype."""
+    batch = state.position.shape[0] if state.position.ndim else 1
+    capacity = state.k_cache.shape[3] if state.k_cache.ndim == 5 else 1
+    want = {
+        "position": ((batch,), "int32"),
+        "k_cache": ((batch, spec.num_layers, spec.num_kv_heads, capacity, spec.head_dim), spec.kv_dtype),
+        "v_cache": ((batch, spec.num_layers, spec.num_kv_heads, capacity, spec.head_dim), spec.kv_dtype),
+        "last_token": ((batch,), "int32"),
+        "key_data": ((batch, 2), "uint32"),
+        "status": ((batch,), "int32"),
+        "seen": ((batch, spec.vocab_size), "uint8"),
+    }
+    for name, (shape, dtype) in want.items():
+        leaf = getattr(state, name)
+        if leaf.shape != shape or leaf.dtype != jnp.dtype(dtype):
+            raise ValueError(
+                f"state.{name} is {leaf.dtype}{list(leaf.shape)}; this model and a batch of {batch} ask for "
+                f"{dtype}{list(shape)}"
+            )
 
 
 def request_keys(key: jax.Array, batch: int) -> jax.Array:
