@@ -7,7 +7,6 @@ leaves a field out.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,11 +23,11 @@ _HARMLESS = frozenset({
     "bos_token_id", "cache_implementation", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
     "early_stopping", "embd_pdrop", "embedding_dropout", "encoder_no_repeat_ngram_size", "eos_token_id",
     "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
-    "gradient_checkpointing", "hidden_dropout", "id2label", "initializer_range", "keys_to_ignore_at_inference",
-    "label2id", "length_penalty", "max_length", "max_new_tokens", "min_length", "model_type", "name_or_path",
-    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels", "num_return_sequences",
-    "output_attentions", "output_hidden_states", "output_scores", "pad_token_id", "prefix", "pretraining_tp",
-    "problem_type", "remove_invalid_values", "repetition_penalty", "resid_pdrop", "return_dict",
+    "gradient_checkpointing", "hidden_dropout", "id2label", "initializer_range", "is_llama_config",
+    "keys_to_ignore_at_inference", "label2id", "length_penalty", "max_length", "max_new_tokens", "min_length",
+    "model_type", "name_or_path", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels",
+    "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "pad_token_id", "prefix",
+    "pretraining_tp", "problem_type", "remove_invalid_values", "repetition_penalty", "resid_pdrop", "return_dict",
     "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature",
     "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config",
     "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
@@ -40,7 +39,6 @@ _HARMLESS = frozenset({
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "add_cross_attention": (False,),
     "attention_bias": (False,),
-    "attention_multiplier": (1,),
     "chunk_size_feed_forward": (0,),
     "embedding_multiplier": (1,),
     "full_attn_mod": (1,),
@@ -57,7 +55,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "tie_encoder_decoder": (False,),
     "use_bidirectional_attention": (False,),
     "use_mrope": (False,),
-    "use_qk_norm": (False,),
     "use_sliding_window": (False,),
 }
 
@@ -74,6 +71,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 # More layers than any model; a corrupt file must not make us build a list of billions.
 _MAX_LAYERS = 10_000
+_F32_TINY, _F32_MAX = 2.0**-126, 3.4028234e38
 
 
 class ConfigReader:
@@ -246,6 +244,8 @@ def uniform_layers(c: ConfigReader, window: int | None) -> tuple[LayerSpec, ...]
     expected = [kind] * layer_count(c)
     if list(layer_types(c, expected)) != expected:
         raise c.fail("layer_types", f"{kind} for every layer of this kind of model, or no such field")
+    if window is not None and "use_sliding_window" in c and not c.boolean("use_sliding_window"):
+        raise c.fail("use_sliding_window", "no such field in this kind of model; sliding_window: null switches it off")
     return tuple(LayerSpec(window=window) for _ in expected)
 
 
@@ -256,7 +256,7 @@ def windowed_layers(
     if window is None and "sliding_attention" in kinds:
         raise ValueError(
             f"{c.where}: some layers have sliding attention, but no window is in force; set sliding_window (and "
-            "use_sliding_window where the model has that field), or make every layer full_attention"
+            "use_sliding_window where the model has that field), or make all layer_types full_attention"
         )
     return tuple(
         LayerSpec(window=window if kind == "sliding_attention" else None, rope=rope_of[kind] if rope_of else 0)
@@ -317,7 +317,10 @@ def tensors_by_name(spec: DecoderSpec, names: Mapping[str, str] = LLAMA_NAMES) -
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """An int or float that float32 can hold, since that is where it will be used; no NaN, no infinity."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return value == 0 or _F32_TINY <= abs(value) <= _F32_MAX
 
 
 def _show(value: object) -> str:
