@@ -6,6 +6,7 @@ import ctypes
 import gc
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -551,7 +552,7 @@ class Interrupted(BaseException):
     pass
 
 
-@pytest.mark.parametrize("before", ["nothing", "one file", "shards"])
+@pytest.mark.parametrize("before", ["nothing", "one file", "same shards", "more shards"])
 def test_an_interrupted_save_never_looks_like_a_checkpoint(tmp_path, monkeypatch, before):
     spec = tiny_spec()
     tensor_map, old, new = tiny_map(spec), random_weights(spec, 23), random_weights(spec, 24)
@@ -581,12 +582,14 @@ def test_an_interrupted_save_never_looks_like_a_checkpoint(tmp_path, monkeypatch
                 return True
         return False
 
+    if before != "nothing":
+        limit = {"one file": 10**9, "same shards": 9000, "more shards": 6000}[before]
+        save_weights(tmp_path / "old", spec, old, tensor_map, {"v": 1}, max_shard_bytes=limit)
     outcomes = set()
     for stop_at in range(100):
         folder = tmp_path / str(stop_at)
         if before != "nothing":
-            limit = 10**9 if before == "one file" else 5000
-            save_weights(folder, spec, old, tensor_map, {"v": 1}, max_shard_bytes=limit)
+            shutil.copytree(tmp_path / "old", folder)
         stopped = attempt(folder, stop_at)
         try:
             checkpoint = Checkpoint(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import tempfile
@@ -79,7 +80,7 @@ def test_other_header_lengths(length):
     assert (tensors is not None) == (length == HEADER_BYTES)
 
 
-@settings(quick, max_examples=1000)
+@settings(quick, max_examples=600)
 @given(
     edits=st.lists(
         st.tuples(
@@ -142,12 +143,43 @@ def headers(draw: st.DrawFn) -> tuple[Any, bytes]:
     return header, draw(st.binary(min_size=max(0, place + extra), max_size=max(0, place + extra)))
 
 
-@settings(quick, max_examples=1000)
+@settings(quick, max_examples=600)
 @given(headers())
 def test_headers_near_validity(case):
     content = file_bytes(*case)
     if (tensors := outcome(content)) is not None:
         assert_means(content, tensors)
+
+
+@settings(quick, max_examples=500)
+@given(
+    cuts=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    changes=st.lists(
+        st.tuples(
+            st.integers(0, 9), st.sampled_from([(1, 1, 0), (1, 0, -1), (0, 1, 1), (0, 0, 1)]), st.sampled_from([-1, 1])
+        ),
+        max_size=3,
+    ),
+)
+def test_layouts(cuts, changes):
+    """Tensors that tile the data, some of them then moved, stretched or of another shape: only tilings are accepted."""
+    places = [0, *sorted(cuts)]
+    tiles = [(start, end, end - start) for start, end in itertools.pairwise(places)]
+    for index, change, step in changes:
+        start, end, size = (a + step * b for a, b in zip(tiles[index % len(tiles)], change, strict=True))
+        if min(start, places[-1] - end, size, end - start) >= 0:
+            tiles[index % len(tiles)] = (start, end, size)
+    header = {
+        f"t{i}": {"dtype": "U8", "shape": [size], "data_offsets": [start, end]}
+        for i, (start, end, size) in enumerate(tiles)
+    }
+    content = file_bytes(header, bytes(range(places[-1])))
+    tensors = outcome(content)
+    if tensors is not None:
+        assert_means(content, tensors)
+    elif all(start + size == end and size > 0 for start, end, size in tiles):
+        covered = sorted(byte for start, end, _ in tiles for byte in range(start, end))
+        assert covered != list(range(places[-1]))
 
 
 @st.composite
