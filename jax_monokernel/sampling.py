@@ -151,14 +151,17 @@ def check_sampling_params(params: SamplingParams, *, batch: int, vocab_size: int
 
 
 def _in_range(params: SamplingParams) -> SamplingParams:
-    """Gives every value a meaning. Comparisons with NaN are False, so each test is written for what is accepted."""
+    """Gives every value a meaning. Comparisons with NaN are False, so each test is written for what is accepted.
+
+    Subnormal numbers count as 0, since XLA may treat them so.
+    """
     temperature, r = params.temperature, params.repetition_penalty
     return dataclasses.replace(
         params,
         temperature=jnp.where(temperature >= MIN_TEMPERATURE, temperature, 0.0),
         top_p=jnp.where(params.top_p < 1, jnp.maximum(params.top_p, _F32_TINY), 1.0),
-        min_p=jnp.where(params.min_p > 0, jnp.minimum(params.min_p, 1.0), 0.0),
-        repetition_penalty=jnp.where((r > 0) & (r < jnp.inf), r, 1.0),
+        min_p=jnp.where(params.min_p >= _F32_TINY, jnp.minimum(params.min_p, 1.0), 0.0),
+        repetition_penalty=jnp.where((r >= _F32_TINY) & (r < jnp.inf), r, 1.0),
         presence_penalty=jnp.nan_to_num(params.presence_penalty, nan=0.0, posinf=jnp.inf, neginf=-jnp.inf),
     )
 
