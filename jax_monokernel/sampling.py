@@ -137,16 +137,18 @@ def gumbel_noise(key_data: jax.Array, position: jax.Array, vocab_size: int) -> j
 def check_sampling_params(params: SamplingParams, *, batch: int, vocab_size: int) -> None:
     """Raises ValueError naming the first leaf of the wrong shape or dtype."""
     for field in dataclasses.fields(SamplingParams):
-        leaf = getattr(params, field.name)
-        if leaf is None and field.name == "logit_bias":
+        name, leaf = field.name, getattr(params, field.name)
+        if name == "logit_bias" and leaf is None:
             continue
-        dtype = np.int32 if field.name in ("top_k", "max_new_tokens", "eos_token_id") else np.float32
-        tail: tuple[int, ...] = leaf.shape[1:2] if field.name == "eos_token_id" else ()
-        shape = (batch, vocab_size) if field.name == "logit_bias" else (batch, *tail)
-        if leaf.shape != shape or leaf.dtype != dtype:
+        dtype = "int32" if name in ("top_k", "max_new_tokens", "eos_token_id") else "float32"
+        tail = {"eos_token_id": ["n"], "logit_bias": [vocab_size]}.get(name, [])  # n: any number of slots
+        shape = list(getattr(leaf, "shape", ()))
+        fits = hasattr(leaf, "dtype") and leaf.dtype == dtype and shape[:1] == [batch] and len(shape) == 1 + len(tail)
+        if not fits or (name == "logit_bias" and shape[1:] != tail):
+            have = f"{leaf.dtype}{shape}" if hasattr(leaf, "dtype") else repr(leaf)
+            want = f"{dtype}[{', '.join(str(size) for size in [batch, *tail])}]"
             raise ValueError(
-                f"sampling.{field.name} is {leaf.dtype}{list(leaf.shape)}; expected {np.dtype(dtype)}{list(shape)} "
-                f"(sampling_params builds all of them from a GenerationConfig)"
+                f"sampling.{name} is {have}; expected {want}; sampling_params(config, ...) builds all of them"
             )
 
 
