@@ -141,7 +141,8 @@ def check_sampling_params(params: SamplingParams, *, batch: int, vocab_size: int
         if name == "logit_bias" and leaf is None:
             continue
         dtype = "int32" if name in ("top_k", "max_new_tokens", "eos_token_id") else "float32"
-        tail = {"eos_token_id": ["n"], "logit_bias": [vocab_size]}.get(name, [])  # n: any number of slots
+        tails: dict[str, list[Any]] = {"eos_token_id": ["n"], "logit_bias": [vocab_size]}  # n: any number
+        tail = tails.get(name, [])
         shape = list(getattr(leaf, "shape", ()))
         fits = hasattr(leaf, "dtype") and leaf.dtype == dtype and shape[:1] == [batch] and len(shape) == 1 + len(tail)
         if not fits or (name == "logit_bias" and shape[1:] != tail):
