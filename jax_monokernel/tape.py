@@ -1,8 +1,8 @@
 """The tape: weights in the order and layout in which each execution unit consumes them.
 
-A matrix [rows, cols] is cut into tiles of 16 rows. Inside a tile the order is [cols / g][16 rows][g] with g neighbouring
-columns together (`Geometry.k_group`), so one 64-byte load of bf16 weights holds two columns of all 16 rows: lanes are rows,
-products need no sum across lanes, and a unit reads its tiles as one contiguous stream.
+A matrix [rows, cols] is cut into tiles of 16 rows. Inside a tile the order is [cols / g][16 rows][g] with g
+neighbouring columns together (`Geometry.k_group`), so one 64-byte load of bf16 weights holds two columns of all 16
+rows: lanes are rows, products need no sum across lanes, and a unit reads its tiles as one contiguous stream.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LAYOUT_VERSION = 1
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tape:
-    """Packed weights. `spec`, `plan` and `layout_version` are static, so a jitted function recompiles when they change."""
+    """Packed weights. `spec`, `plan` and `layout_version` are static: a jitted function recompiles when they change."""
 
     streams: jax.Array  # spec.dtype [units, unit_elems]
     constants: jax.Array  # f32: final norm, RoPE frequencies, then every layer's norms and biases
@@ -154,19 +154,24 @@ def unpack(tape: Tape) -> DecoderWeights:
 
 
 def check_layout(tape: Tape) -> None:
-    """Raises ValueError for a tape whose layout version or array shapes are not those of this package's plan."""
+    """Raises ValueError for a tape whose layout version, shapes or dtypes are not those of this package's plan."""
     if tape.layout_version != LAYOUT_VERSION:
         raise ValueError(
             f"the tape has layout version {tape.layout_version}, this jax_monokernel reads version {LAYOUT_VERSION}; "
             "pack the weights again"
         )
-    geo = geometry(tape.spec, tape.plan)
-    want = {"streams": (tape.plan.units, geo.unit_elems), "constants": (geo.constants,)}
-    for name, shape in want.items():
-        if getattr(tape, name).shape != shape:
-            raise ValueError(f"tape.{name} has shape {getattr(tape, name).shape}; spec and plan ask for {shape}")
-    if (tape.embedding is None) != tape.spec.tied_head:
+    spec, geo = tape.spec, geometry(tape.spec, tape.plan)
+    if (tape.embedding is None) != spec.tied_head:
         raise ValueError("tape.embedding must be None exactly when the spec ties the head to the embedding")
+    want = {"streams": ((tape.plan.units, geo.unit_elems), spec.dtype), "constants": ((geo.constants,), "float32")}
+    if not spec.tied_head:
+        want["embedding"] = ((spec.vocab_size, spec.hidden_size), spec.dtype)
+    for name, (shape, dtype) in want.items():
+        have = getattr(tape, name)
+        if have.shape != shape or have.dtype != dtype:
+            raise ValueError(
+                f"tape.{name} is {have.dtype}{list(have.shape)}; spec and plan ask for {dtype}{list(shape)}"
+            )
 
 
 def _pad_last(x: jax.Array, size: int) -> jax.Array:

@@ -1,0 +1,111 @@
+"""Plans and the geometry that follows from them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from naive import SPECS
+from tape_specs import specs
+
+from jax_monokernel.plan import PHASES, VECTOR_ROLES, Plan, available_cpus, geometry, make_plan
+from jax_monokernel.weights import layer_shapes
+
+
+@settings(max_examples=300, deadline=None)
+@given(spec=specs(), units=st.integers(1, 400))
+def test_tiles_cover_every_matrix_and_never_overlap(spec, units):
+    plan = Plan(platform="cpu", units=units)
+    geo = geometry(spec, plan)
+    used: list[list[tuple[int, int]]] = [[] for _ in range(units)]
+    for phase in PHASES:
+        m = geo.matrices[phase]
+        together = 2 if phase == "gate_up" and spec.gated else 1
+        assert m.rows == m.tiles * 16
+        assert m.cols % geo.k_group == 0
+        assert m.begin[0] == 0
+        assert m.begin[-1] == m.tiles
+        shares = [b - a for a, b in itertools.pairwise(m.begin)]
+        assert min(shares) >= 0
+        assert max(shares) - min(shares) <= together  # as even as tiles allow
+        assert all(b % together == 0 for b in m.begin)  # a gate tile and its up tile stay together
+        for u in range(units):
+            # A tile starts on a cache line's worth of rows, whatever the dtype.
+            assert m.offset[u] % 16 == 0
+            end = m.offset[u] + shares[u] * m.tile_elems
+            if phase == "head":
+                assert m.offset[u] >= geo.layer_elems * spec.num_layers
+                assert end <= geo.unit_elems
+            else:
+                assert end <= geo.layer_elems
+                used[u].append((m.offset[u], end))
+    for ranges in used:
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
+    assert geo.layer_elems % 32 == 0
+    assert geo.unit_elems % 32 == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(spec=specs())
+def test_constants_hold_every_vector_once(spec):
+    geo = geometry(spec, Plan(platform="cpu", units=2))
+    shapes = layer_shapes(spec)
+    ranges = []
+    for role in VECTOR_ROLES:
+        offset = geo.vector_offset[role]
+        assert (offset == -1) == (role not in shapes)
+        if role in shapes:
+            ranges.append((offset, offset + shapes[role][0]))
+    edges = [0, *(edge for pair in sorted(ranges) for edge in pair), geo.layer_constants]
+    assert edges[::2] == edges[1::2]  # no gap, no overlap
+    assert geo.inv_freq_offset == geo.final_norm_offset + spec.hidden_size
+    rows = sum(2 if rope.scaling == "longrope" else 1 for rope in spec.ropes)
+    assert geo.layer_constants_offset == geo.inv_freq_offset + rows * spec.rotary_dim // 2
+    assert geo.constants == geo.layer_constants_offset + spec.num_layers * geo.layer_constants
+
+
+def test_default_plan_uses_the_cpus_but_no_more_than_there_is_work_for(monkeypatch):
+    monkeypatch.delenv("MONOKERNEL_THREADS", raising=False)
+    spec = SPECS["plain"]  # 20 rows: two tiles
+    assert make_plan(spec) == Plan(platform="cpu", units=min(available_cpus(), 2))
+    wide = spec.replace(hidden_size=4096, intermediate_size=4096, num_heads=512, num_kv_heads=512)
+    assert make_plan(wide).units == available_cpus()
+
+
+def test_environment_overrides_the_number_of_threads(monkeypatch):
+    monkeypatch.setenv("MONOKERNEL_THREADS", "7")
+    assert make_plan(SPECS["plain"]).units == 7
+    assert make_plan(SPECS["plain"], units=3).units == 3
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "", "1.5", "99999"])
+def test_bad_thread_counts_in_the_environment_are_named(monkeypatch, value):
+    monkeypatch.setenv("MONOKERNEL_THREADS", value)
+    with pytest.raises(
+        ValueError, match=r"MONOKERNEL_THREADS is '.*'; expected|Plan.units is 99999; expected 1 to 4096"
+    ):
+        make_plan(SPECS["plain"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"platform": "tpu", "units": 1}, "Plan.platform is 'tpu'; expected one of"),
+        ({"platform": "cpu", "units": 0}, "Plan.units is 0; expected 1 to 4096"),
+        ({"platform": "cpu", "units": 4097}, "Plan.units is 4097; expected 1 to 4096"),
+        ({"platform": "cpu", "units": 2, "tile_rows": 8}, "Plan.tile_rows is 8"),
+    ],
+    ids=["platform", "none", "many", "tile"],
+)
+def test_bad_plans_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Plan(**options)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_gpu_plans_need_their_number_of_units(platform):
+    with pytest.raises(ValueError, match="needs units=, the number of multiprocessors or compute units"):
+        make_plan(SPECS["plain"], platform=platform)
+    assert make_plan(SPECS["plain"], platform=platform, units=132) == Plan(platform=platform, units=132)
