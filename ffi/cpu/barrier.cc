@@ -1,5 +1,7 @@
 #include "cpu/barrier.h"
 
+#include <thread>
+
 namespace monokernel::cpu {
 
 void Barrier::reset(int members) {
@@ -21,6 +23,11 @@ uint32_t Barrier::arrive() {
 
 void Barrier::sleep(uint32_t ticket) {
   std::atomic_ref<uint32_t> epoch(epoch_);
+  // If the missing thread waits for this very core, giving way is enough.
+  for (int i = 0; i < 20; i++) {
+    std::this_thread::yield();
+    if (epoch.load(std::memory_order_acquire) != ticket) return;
+  }
   sleepers_.fetch_add(1, std::memory_order_seq_cst);
   while (epoch.load(std::memory_order_seq_cst) == ticket) epoch.wait(ticket, std::memory_order_seq_cst);
   sleepers_.fetch_sub(1, std::memory_order_seq_cst);

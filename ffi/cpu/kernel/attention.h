@@ -5,76 +5,160 @@
 
 constexpr int kPositions = 64;  // of the context, handled at a time
 
-template <typename KV>
-struct AttentionTask {
-  int64_t row;    // request
-  int64_t head;   // key/value head
-  int64_t split;  // part of the context
-  const KV* keys;  // [capacity, head_dim] of this request, layer and head
-  const KV* values;
-};
+constexpr int kHeads = 4;  // query heads that share the loads of a key or value
 
-// Scores of `n` positions for one head: dot products of q [d] (f32, rounded to the cache's dtype) with keys [n, d].
-template <typename KV>
-FORCE void score_block(const float* q, const KV* keys, int64_t d, int64_t n, float* out) {
-  for (int64_t t = 0; t < n; t++) {
-    const KV* k = keys + t * d;
-    Vf a = {}, b = {};
-    int64_t i = 0;
-    for (; i + 2 * LANES <= d; i += 2 * LANES) {
-      a += load(q + i) * load(k + i);
-      b += load(q + i + LANES) * load(k + i + LANES);
-    }
-    if (i + LANES <= d) {
-      a += load(q + i) * load(k + i);
-      i += LANES;
-    }
-    float total = sum(a + b);
-    for (; i < d; i++) total += q[i] * to_float(k[i]);
-    out[t] = total;
-  }
+// The four sums of four vectors' lanes.
+FORCE void sum4(const Vf (&v)[4], float* out) {
+#if LANES == 16
+#define SHUFFLE(a, b, i) \
+  __builtin_shufflevector(a, b, i, i + 16, i + 2, i + 18, i + 4, i + 20, i + 6, i + 22, i + 8, i + 24, i + 10, i + 26, \
+                          i + 12, i + 28, i + 14, i + 30)
+#define SHUFFLE2(a, b, i)                                                                                             \
+  __builtin_shufflevector(a, b, i, i + 1, i + 16, i + 17, i + 4, i + 5, i + 20, i + 21, i + 8, i + 9, i + 24, i + 25, \
+                          i + 12, i + 13, i + 28, i + 29)
+#elif LANES == 8
+#define SHUFFLE(a, b, i) __builtin_shufflevector(a, b, i, i + 8, i + 2, i + 10, i + 4, i + 12, i + 6, i + 14)
+#define SHUFFLE2(a, b, i) __builtin_shufflevector(a, b, i, i + 1, i + 8, i + 9, i + 4, i + 5, i + 12, i + 13)
+#else
+#define SHUFFLE(a, b, i) __builtin_shufflevector(a, b, i, i + 4, i + 2, i + 6)
+#define SHUFFLE2(a, b, i) __builtin_shufflevector(a, b, i, i + 1, i + 4, i + 5)
+#endif
+  Vf low = SHUFFLE(v[0], v[1], 0) + SHUFFLE(v[0], v[1], 1);   // lanes: sums of pairs of v0, v1, v0, v1, ...
+  Vf high = SHUFFLE(v[2], v[3], 0) + SHUFFLE(v[2], v[3], 1);  // likewise of v2, v3
+  Vf all = SHUFFLE2(low, high, 0) + SHUFFLE2(low, high, 2);   // v0, v1, v2, v3 again and again
+#undef SHUFFLE
+#undef SHUFFLE2
+  typedef float V4 __attribute__((vector_size(16)));
+  V4 quarters[LANES / 4];
+  __builtin_memcpy(quarters, &all, sizeof(all));
+#if LANES == 16
+  V4 total = (quarters[0] + quarters[1]) + (quarters[2] + quarters[3]);
+#elif LANES == 8
+  V4 total = quarters[0] + quarters[1];
+#else
+  V4 total = quarters[0];
+#endif
+  __builtin_memcpy(out, &total, sizeof(total));
 }
 
-// acc [d] = acc * scale + sum over n positions of p[t] * values[t].
+// Queries in the form that score_block multiplies keys with: [head_dim] f32, or bf16 where there is an instruction for it.
+#if defined(__AVX512BF16__)
 template <typename KV>
-FORCE void value_block(const float* p, const KV* values, int64_t d, int64_t n, float scale, float* acc) {
+constexpr bool kPairedKeys = __is_same(KV, Bf16);
+#else
+template <typename KV>
+constexpr bool kPairedKeys = false;
+#endif
+
+// Dot products of NH queries with NT consecutive keys (NT: 1 or 4): out[j * stride + t].
+template <int NH, int NT, typename KV>
+FORCE void score_keys(const float* q, const KV* keys, int64_t d, float* out, int64_t stride) {
+  Vf acc[NH][4] = {};
   int64_t i = 0;
-  for (; i + 4 * LANES <= d; i += 4 * LANES) {
-    Vf a0 = load(acc + i) * scale, a1 = load(acc + i + LANES) * scale;
-    Vf a2 = load(acc + i + 2 * LANES) * scale, a3 = load(acc + i + 3 * LANES) * scale;
-    for (int64_t t = 0; t < n; t++) {
-      const KV* v = values + t * d + i;
-      a0 += p[t] * load(v);
-      a1 += p[t] * load(v + LANES);
-      a2 += p[t] * load(v + 2 * LANES);
-      a3 += p[t] * load(v + 3 * LANES);
+#if defined(__AVX512BF16__)
+  if constexpr (kPairedKeys<KV>) {
+    for (; i + 32 <= d; i += 32) {
+#pragma GCC unroll 4
+      for (int j = 0; j < NH; j++) {
+        __m512bh query = (__m512bh)_mm512_loadu_si512((const uint16_t*)(q + j * d) + i);
+#pragma GCC unroll 4
+        for (int t = 0; t < NT; t++) {
+          __m512bh key = (__m512bh)_mm512_loadu_si512(keys + t * d + i);
+          acc[j][t] = (Vf)_mm512_dpbf16_ps((__m512)acc[j][t], query, key);
+        }
+      }
     }
-    store(acc + i, a0);
-    store(acc + i + LANES, a1);
-    store(acc + i + 2 * LANES, a2);
-    store(acc + i + 3 * LANES, a3);
+    for (; i < d; i++) {  // head sizes that are no multiple of 32
+      for (int j = 0; j < NH; j++) {
+        Bf16 query;
+        __builtin_memcpy(&query, (const uint16_t*)(q + j * d) + i, 2);
+        for (int t = 0; t < NT; t++) acc[j][t][0] += to_float(query) * to_float(keys[t * d + i]);
+      }
+    }
   }
-  for (; i + LANES <= d; i += LANES) {
-    Vf a = load(acc + i) * scale;
-    for (int64_t t = 0; t < n; t++) a += p[t] * load(values + t * d + i);
-    store(acc + i, a);
+#endif
+  if constexpr (!kPairedKeys<KV>) {
+    for (; i + LANES <= d; i += LANES) {
+      Vf key[4];
+#pragma GCC unroll 4
+      for (int t = 0; t < NT; t++) key[t] = load(keys + t * d + i);
+#pragma GCC unroll 4
+      for (int j = 0; j < NH; j++) {
+        Vf query = load(q + j * d + i);
+#pragma GCC unroll 4
+        for (int t = 0; t < NT; t++) acc[j][t] += query * key[t];
+      }
+    }
+    for (; i < d; i++) {
+      for (int j = 0; j < NH; j++) {
+        for (int t = 0; t < NT; t++) acc[j][t][0] += q[j * d + i] * to_float(keys[t * d + i]);
+      }
+    }
   }
-  for (; i < d; i++) {
-    float a = acc[i] * scale;
-    for (int64_t t = 0; t < n; t++) a += p[t] * to_float(values[t * d + i]);
-    acc[i] = a;
+#pragma GCC unroll 4
+  for (int j = 0; j < NH; j++) {
+    float sums[4];
+    sum4(acc[j], sums);
+    for (int t = 0; t < NT; t++) out[j * stride + t] = sums[t];
   }
 }
 
-// In place: scores -> probabilities relative to `top`, returns their sum. Entries past n are untouched.
-FORCE float exponentials(float* s, int64_t n, float top) {
-  float total = 0.0f;
-  for (int64_t t = 0; t < n; t += LANES) {
-    Vf e = vexp(load(s + t) - top);  // s has room for whole vectors
-    store(s + t, e);
+// Scores of n positions for NH heads, [NH][kScoreStride]. The values of the same positions are requested meanwhile.
+constexpr int64_t kScoreStride = kPositions + LANES;
+template <int NH, typename KV>
+FORCE void score_block(const float* q, const KV* keys, const KV* values, int64_t d, int64_t n, float* out) {
+  int64_t t = 0;
+  for (; t + 4 <= n; t += 4) {
+    for (int64_t ahead = 0; ahead < 4 * d * (int64_t)sizeof(KV); ahead += 64) {
+      __builtin_prefetch((const char*)(values + t * d) + ahead);
+    }
+    score_keys<NH, 4>(q, keys + t * d, d, out + t, kScoreStride);
   }
-  for (int64_t t = 0; t < n; t++) total += s[t];
-  return total;
+  for (; t < n; t++) score_keys<NH, 1>(q, keys + t * d, d, out + t, kScoreStride);
+}
+
+// acc [NH][d] = acc * scale[j] + sum over n positions of p[j][t] * values[t]. The keys that follow are requested meanwhile.
+template <int NH, int NV, typename KV>
+FORCE void value_columns(const float* p, const KV* values, int64_t d, int64_t n, const float* scale, float* acc) {
+  Vf sums[NH][NV];
+#pragma GCC unroll 4
+  for (int j = 0; j < NH; j++) {
+#pragma GCC unroll 4
+    for (int c = 0; c < NV; c++) sums[j][c] = load(acc + j * d + c * LANES) * scale[j];
+  }
+  for (int64_t t = 0; t < n; t++) {
+    Vf value[NV];
+#pragma GCC unroll 4
+    for (int c = 0; c < NV; c++) value[c] = load(values + t * d + c * LANES);
+#pragma GCC unroll 4
+    for (int j = 0; j < NH; j++) {
+#pragma GCC unroll 4
+      for (int c = 0; c < NV; c++) sums[j][c] += p[j * kScoreStride + t] * value[c];
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < NH; j++) {
+#pragma GCC unroll 4
+    for (int c = 0; c < NV; c++) store(acc + j * d + c * LANES, sums[j][c]);
+  }
+}
+
+template <int NH, typename KV>
+FORCE void value_block(const float* p, const KV* values, const KV* next_keys, int64_t d, int64_t n, const float* scale,
+                       float* acc) {
+  for (int64_t ahead = 0; ahead < n * d * (int64_t)sizeof(KV); ahead += 64) {
+    __builtin_prefetch((const char*)next_keys + ahead);
+  }
+  int64_t i = 0;
+  for (; i + 2 * LANES <= d; i += 2 * LANES) value_columns<NH, 2>(p, values + i, d, n, scale, acc + i);
+  for (; i + LANES <= d; i += LANES) value_columns<NH, 1>(p, values + i, d, n, scale, acc + i);
+  for (; i < d; i++) {
+    for (int j = 0; j < NH; j++) {
+      float total = acc[j * d + i] * scale[j];
+      for (int64_t t = 0; t < n; t++) total += p[j * kScoreStride + t] * to_float(values[t * d + i]);
+      acc[j * d + i] = total;
+    }
+  }
 }
 
 // Takes one head of a request from the QKV phase's output: per-head norm, rotation.
@@ -84,7 +168,49 @@ FORCE void prepare_head(const Program& p, const float* in, const float* norm, co
   if (angles) rotate(out, angles, p.rotary_dim / 2);
 }
 
-// scratch: floats [group * head_dim + kPositions + LANES + head_dim]
+// Runs NH heads over the positions begin to end - 1: unnormalised sums to attended [NH][d], (maximum, sum) to softmax.
+template <int NH, typename KV>
+static void attend_heads(const Program& p, const float* q, const KV* keys, const KV* values, int64_t begin, int64_t end,
+                         float* scores, float* attended, float* softmax) {
+  const int64_t d = p.head_dim;
+  for (int j = 0; j < NH; j++) {
+    for (int64_t i = 0; i < d; i++) attended[j * d + i] = 0.0f;
+    softmax[2 * j] = -__builtin_inff();
+    softmax[2 * j + 1] = 0.0f;
+  }
+  for (int64_t t = begin; t < end; t += kPositions) {
+    const int64_t n = end - t < kPositions ? end - t : kPositions;
+    score_block<NH>(q, keys + t * d, values + t * d, d, n, scores);
+    float scale[NH];
+    for (int j = 0; j < NH; j++) {
+      float* s = scores + j * kScoreStride;
+      for (int64_t i = n; i % LANES; i++) s[i] = -__builtin_inff();  // up to whole vectors
+      Vf tops = splat(softmax[2 * j]);
+      for (int64_t i = 0; i < n; i += LANES) {
+        Vf v = load(s + i) * p.attn_scale;
+        if (p.attn_softcap > 0.0f) v = p.attn_softcap * vtanh(v / p.attn_softcap);
+        store(s + i, v);
+      }
+      // A soft-cap makes -inf finite again.
+      for (int64_t i = n; i % LANES; i++) s[i] = -__builtin_inff();
+      for (int64_t i = 0; i < n; i += LANES) tops = vmax(tops, load(s + i));
+      float top = tops[0];
+      for (int i = 1; i < LANES; i++) top = tops[i] > top ? tops[i] : top;
+      Vf sums = {};
+      for (int64_t i = 0; i < n; i += LANES) {
+        Vf e = vexp(load(s + i) - top);
+        store(s + i, e);
+        sums += e;
+      }
+      scale[j] = t == begin ? 0.0f : __builtin_expf(softmax[2 * j] - top);
+      softmax[2 * j] = top;
+      softmax[2 * j + 1] = softmax[2 * j + 1] * scale[j] + sum(sums);
+    }
+    value_block<NH>(scores, values + t * d, keys + (t + n) * d, d, n, scale, attended);
+  }
+}
+
+// scratch: floats [(group + 1) * head_dim + kHeads * kScoreStride]
 template <typename KV>
 static void attend(Job& job, int64_t layer, int64_t row, int64_t head, int64_t split, const float* qkv,
                    const float* constants, const float* angles, float* scratch) {
@@ -99,9 +225,9 @@ static void attend(Job& job, int64_t layer, int64_t row, int64_t head, int64_t s
   const int64_t visible = position + 1 - first;
   const int64_t begin = first + visible * split / job.splits, end = first + visible * (split + 1) / job.splits;
 
-  float* q = scratch;
-  float* scores = q + group * d;
-  float* fresh = scores + kPositions + LANES;
+  float* scores = scratch;
+  float* fresh = scores + kHeads * kScoreStride;
+  float* q = fresh + d;
   if (end == position + 1) {  // never empty: the last part always has the current token
     const float* k_in = qkv + p.q_size() + head * d;
     prepare_head(p, k_in, constants + p.k_norm, angles, fresh);
@@ -109,34 +235,24 @@ static void attend(Job& job, int64_t layer, int64_t row, int64_t head, int64_t s
     const float* v_in = k_in + p.kv_size();
     for (int64_t i = 0; i < d; i++) round_to(v_in[i], values + position * d + i);
   }
+  for (int64_t j = 0; j < group; j++) {
+    prepare_head(p, qkv + (head * group + j) * d, constants + p.q_norm, angles, fresh);
+    if constexpr (kPairedKeys<KV>) {
+      for (int64_t i = 0; i < d; i++) round_to(fresh[i], (KV*)(q + j * d) + i);
+    } else {
+      for (int64_t i = 0; i < d; i++) q[j * d + i] = rounded<KV>(fresh[i]);
+    }
+  }
 
   const int64_t out_row = (split * job.batch + row) * p.num_heads + head * group;
   float* attended = job.shared.attended + out_row * d;
   float* softmax = job.shared.softmax + out_row * 2;
-  for (int64_t j = 0; j < group; j++) {
-    prepare_head(p, qkv + (head * group + j) * d, constants + p.q_norm, angles, q + j * d);
-    for (int64_t i = 0; i < d; i++) q[j * d + i] = rounded<KV>(q[j * d + i]);
-    for (int64_t i = 0; i < d; i++) attended[j * d + i] = 0.0f;
-    softmax[2 * j] = -__builtin_inff();
-    softmax[2 * j + 1] = 0.0f;
-  }
-  for (int64_t t = begin; t < end; t += kPositions) {
-    const int64_t n = end - t < kPositions ? end - t : kPositions;
-    for (int64_t j = 0; j < group; j++) {
-      score_block(q + j * d, keys + t * d, d, n, scores);
-      float top = softmax[2 * j];
-      for (int64_t i = 0; i < n; i += LANES) {
-        Vf s = load(scores + i) * p.attn_scale;
-        if (p.attn_softcap > 0.0f) s = p.attn_softcap * vtanh(s / p.attn_softcap);
-        store(scores + i, s);
-      }
-      for (int64_t i = 0; i < n; i++) top = scores[i] > top ? scores[i] : top;
-      float scale = t == begin ? 0.0f : __builtin_expf(softmax[2 * j] - top);
-      float total = exponentials(scores, n, top);
-      softmax[2 * j] = top;
-      softmax[2 * j + 1] = softmax[2 * j + 1] * scale + total;
-      value_block(scores, values + t * d, d, n, scale, attended + j * d);
-    }
+  for (int64_t j = 0; j < group; j += kHeads) {
+    auto run = group - j >= 4   ? attend_heads<4, KV>
+               : group - j == 3 ? attend_heads<3, KV>
+               : group - j == 2 ? attend_heads<2, KV>
+                                : attend_heads<1, KV>;
+    run(p, q + j * d, keys, values, begin, end, scores, attended + j * d, softmax + j * 2);
   }
 }
 

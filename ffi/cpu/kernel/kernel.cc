@@ -52,7 +52,7 @@ struct Layout {
     row = place(widest);
     activations = place(job.batch * widest);
     angles = place(job.batch * p.num_ropes * p.rotary_dim);
-    attention = place((p.num_heads / p.num_kv_heads + 1) * p.head_dim + kPositions + LANES);
+    attention = place((p.num_heads / p.num_kv_heads + 1) * p.head_dim + kHeads * kScoreStride);
     total = place(0);
   }
 };
@@ -80,6 +80,8 @@ class Thread {
  private:
   // While waiting, a thread draws the next part of its stream towards its caches. Half of a small L2.
   static constexpr int64_t kIdlePrefetchBytes = 128 * 1024;
+  // Tens of microseconds: longer than threads differ in a phase, shorter than the time slice of whoever took a core.
+  static constexpr int kSpins = 2000;
 
   // Every thread finds the same rows: nobody writes these arrays until the next sampling, many hand-offs away.
   void find_live_rows() {
@@ -100,7 +102,7 @@ class Thread {
     const uint32_t* epoch = job_.barrier.epoch();
     const uint32_t ticket = job_.barrier.arrive();
     int64_t fetched = 0;
-    for (int spins = 0; spins < 20000; spins++) {
+    for (int spins = 0; spins < kSpins; spins++) {
       if (__atomic_load_n(epoch, __ATOMIC_ACQUIRE) != ticket) return;
       if (fetched < bytes) {
         __builtin_prefetch((const char*)next + fetched, 0, 2);

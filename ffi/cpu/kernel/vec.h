@@ -78,12 +78,11 @@ FORCE Vf vmax(Vf a, Vf b) { return select(a > b, a, b); }
 FORCE Vf vmin(Vf a, Vf b) { return select(a < b, a, b); }
 
 FORCE float sum(Vf v) {
-  float parts[LANES];
-  __builtin_memcpy(parts, &v, sizeof(v));
-#pragma GCC unroll 8
-  for (int width = LANES / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) parts[i] += parts[i + width];
-  return parts[0];
+  float total[LANES];
+  __builtin_memcpy(total, &v, sizeof(v));
+#pragma GCC unroll 16
+  for (int i = 1; i < LANES; i++) total[0] += total[i];
+  return total[0];
 }
 
 // e^x to about 1 ulp for x in [-87, 88]; 0 below and the largest finite power above. Cody-Waite reduction to
