@@ -9,14 +9,13 @@ import tempfile
 from pathlib import Path
 
 _SOURCE = Path(__file__).with_name("read_bandwidth.c")
-_BYTES_PER_MEASUREMENT = 8e9  # some tenths of a second
 _WARM_UP_PASSES = 2
 
 
 class Bandwidth:
     """Reads `size` bytes with `threads` threads, over and over. Built by the system's C compiler when it is made."""
 
-    def __init__(self, size: int, threads: int):
+    def __init__(self, size: int, threads: int, *, bytes_per_measurement: float = 8e9):
         compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
         if compiler is None:
             raise RuntimeError("the bandwidth probe needs a C compiler (cc, gcc or clang) on the PATH")
@@ -27,7 +26,7 @@ class Bandwidth:
             self._read = ctypes.CDLL(str(library)).read_bandwidth
         self._read.restype = ctypes.c_size_t
         self._size, self._threads = size, threads
-        self._passes = max(5, int(_BYTES_PER_MEASUREMENT / size))
+        self._passes = max(5, int(bytes_per_measurement / size))
         self.settings = {"passes": self._passes, "compiler_options": " ".join(options[:2])}
 
     def measure(self) -> dict:

@@ -1,9 +1,9 @@
 """The peer that a JAX user would write today: one jitted `fori_loop` over single-token steps, greedy.
 
-Everything a careful user does is done: bf16 weights and KV cache, layers unrolled with one array per layer, fused QKV and
-gate/up matrices, matrices as [out, in] (on a CPU a tenth faster than [in, out]), caches donated and updated in place with
-`dynamic_update_slice`. On a CPU, XLA converts bf16 weights to f32 once before the loop, which then reads twice the bytes;
-keeping it from that is slower.
+Everything a careful user does is done: bf16 weights and KV cache, layers unrolled with one array per layer, fused QKV
+and gate/up matrices, matrices as [out, in] (on a CPU a tenth faster than [in, out]), caches donated and updated by
+`dynamic_update_slice`. On a CPU, XLA converts bf16 weights to f32 once before the loop, which then reads twice the
+bytes; forbidding that is slower.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.ours import prefilled
-from benchmarks.shapes import random_weights
 from jax_monokernel import DecoderSpec
 from jax_monokernel.rope import inverse_frequencies
 from jax_monokernel.weights import DecoderWeights
@@ -106,10 +105,9 @@ def loop(spec: DecoderSpec, params: dict, cache: Cache, token: jax.Array, positi
 
 
 class JaxLoop:
-    """Greedy decoding of `prompt` (int [batch, tokens], equal lengths) with the random weights of `spec`."""
+    """Greedy decoding of `prompt` (int [batch, tokens], equal lengths) with the given weights."""
 
-    def __init__(self, spec: DecoderSpec, prompt: np.ndarray, new_tokens: int):
-        weights = random_weights(spec)
+    def __init__(self, spec: DecoderSpec, weights: DecoderWeights, prompt: np.ndarray, new_tokens: int):
         state = prefilled(spec, weights, prompt, new_tokens)  # not part of what is measured
         keys, values = (np.asarray(cache).transpose(1, 0, 3, 2, 4) for cache in (state.k_cache, state.v_cache))
         self._cache = [(jnp.asarray(k), jnp.asarray(v)) for k, v in zip(keys, values, strict=True)]

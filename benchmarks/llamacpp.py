@@ -84,7 +84,7 @@ class LlamaCpp:
         last, tokens, steps = self._prompt[:, -1], [], []
         for step in range(self._new_tokens):
             steps.append(self._decode(last, np.full(batch, length - 1 + step), rows))
-            last = np.array([self._argmax(row) for row in rows])
+            last = np.array([self._argmax(int(row)) for row in rows])
             tokens.append(last)
         return {"seconds": sum(steps), "steps": steps, "tokens": np.stack(tokens, axis=1).tolist()}
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.shapes import random_weights
 from jax_monokernel import DecoderSpec, DecodeState, empty_state
 from jax_monokernel.decode import decode
 from jax_monokernel.prefill import prefill
@@ -26,10 +25,9 @@ def prefilled(spec: DecoderSpec, weights: DecoderWeights, prompt: np.ndarray, ne
 
 
 class Ours:
-    """Greedy decoding of `prompt` (int [batch, tokens], equal lengths) with the random weights of `spec`."""
+    """Greedy decoding of `prompt` (int [batch, tokens], equal lengths) with the given weights."""
 
-    def __init__(self, spec: DecoderSpec, prompt: np.ndarray, new_tokens: int):
-        weights = random_weights(spec)
+    def __init__(self, spec: DecoderSpec, weights: DecoderWeights, prompt: np.ndarray, new_tokens: int):
         self._state = prefilled(spec, weights, prompt, new_tokens)
         self._tape = jax.block_until_ready(jax.jit(functools.partial(pack, spec))(weights))
         config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens)

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.gguf_model import write_gguf
 from benchmarks.machine import describe_commit, describe_machine, versions
 from benchmarks.shapes import SHAPES, kv_bytes, random_weights, weight_bytes
-from benchmarks.statistics import summarize
+from benchmarks.summary import summarize
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -49,13 +49,11 @@ class Worker:
 
     def close(self) -> None:
         """Ends the child process."""
-        assert self._child.stdin is not None
-        self._child.stdin.close()
         try:
-            self._child.wait(timeout=10)
+            self._child.communicate(timeout=10)  # the end of its input ends it
         except subprocess.TimeoutExpired:
             self._child.kill()
-            self._child.wait()
+            self._child.communicate()
 
     def _ask(self, line: str) -> dict[str, Any]:
         assert self._child.stdin is not None

@@ -27,16 +27,16 @@ def make_peer(job: dict[str, Any]) -> Any:
 
         return LlamaCpp(Path(job["gguf"]), prompt, job["new_tokens"], threads, **settings)
 
-    from benchmarks.shapes import SHAPES
+    from benchmarks.shapes import SHAPES, random_weights
 
     spec = SHAPES[job["shape"]].spec(job["dtype"])
     if kind == "ours":
         from benchmarks.ours import Ours
 
-        return Ours(spec, prompt, job["new_tokens"], **settings)
+        return Ours(spec, random_weights(spec), prompt, job["new_tokens"], **settings)
     from benchmarks.jax_loop import JaxLoop
 
-    return JaxLoop(spec, prompt, job["new_tokens"], **settings)
+    return JaxLoop(spec, random_weights(spec), prompt, job["new_tokens"], **settings)
 
 
 def make_prompt(batch: int, tokens: int, vocab_size: int) -> np.ndarray:

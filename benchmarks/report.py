@@ -1,0 +1,165 @@
+"""Writes the README's benchmark section and its picture from the committed results: `python -m benchmarks.report`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.shapes import SHAPES
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
+_RESULTS = _REPOSITORY / "benchmarks" / "results"
+START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+PICTURE = Path("docs/images/decode-cpu.svg")
+# What the table and the picture show, under these names; other peers in a result are for looking at the JSON.
+_PEERS = {"ours": "jax_monokernel", "llama_cpp": "llama.cpp", "jax_loop": "jitted JAX loop"}
+_COLOURS = {"ours": "#2f6fb5", "llama_cpp": "#a0a0a0", "jax_loop": "#d9a441"}
+
+
+def load_results(folder: Path = _RESULTS) -> list[dict[str, Any]]:
+    """All results in `folder` in the order of the table: by shape, batch, prompt length, threads."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    order = list(SHAPES)
+
+    def key(result: dict[str, Any]) -> tuple:
+        workload = result["workload"]
+        return order.index(workload["shape"]), workload["batch"], workload["prompt_tokens"], workload["threads"]
+
+    return sorted(results, key=key)
+
+
+def section(results: list[dict[str, Any]]) -> str:
+    """The README's section as Markdown, without the markers."""
+    names = " | ".join(f"{name}, tok/s" for name in _PEERS.values())
+    lines = [
+        f"| Shape (random weights) | Batch | Prompt | {names} | vs. llama.cpp | vs. JAX loop | GB/s | of read roof |",
+        f"|---|{'--:|' * (len(_PEERS) + 6)}",
+    ]
+    for result in results:
+        workload, peers = result["workload"], result["peers"]
+        ours = peers.get("ours", {})
+        cells = [
+            SHAPES[workload["shape"]].title,
+            str(workload["batch"]),
+            str(workload["prompt_tokens"]),
+            *(_number(peers.get(name, {}).get("tokens_per_second")) for name in _PEERS),
+            *(_number(peers.get(name, {}).get("ours_is_faster_by"), "{:.2f}x") for name in ("llama_cpp", "jax_loop")),
+            _number(ours.get("gb_per_second")),
+            _number(ours.get("share_of_probe"), "{:.0%}"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *_slowdowns(results), f"![Decode speed]({PICTURE.as_posix()})", "", *_provenance(results)]
+    return "\n".join(lines)
+
+
+def _slowdowns(results: list[dict[str, Any]]) -> list[str]:
+    """What a longer prompt costs each peer, where a shape was measured with more than one length."""
+    lines = []
+    shortest: dict[tuple, dict[str, Any]] = {}
+    for result in results:
+        workload = result["workload"]
+        base = shortest.setdefault((workload["shape"], workload["batch"], workload["threads"]), result)
+        if base is result:
+            continue
+        costs = []
+        for name, peer in _PEERS.items():
+            if name in base["peers"] and name in result["peers"]:
+                factor = base["peers"][name]["tokens_per_second"] / result["peers"][name]["tokens_per_second"]
+                costs.append(f"{factor:.2f}x for {peer}")
+        lengths = f"{workload['prompt_tokens']} tokens instead of {base['workload']['prompt_tokens']}"
+        title = f"{SHAPES[workload['shape']].title}, batch {workload['batch']}"
+        lines.append(f"- {title}: the time per token after a prompt of {lengths} is {', '.join(costs)}.")
+    return [*lines, ""] if lines else []
+
+
+def _provenance(results: list[dict[str, Any]]) -> list[str]:
+    """Where the numbers come from: one line for each different machine, commit or set of versions."""
+    lines = []
+    for result in results:
+        machine, workload = result["machine"], result["workload"]
+        dirty = " with uncommitted changes" if result["dirty"] else ""
+        packages = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        lines.append(
+            f"{machine['cpu']}, {workload['threads']} threads, {machine['memory_gib']:.0f} GiB, {machine['os']}; "
+            f"commit {(result['commit'] or 'unknown')[:12]}{dirty}; {packages}; {workload['dtype']}, greedy, "
+            f"{workload['new_tokens']} new tokens; medians of {workload['repeats']} interleaved rounds; "
+            f"`{result['command']}`"
+        )
+    return [f"- {line}" for line in dict.fromkeys(lines)]
+
+
+def _number(value: float | None, form: str | None = None) -> str:
+    if value is None:
+        return "-"
+    return form.format(value) if form else f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Bars of tokens per second at the shortest prompt and batch 1, with the read roof as a line, as SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    shown: dict[str, dict[str, Any]] = {}
+    for result in results:
+        if result["workload"]["batch"] == 1:
+            shown.setdefault(result["workload"]["shape"], result)
+    # A fixed salt and no date: equal results give an equal file.
+    settings: dict[Any, Any] = {
+        "svg.hashsalt": "benchmarks",
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 9,
+    }
+    with pyplot.rc_context(settings):
+        figure, panels = pyplot.subplots(1, len(shown), figsize=(2.6 * len(shown), 2.8), squeeze=False)
+        for axes, (shape, result) in zip(panels[0], shown.items(), strict=True):
+            peers = {name: result["peers"][name]["tokens_per_second"] for name in _PEERS if name in result["peers"]}
+            titles = [_PEERS[name].replace(" JAX", "\nJAX") for name in peers]
+            bars = axes.bar(titles, list(peers.values()), color=[_COLOURS[name] for name in peers], width=0.65)
+            axes.bar_label(bars, fmt="%.0f")
+            if "probe" in result["peers"]:
+                roof = result["peers"]["probe"]["gb_per_second"] * 1e9 / result["workload"]["bytes_per_step"]
+                axes.axhline(roof, color="#444444", linestyle="--", linewidth=1)
+                axes.text(1, roof, "read roof", transform=axes.get_yaxis_transform(), ha="right", va="bottom")
+            axes.set_title(SHAPES[shape].title)
+            axes.margins(y=0.15)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(axis="x", labelsize=7)
+        panels[0][0].set_ylabel("tokens per second")
+        figure.tight_layout()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def with_section(readme: str, text: str) -> str:
+    """`readme` with `text` between the markers.
+
+    Raises:
+      ValueError: the markers are not there, once each and in order.
+    """
+    if readme.count(START) != 1 or readme.count(END) != 1 or readme.index(START) > readme.index(END):
+        raise ValueError(f"the README needs one line {START} and, after it, one line {END}")
+    before, rest = readme.split(START)
+    return f"{before}{START}\n{text}\n{END}{rest.split(END)[1]}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Rewrites the README's section and the picture."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=_RESULTS, help="folder of JSON files")
+    parser.add_argument("--readme", type=Path, default=_REPOSITORY / "README.md")
+    arguments = parser.parse_args(argv)
+    results = load_results(arguments.results)
+    if not results:
+        parser.error(f"no results in {arguments.results}; make some with python -m benchmarks.run")
+    arguments.readme.write_text(with_section(arguments.readme.read_text(), section(results)))
+    draw(results, arguments.readme.parent / PICTURE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+# Last, so that an installed jax_monokernel is not hidden by its sources.
+_REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.append(str(_REPOSITORY))
+
+from benchmarks import report, run  # noqa: E402
+from benchmarks.bandwidth import Bandwidth  # noqa: E402
+from benchmarks.gguf_model import write_gguf  # noqa: E402
+from benchmarks.jax_loop import JaxLoop  # noqa: E402
+from benchmarks.ours import Ours  # noqa: E402
+from benchmarks.shapes import SHAPES, kv_bytes, random_weights, weight_bytes  # noqa: E402
+from benchmarks.summary import summarize  # noqa: E402
+from benchmarks.worker import make_prompt  # noqa: E402
+
+FAMILIES = {
+    "llama": {},
+    "llama-untied": {"tied_head": False},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+}
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def tiny(family: str, dtype: str = "float32"):
+    """A spec and weights large enough that the tokens vary."""
+    spec = dataclasses.replace(SHAPES["tiny"], **FAMILIES[family]).spec(dtype)
+    weights = random_weights(spec, seed=3)
+
+    def enlarged(path, leaf):
+        return leaf if "norm" in jax.tree_util.keystr(path) else (leaf * 6).astype(leaf.dtype)
+
+    return spec, dataclasses.replace(weights, layers=jax.tree_util.tree_map_with_path(enlarged, weights.layers))
+
+
+@each_family
+def test_jax_loop_gives_our_tokens(family):
+    spec, weights = tiny(family)
+    prompt = make_prompt(2, 20, spec.vocab_size)
+    ours, loop = Ours(spec, weights, prompt, 24), JaxLoop(spec, weights, prompt, 24)
+    tokens = ours.measure()["tokens"]
+    assert len(np.unique(tokens)) > 12, "tokens that hardly vary would prove nothing"
+    for _ in range(2):  # a second measurement starts where the first did
+        assert ours.measure()["tokens"] == loop.measure()["tokens"] == tokens
+
+
+@each_family
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_llama_cpp_gives_our_tokens(family, dtype, tmp_path):
+    pytest.importorskip("gguf", reason="needs gguf: pip install jax-monokernel[bench]")
+    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: pip install jax-monokernel[bench]")
+    from benchmarks.llamacpp import LlamaCpp
+
+    spec, weights = tiny(family, dtype)
+    prompt = make_prompt(2, 20, spec.vocab_size)
+    path = tmp_path / "model.gguf"
+    write_gguf(path, spec, weights)
+    # llama.cpp's flash attention is in f16 where the cache is f32; with a bf16 cache it rounds where we do.
+    peer = LlamaCpp(path, prompt, 24, 2, kv_dtype=dtype, flash_attention=int(dtype == "bfloat16"))
+    ours = Ours(spec, weights, prompt, 24).measure()["tokens"]
+    for _ in range(2):
+        assert peer.measure()["tokens"] == ours
+
+
+def test_gguf_holds_bf16_matrices_bit_for_bit(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="needs gguf: pip install jax-monokernel[bench]")
+    spec, weights = tiny("qwen2", "bfloat16")
+    write_gguf(tmp_path / "model.gguf", spec, weights)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    for name, want in (("token_embd.weight", weights.embedding), ("blk.1.ffn_down.weight", weights.layers.down[1])):
+        assert tensors[name].tensor_type.name == "BF16"
+        assert tensors[name].data.tobytes() == np.asarray(want).tobytes()
+    assert tensors["blk.0.attn_k.bias"].tensor_type.name == "F32"
+    np.testing.assert_array_equal(tensors["blk.0.attn_k.bias"].data, np.asarray(weights.layers.k_bias[0], np.float32))
+
+
+def test_random_weights_are_normal_and_repeatable():
+    spec = SHAPES["10m"].spec()
+    weights = random_weights(spec)
+    gate = np.asarray(weights.layers.gate, np.float32)
+    assert gate.std() == pytest.approx(0.02, rel=0.01)
+    assert np.abs(gate.mean()) < 1e-4
+    assert np.abs(gate).max() == pytest.approx(0.02 * 4.3, rel=0.05)  # of 2^16 equally likely values
+    assert not np.array_equal(gate, np.asarray(weights.layers.up, np.float32))
+    assert np.asarray(weights.final_norm, np.float32).mean() == pytest.approx(1, abs=0.05)
+    for again, leaf in zip(jax.tree.leaves(random_weights(spec)), jax.tree.leaves(weights), strict=True):
+        assert jnp.array_equal(again, leaf)
+
+
+@pytest.mark.parametrize(
+    ("shape", "million"),
+    [("10m", 10.0), ("smollm2-135m", 134.5), ("qwen2.5-0.5b", 494.0), ("qwen3-0.6b", 596.0), ("llama3.2-1b", 1235.8)],
+)
+def test_tied_shapes_have_the_published_parameters(shape, million):
+    assert weight_bytes(SHAPES[shape].spec()) / 2e6 == pytest.approx(million, abs=0.1)
+
+
+def test_bytes_of_a_step():
+    spec = SHAPES["llama3.1-8b"].spec()
+    embedding = spec.vocab_size * spec.hidden_size
+    # 8.03 billion parameters, of which the untied embedding is read one row only.
+    assert weight_bytes(spec) == pytest.approx(2 * (8.0303e9 - embedding), rel=1e-4)
+    assert kv_bytes(spec, 100) == 100 * 2 * 32 * 8 * 128 * 2
+
+
+def test_bandwidth_probe_reads_what_it_says():
+    probe = Bandwidth(3_000_001, threads=2, bytes_per_measurement=1e8)
+    found = probe.measure()
+    assert 0.99 * 3e6 < found["bytes"] <= 3e6
+    assert 0 < found["best"] <= found["seconds"]
+    assert found["bytes"] / found["best"] < 10e12, "the reads were optimised away"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A folder with the result of one short run."""
+    folder = tmp_path_factory.mktemp("results")
+    arguments = ["--shapes", "tiny", "--prompt", "8", "--new-tokens", "8", "--repeats", "1", "--threads", "1"]
+    peers = ["ours", "jax_loop", "probe"]
+    run.main([*arguments, "--dtype", "float32", "--output", str(folder), "--peers", *peers])
+    return folder
+
+
+def test_runner_measures_every_peer(results):
+    (path,) = results.glob("*.json")
+    assert path.name == "tiny-p8-b1-t1.json"
+    assert str(_REPOSITORY) not in path.read_text()
+    result = json.loads(path.read_text())
+    assert {"schema", "date", "command", "commit", "dirty", "machine", "versions", "workload", "peers"} <= set(result)
+    assert result["peers"]["ours"]["tokens_sha256"] == result["peers"]["jax_loop"]["tokens_sha256"]
+    assert all(len(peer["seconds"]) == 1 and peer["gb_per_second"] > 0 for peer in result["peers"].values())
+
+
+def test_report_is_deterministic(results, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install jax-monokernel[bench]")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    written = []
+    for _ in range(2):
+        report.main(["--results", str(results), "--readme", str(readme)])
+        written.append((readme.read_text(), (tmp_path / report.PICTURE).read_bytes()))
+    assert written[0] == written[1]
+    assert "old" not in written[0][0]
+    assert written[0][0].startswith(f"before\n{report.START}\n| Shape")
+    assert written[0][0].endswith(f"{report.END}\nafter\n")
+
+
+def test_summary_compares_within_rounds():
+    workload = {"batch": 2, "new_tokens": 10, "bytes_per_step": 100}
+    # The machine is twice as slow in the second of three rounds.
+    peers = {
+        "ours": {"seconds": [1.0, 2.0, 1.0]},
+        "llama_cpp": {"seconds": [1.5, 3.0, 1.5], "steps": [[0.1] * 10] * 3},
+        "probe": {"seconds": [0.5, 1.0, 0.5], "best": [0.5, 1.0, 0.5], "bytes": 1000},
+    }
+    found = summarize({"workload": workload, "peers": peers})["peers"]
+    assert found["ours"]["tokens_per_second"] == 20
+    assert found["ours"]["ms_per_step"] == {"median": 100, "p10": 100, "p90": 180, "min": 100}
+    assert found["ours"]["share_of_probe"] == 0.5
+    assert found["llama_cpp"]["ours_is_faster_by"] == 1.5
+    assert found["llama_cpp"]["ms_of_single_steps"]["p90"] == 100
+    assert "ours_is_faster_by" not in found["probe"] | found["ours"]
+
+
+def test_readme_shows_the_committed_results():
+    results = report.load_results()
+    if not results:
+        pytest.skip("no results are committed")
+    readme = (_REPOSITORY / "README.md").read_text()
+    assert report.with_section(readme, report.section(results)) == readme, "run python -m benchmarks.report"
+
+
+def test_readme_without_markers_is_an_error():
+    with pytest.raises(ValueError, match="benchmarks:start"):
+        report.with_section("no markers", "text")
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("ours", ("ours", {}, {})),
+        ("llama_cpp:mmap=1,kv_dtype=bfloat16", ("llama_cpp", {"mmap": 1, "kv_dtype": "bfloat16"}, {})),
+        ("llama_cpp:GLIBC_TUNABLES=a.b=1", ("llama_cpp", {}, {"GLIBC_TUNABLES": "a.b=1"})),
+    ],
+)
+def test_peer_settings(text, want):
+    assert run.parse_peer(text) == want
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--peers", "thors"], ["--peers", "ours:x"], ["--shapes", "gpt"], ["--prompt", "1"]]
+)
+def test_bad_arguments_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as e:
+        run.main(arguments)
+    assert e.value.code == 2
+    assert "error: " in capsys.readouterr().err
