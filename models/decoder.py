@@ -84,6 +84,15 @@ class Decoder(nnx.Module):
         """
         return None if self.origin is None else self.origin.tokenizer
 
+    @property
+    def eos_token_id(self) -> tuple[int, ...]:
+        """The tokens that end a text; empty for a model that was not loaded.
+
+        Raises:
+          CheckpointError: a file that names them is damaged.
+        """
+        return () if self.origin is None else self.origin.eos_token_id
+
     def decoder_weights(self) -> DecoderWeights:
         """The parameters' current values, by role."""
         return DecoderWeights(
