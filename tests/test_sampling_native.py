@@ -161,7 +161,10 @@ def test_nothing_to_choose_from():
 def test_everything_banned():
     logits, seen, key_data, position, _ = random_case(13, 64, 300)
     params = oracle.make_params(64, 300, temperature=np.resize([0, 1], 64), logit_bias=-np.inf)
-    got, want = run_native(logits, seen, key_data, position, params), jit_sample(logits, seen, key_data, position, params)
+    got, want = (
+        run_native(logits, seen, key_data, position, params),
+        jit_sample(logits, seen, key_data, position, params),
+    )
     np.testing.assert_array_equal(got[0], 0)
     np.testing.assert_array_equal(want[0], 0)
     np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-5)
