@@ -1,0 +1,186 @@
+"""The `jax-monokernel` command."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from jax_monokernel._version import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Decode language models from JAX, a whole request in one XLA custom call.",
+)
+
+# Tokens between two looks of the host at a decode, and so between two pieces of printed text.
+_CHUNK = 16
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _fail(message: object) -> NoReturn:
+    # One line, whatever the error's text looks like.
+    typer.echo("error: " + " ".join(str(message).split()), err=True)
+    raise typer.Exit(2)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint folder or Hugging Face model id. By default the small model in this package."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate.")] = 160,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.")] = 0.7,
+    top_k: Annotated[int, typer.Option(min=0, help="Choose among this many likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens of this total probability.")] = 0.9,
+    min_p: Annotated[float, typer.Option(help="Leave out tokens below this share of the likeliest's probability.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that occurred become less likely.")] = 1.05,
+    seed: Annotated[int, typer.Option(help="The same seed and prompt give the same text.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32. By default as the checkpoint says.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads. By default MONOKERNEL_THREADS, else all CPUs available.")
+    ] = None,
+    stats: Annotated[bool, typer.Option(help="Print speed and share of the memory roof at the end.")] = True,
+) -> None:
+    """Continue a prompt, printing the text as it is made."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    options = {
+        "do_sample": temperature > 0,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    try:
+        _generate(text, model, max_new_tokens, options, seed, dtype, threads, stats)
+    except KeyboardInterrupt:
+        typer.echo("\ninterrupted", err=True)
+        raise typer.Exit(130) from None
+    except (ValueError, OSError) as error:
+        _fail(error)
+
+
+def _generate(
+    text: str,
+    source: str | None,
+    max_new_tokens: int,
+    options: dict[str, Any],
+    seed: int,
+    dtype: str | None,
+    threads: int | None,
+    stats: bool,
+) -> None:
+    # Here rather than above, so that --help and usage errors do not wait for JAX.
+    import jax
+    import numpy as np
+
+    from jax_monokernel import models
+    from jax_monokernel.decode import decode
+    from jax_monokernel.generation_config import GenerationConfig
+    from jax_monokernel.plan import make_plan
+    from jax_monokernel.prefill import bucket, check_ids
+    from jax_monokernel.prepared import prepare
+    from jax_monokernel.prompts import pad
+    from jax_monokernel.sampling import sampling_params
+    from jax_monokernel.state import FULL, RUNNING, empty_state
+
+    config = GenerationConfig(max_new_tokens=max_new_tokens, **options)  # checks the options before the model is loaded
+    loaded = models.from_pretrained(models.SMALL if source is None else source, dtype=dtype)
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer.json, so text cannot be turned into tokens")
+    spec = loaded.spec
+    ready = prepare(loaded, make_plan(spec, units=threads))
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise ValueError("the prompt is empty; give at least one character")
+    check_ids(spec, np.asarray(ids))
+    tokens, lengths = pad([np.asarray(ids, np.int32)])
+
+    def params(count: int) -> Any:
+        chunk = {"max_new_tokens": min(count, _CHUNK), "eos_token_id": ready.eos_token_id}
+        return sampling_params(
+            GenerationConfig(**(options | chunk)), batch=1, vocab_size=spec.vocab_size
+        )
+
+    start = time.perf_counter()
+    state = empty_state(spec, batch=1, capacity=tokens.shape[1] + bucket(max_new_tokens), key=jax.random.key(seed))
+    state = jax.jit(ready.prefill, static_argnums=0)(spec, ready.weights, tokens, lengths, state)
+    step = jax.jit(decode, static_argnames="max_new_tokens", donate_argnames="state")
+    compiled = step.lower(ready.tape, state, params(config.max_new_tokens), max_new_tokens=_CHUNK).compile()
+
+    sys.stdout.write(text)
+    stream = tokenizer.stream()
+    made, seconds, first = 0, [], 0.0
+    while made < max_new_tokens:
+        before = time.perf_counter()
+        result = jax.block_until_ready(compiled(ready.tape, state, params(max_new_tokens - made)))
+        elapsed = time.perf_counter() - before
+        state, count = result.state, int(result.lengths[0])
+        first = first or time.perf_counter() - start
+        made += count
+        if count:
+            seconds.append(elapsed / count)
+        for token in np.asarray(result.tokens[0, :count]).tolist():
+            sys.stdout.write(stream.put(token))
+        sys.stdout.flush()
+        if int(state.status[0]) != RUNNING:
+            break
+    sys.stdout.write(stream.finish() + "\n")
+    sys.stdout.flush()
+    if int(state.status[0]) == FULL:
+        typer.echo("the KV cache is full", err=True)
+    if stats and seconds:
+        _print_stats(made, statistics.median(seconds), first, ready.tape)
+
+
+def _print_stats(made: int, seconds_per_token: float, first: float, tape: Any) -> None:
+    from jax_monokernel import _native
+
+    # The roof: how fast as many threads read as many bytes and do nothing else with them.
+    passes = _native.read_bandwidth(max(tape.bytes_per_token, 1 << 20), tape.plan.units, 7)
+    roof = tape.bytes_per_token / statistics.median(passes)
+    rate = tape.bytes_per_token / seconds_per_token
+    typer.echo(
+        f"\n{made} tokens, {1 / seconds_per_token:,.0f} tok/s; weights read at {rate / 1e9:.1f} GB/s, "
+        f"{rate / roof:.0%} of the {roof / 1e9:.1f} GB/s that {tape.plan.units} threads can read; "
+        f"first text after {first:.1f} s, compilation included",
+        err=True,
+    )
+
+
+@app.command(name="isa")
+def isa() -> None:
+    """Print the CPU kernels that this machine can run, the one in use first."""
+    from jax_monokernel import _native
+
+    try:
+        current = _native.current_isa()
+    except ValueError as error:
+        _fail(error)
+    typer.echo("\n".join([current, *(name for name in _native.available_isas() if name != current)]))
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
