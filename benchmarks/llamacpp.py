@@ -26,6 +26,11 @@ class LlamaCpp:
 
     Only `llama_decode` is timed, as llama-bench does: choosing the next token is not, which flatters llama.cpp by the
     time that an arg-max takes. The one-token graph is built before the clock starts.
+
+    Args:
+      kv_dtype: of the KV cache.
+      flash_attention: 1, 0, or -1 for llama.cpp's own choice.
+      mmap: 1 to map the file, 0 to read it into memory.
     """
 
     def __init__(
@@ -36,8 +41,8 @@ class LlamaCpp:
         threads: int,
         *,
         kv_dtype: str = "float16",
-        flash_attention: int = 1,
-        mmap: int = 0,
+        flash_attention: int = -1,
+        mmap: int = 1,
     ):
         self.settings = {
             "kv_dtype": kv_dtype,

@@ -5,14 +5,33 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _PACKAGES = ("jax-monokernel", "jax", "jaxlib", "llama-cpp-python", "gguf", "numpy")
 # Made from results, so a change there does not make the measured code another one.
 _GENERATED = ("README.md", "benchmarks/results", "docs/images")
+
+# Share of the CPUs busy with other work from which on a measurement says little.
+BUSY = 0.05
+
+
+def busy_share(seconds: float = 1.0) -> float:
+    """Share of all CPUs' time, 0 to 1, that something used while this process slept for `seconds`; 0 where unknown."""
+
+    def idle_and_all() -> np.ndarray:
+        ticks = np.array((_read(Path("/proc/stat")) or "cpu 0 0 0 1 0").splitlines()[0].split()[1:], float)
+        return np.array([ticks[3] + ticks[4], ticks[:8].sum()])  # idle and waiting for disks; guests count as user
+
+    before = idle_and_all()
+    time.sleep(seconds)
+    idle, total = idle_and_all() - before
+    return float(1 - idle / total) if total > 0 else 0.0
 
 
 def describe_machine() -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import BUSY
 from benchmarks.shapes import SHAPES
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
@@ -30,6 +31,18 @@ def load_results(folder: Path = _RESULTS) -> list[dict[str, Any]]:
     return sorted(results, key=key)
 
 
+def _fastest(result: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """(label, numbers) of ours, and of each other kind of peer with its fastest setting in this result."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for label, peer in result["peers"].items():
+        kind = label.split(":")[0]
+        if kind == "ours" and label != "ours":
+            continue
+        if kind in _PEERS and (kind not in found or peer["tokens_per_second"] > found[kind][1]["tokens_per_second"]):
+            found[kind] = label, peer
+    return found
+
+
 def section(results: list[dict[str, Any]]) -> str:
     """The README's section as Markdown, without the markers."""
     names = " | ".join(f"{name}, tok/s" for name in _PEERS.values())
@@ -38,7 +51,8 @@ def section(results: list[dict[str, Any]]) -> str:
         f"|---|{'--:|' * (len(_PEERS) + 6)}",
     ]
     for result in results:
-        workload, peers = result["workload"], result["peers"]
+        workload = result["workload"]
+        peers = {kind: peer for kind, (_, peer) in _fastest(result).items()}
         ours = peers.get("ours", {})
         cells = [
             SHAPES[workload["shape"]].title,
@@ -50,8 +64,28 @@ def section(results: list[dict[str, Any]]) -> str:
             _number(ours.get("share_of_probe"), "{:.0%}"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *_slowdowns(results), f"![Decode speed]({PICTURE.as_posix()})", "", *_provenance(results)]
+    lines += [
+        "",
+        *_llama_settings(results),
+        *_slowdowns(results),
+        f"![Decode speed]({PICTURE.as_posix()})",
+        "",
+        *_provenance(results),
+    ]
     return "\n".join(lines)
+
+
+def _llama_settings(results: list[dict[str, Any]]) -> list[str]:
+    """Which of the settings measured is shown as llama.cpp, where there were several."""
+    lines = []
+    for result in results:
+        tried = [label for label in result["peers"] if label.startswith("llama_cpp")]
+        if len(tried) > 1:
+            workload, (label, _) = result["workload"], _fastest(result)["llama_cpp"]
+            setting = label.partition(":")[2] or "its defaults"
+            where = f"{SHAPES[workload['shape']].title}, batch {workload['batch']}, prompt {workload['prompt_tokens']}"
+            lines.append(f"- {where}: llama.cpp with `{setting}`, the fastest of {len(tried)} settings.")
+    return [*lines, ""] if lines else []
 
 
 def _slowdowns(results: list[dict[str, Any]]) -> list[str]:
@@ -64,10 +98,11 @@ def _slowdowns(results: list[dict[str, Any]]) -> list[str]:
         if base is result:
             continue
         costs = []
-        for name, peer in _PEERS.items():
-            if name in base["peers"] and name in result["peers"]:
-                factor = base["peers"][name]["tokens_per_second"] / result["peers"][name]["tokens_per_second"]
-                costs.append(f"{factor:.2f}x for {peer}")
+        before, after = _fastest(base), _fastest(result)
+        for kind, name in _PEERS.items():
+            if kind in before and kind in after:
+                factor = before[kind][1]["tokens_per_second"] / after[kind][1]["tokens_per_second"]
+                costs.append(f"{factor:.2f}x for {name}")
         lengths = f"{workload['prompt_tokens']} tokens instead of {base['workload']['prompt_tokens']}"
         title = f"{SHAPES[workload['shape']].title}, batch {workload['batch']}"
         lines.append(f"- {title}: the time per token after a prompt of {lengths} is {', '.join(costs)}.")
@@ -80,9 +115,10 @@ def _provenance(results: list[dict[str, Any]]) -> list[str]:
     for result in results:
         machine, workload = result["machine"], result["workload"]
         dirty = " with uncommitted changes" if result["dirty"] else ""
+        busy = f", {result['busy']:.0%} busy with other work" if result["busy"] > BUSY else ""
         packages = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         lines.append(
-            f"{machine['cpu']}, {workload['threads']} threads, {machine['memory_gib']:.0f} GiB, {machine['os']}; "
+            f"{machine['cpu']}, {workload['threads']} threads, {machine['memory_gib']:.0f} GiB, {machine['os']}{busy}; "
             f"commit {(result['commit'] or 'unknown')[:12]}{dirty}; {packages}; {workload['dtype']}, greedy, "
             f"{workload['new_tokens']} new tokens; medians of {workload['repeats']} interleaved rounds; "
             f"`{result['command']}`"
@@ -115,9 +151,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         "font.size": 9,
     }
     with pyplot.rc_context(settings):
-        figure, panels = pyplot.subplots(1, len(shown), figsize=(2.6 * len(shown), 2.8), squeeze=False)
+        figure, panels = pyplot.subplots(1, len(shown), figsize=(3.1 * len(shown), 2.8), squeeze=False)
         for axes, (shape, result) in zip(panels[0], shown.items(), strict=True):
-            peers = {name: result["peers"][name]["tokens_per_second"] for name in _PEERS if name in result["peers"]}
+            peers = {kind: peer["tokens_per_second"] for kind, (_, peer) in sorted(_fastest(result).items())}
             titles = [_PEERS[name].replace(" JAX", "\nJAX") for name in peers]
             bars = axes.bar(titles, list(peers.values()), color=[_COLOURS[name] for name in peers], width=0.65)
             axes.bar_label(bars, fmt="%.0f")

@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,25 @@ import jax
 import numpy as np
 
 from benchmarks.gguf_model import write_gguf
-from benchmarks.machine import describe_commit, describe_machine, versions
+from benchmarks.machine import BUSY, busy_share, describe_commit, describe_machine, versions
 from benchmarks.shapes import SHAPES, kv_bytes, random_weights, weight_bytes
 from benchmarks.summary import summarize
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 PEERS = ("ours", "llama_cpp", "jax_loop", "probe")
+# llama.cpp as it comes, and with what may make it faster: huge pages (which a mapped file does not get), and those
+# without flash attention. The report compares with the fastest.
+_HUGE_PAGES = "mmap=0,GLIBC_TUNABLES=glibc.malloc.hugetlb=1"
+DEFAULT_PEERS = (
+    "ours",
+    "llama_cpp",
+    f"llama_cpp:{_HUGE_PAGES}",
+    f"llama_cpp:flash_attention=0,{_HUGE_PAGES}",
+    "jax_loop",
+    "probe",
+)
+_PAUSE_SECONDS = 0.05  # lets a peer's threads, which may spin for a while after their work, fall asleep
 
 
 class Worker:
@@ -151,6 +164,7 @@ def _interleave(workers: list[Worker], repeats: int) -> dict[str, dict[str, Any]
         # Each round starts with another peer, so that none always follows the same one.
         start = round_number % len(workers)
         for worker in workers[start:] + workers[:start]:
+            time.sleep(_PAUSE_SECONDS)
             found = worker.measure()
             peer = measured[worker.label]
             if "tokens" in found:
@@ -195,7 +209,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--peers",
         nargs="+",
-        default=list(PEERS),
+        default=list(DEFAULT_PEERS),
         metavar="PEER[:NAME=VALUE,...]",
         help=f"of {', '.join(PEERS)}; settings are arguments of the peer, or environment variables in capitals",
     )
@@ -233,6 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     for shape, prompt, batch in itertools.product(arguments.shapes.split(","), arguments.prompt, arguments.batch):
         name = f"{shape}-p{prompt}-b{batch}-t{arguments.threads}"
         print(name, file=sys.stderr)
+        busy = busy_share()
         found = measure(
             shape,
             peers=arguments.peers,
@@ -244,7 +259,10 @@ def main(argv: list[str] | None = None) -> None:
             dtype=arguments.dtype,
             llama_python=arguments.llama_python,
         )
-        result = {"schema": 1, **provenance, **summarize(found)}
+        busy = round(max(busy, busy_share()), 3)
+        if busy > BUSY:
+            print(f"  other work kept the CPUs {busy:.0%} busy: these numbers say little", file=sys.stderr)
+        result = {"schema": 1, **provenance, "busy": busy, **summarize(found)}
         Path(arguments.output, f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         for label, peer in result["peers"].items():
             print(f"  {describe(label, peer)}")
