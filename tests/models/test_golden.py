@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-
 import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden.cases import CASES
-from golden.models import golden_model
+from golden.models import golden_model, greedy, quick_jit
 
-from jax_monokernel import DecoderSpec, DecoderWeights, GenerationConfig, empty_state, sampling_params
-from jax_monokernel.decode import decode
 from jax_monokernel.forward import forward
 from jax_monokernel.models.registry import FAMILIES, family_of
-from jax_monokernel.prefill import prefill
-from jax_monokernel.state import DecodeResult
-from jax_monokernel.tape import pack
 from jax_monokernel.weights import check_weights
 
 # Of float32 logits and log-probabilities, in units of the largest logit. Float32 programs that add in another order
@@ -30,31 +23,7 @@ _ONE_EACH = {case.config["model_type"]: name for name, case in reversed(CASES.it
 BY_REFERENCE = {*_ONE_EACH.values(), *(name for name in CASES if "crossing" in name or "nested" in name)}
 RUNS = [(name, "cpu") for name in CASES] + [(name, "reference") for name in CASES if name in BY_REFERENCE]
 
-# These programs run for milliseconds and compile for seconds.
-_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-@functools.partial(jax.jit, static_argnums=0, compiler_options=_QUICK)
-def prompt_logits(spec: DecoderSpec, weights: DecoderWeights, prompt: jax.Array) -> jax.Array:
-    return forward(spec, weights, prompt)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3), compiler_options=_QUICK)
-def greedy(spec: DecoderSpec, weights: DecoderWeights, prompt: jax.Array, backend: str) -> DecodeResult:
-    batch, length = prompt.shape
-    state = empty_state(spec, batch=batch, capacity=length + golden.NEW_TOKENS - 1, key=jax.random.key(0))
-    state = prefill(spec, weights, prompt, jnp.full(batch, length, jnp.int32), state)
-    params = sampling_params(
-        GenerationConfig(max_new_tokens=golden.NEW_TOKENS), batch=batch, vocab_size=spec.vocab_size
-    )
-    return decode(
-        pack(spec, weights),
-        state,
-        params,
-        max_new_tokens=golden.NEW_TOKENS,
-        return_log_probs=True,
-        backend=None if backend == "cpu" else backend,
-    )
+prompt_logits = quick_jit(forward, static_argnums=0)
 
 
 def largest(case: golden.Golden) -> float:
@@ -78,7 +47,9 @@ def test_prompt_logits_equal_those_of_transformers(name):
 def test_greedy_tokens_equal_those_of_transformers(name, backend):
     case = golden.read(name)
     model = golden_model(case)
-    result = greedy(model.spec, model.decoder_weights(), jnp.array([case.prompt], jnp.int32), backend)
+    result = greedy(
+        model.spec, model.decoder_weights(), jnp.array([case.prompt], jnp.int32), golden.NEW_TOKENS, backend
+    )
     assert result.tokens[0].tolist() == case.greedy
     np.testing.assert_allclose(result.log_probs[0], case.log_probs, rtol=0, atol=2 * TOLERANCE * largest(case))
 

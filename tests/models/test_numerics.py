@@ -9,14 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.models import golden_model
+from golden.models import golden_model, greedy, quick_jit
 
-from jax_monokernel import GenerationConfig, empty_state, sampling_params
-from jax_monokernel.decode import decode
 from jax_monokernel.forward import forward
-from jax_monokernel.prefill import prefill
 from jax_monokernel.rope import inverse_frequencies
-from jax_monokernel.tape import pack
 
 
 def rounded(x, dtype):
@@ -99,7 +95,7 @@ def error(a, b):
     return float(np.median(np.abs(a - b)) / np.abs(b).max())
 
 
-LENGTH = 5
+LENGTH, NEW = 5, 6
 
 
 @functools.cache
@@ -108,7 +104,7 @@ def run(name, dtype, kv_dtype):
     model = golden_model(case, dtype)
     spec, weights = model.spec.replace(kv_dtype=kv_dtype), model.decoder_weights()
     tokens = np.array(case.prompt[:LENGTH])
-    ours = jax.jit(forward, static_argnums=0)(spec, weights, jnp.array(tokens)[None])[0]
+    ours = quick_jit(forward, static_argnums=0)(spec, weights, jnp.array(tokens)[None])[0]
     return spec, weights, tokens, np.asarray(ours, np.float64)
 
 
@@ -136,12 +132,8 @@ def test_every_rounding_is_seen_by_the_comparison(place):
 @pytest.mark.parametrize(("name", "dtype", "kv_dtype"), [case for case in CASES if "float16" not in case])
 def test_native_decode_rounds_where_the_document_says(name, dtype, kv_dtype):
     spec, weights, tokens, _ = run(name, dtype, kv_dtype)
-    new = 6
-    state = empty_state(spec, batch=1, capacity=LENGTH + new, key=jax.random.key(0))
-    state = prefill(spec, weights, jnp.array(tokens, jnp.int32)[None], jnp.array([LENGTH]), state)
-    params = sampling_params(GenerationConfig(max_new_tokens=new), batch=1, vocab_size=spec.vocab_size)
-    result = decode(pack(spec, weights), state, params, max_new_tokens=new, return_log_probs=True)
+    result = greedy(spec, weights, jnp.array(tokens, jnp.int32)[None], NEW, "cpu")
     chosen = np.asarray(result.tokens[0])
     logits = oracle(spec, weights, np.concatenate([tokens, chosen]))[LENGTH - 1 : -1]
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    assert error(np.asarray(result.log_probs[0], np.float64), log_probs[np.arange(new), chosen]) < 1e-6
+    assert error(np.asarray(result.log_probs[0], np.float64), log_probs[np.arange(NEW), chosen]) < 1e-6

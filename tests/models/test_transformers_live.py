@@ -6,12 +6,11 @@ import json
 import warnings
 
 import golden
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden.cases import CASES
-from golden.models import weights_from_tensors
+from golden.models import quick_jit, weights_from_tensors
 from published import PUBLISHED
 
 from jax_monokernel.forward import forward
@@ -59,8 +58,7 @@ def our_logits(config, tensors, prompts, dtype):
     family = family_of(config)
     spec = family.spec_from_config(config, dtype=dtype)
     weights = weights_from_tensors(spec, family.tensor_map(spec), tensors)
-    run = jax.jit(forward, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
-    return np.asarray(run(spec, weights, jnp.array(prompts)))
+    return np.asarray(quick_jit(forward, static_argnums=0)(spec, weights, jnp.array(prompts)))
 
 
 @pytest.mark.parametrize("name", BF16_CASES)
