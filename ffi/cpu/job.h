@@ -42,7 +42,7 @@ struct Job {
   int64_t batch;
   int64_t capacity;
   int64_t max_new_tokens;
-  int64_t splits;  // parts into which each request's context is cut for attention
+  int64_t splits;  // parts of kSplitPositions that the longest context of this call has
   int threads;
 
   const void* streams;     // weight_dtype [units, unit_elems]
@@ -71,6 +71,10 @@ struct Job {
   uint64_t cancel_at_start;
   bool cancelled;  // written by thread 0 before a hand-off, so that all threads leave together
 };
+
+// Attention's unit of work: the part of one request's context between two multiples of this. Fixed places, so that the order
+// of sums depends on a request's position only: not on its neighbours in the batch, nor on the number of threads.
+inline constexpr int64_t kSplitPositions = 256;
 
 // Largest batch one call takes; Python splits larger ones.
 inline constexpr int64_t kMaxBatch = 16;

@@ -210,25 +210,39 @@ static void attend_heads(const Program& p, const float* q, const KV* keys, const
   }
 }
 
+// What a request's token sees in a layer: positions first to end - 1, in `splits` parts.
+struct Context {
+  int64_t first, end, first_split, splits;
+
+  Context(const Job& job, int64_t layer, int64_t row) {
+    const int64_t window = job.program.layers[layer].window;
+    end = job.position[row] + 1;
+    first = window > 0 && end > window ? end - window : 0;
+    first_split = first / kSplitPositions;
+    splits = (end - 1) / kSplitPositions + 1 - first_split;
+  }
+  int64_t begin_of(int64_t split) const {
+    const int64_t begin = (first_split + split) * kSplitPositions;
+    return begin < first ? first : begin;
+  }
+  int64_t end_of(int64_t split) const { return split + 1 == splits ? end : (first_split + split + 1) * kSplitPositions; }
+};
+
 // scratch: floats [(group + 1) * head_dim + kHeads * kScoreStride]
 template <typename KV>
-static void attend(Job& job, int64_t layer, int64_t row, int64_t head, int64_t split, const float* qkv,
-                   const float* constants, const float* angles, float* scratch) {
+static void attend(Job& job, const Context& context, int64_t layer, int64_t row, int64_t head, int64_t split,
+                   const float* qkv, const float* constants, const float* angles, float* scratch) {
   const Program& p = job.program;
   const int64_t d = p.head_dim, group = p.num_heads / p.num_kv_heads, position = job.position[row];
   const int64_t cache = (((row * p.num_layers + layer) * p.num_kv_heads) + head) * job.capacity * d;
   KV* keys = (KV*)job.k_cache + cache;
   KV* values = (KV*)job.v_cache + cache;
 
-  const int64_t window = p.layers[layer].window;
-  const int64_t first = window > 0 && position + 1 > window ? position + 1 - window : 0;
-  const int64_t visible = position + 1 - first;
-  const int64_t begin = first + visible * split / job.splits, end = first + visible * (split + 1) / job.splits;
-
+  const int64_t begin = context.begin_of(split), end = context.end_of(split);
   float* scores = scratch;
   float* fresh = scores + kHeads * kScoreStride;
   float* q = fresh + d;
-  if (end == position + 1) {  // never empty: the last part always has the current token
+  if (end == position + 1) {  // the last part always has the current token
     const float* k_in = qkv + p.q_size() + head * d;
     prepare_head(p, k_in, constants + p.k_norm, angles, fresh);
     for (int64_t i = 0; i < d; i++) round_to(fresh[i], keys + position * d + i);
@@ -257,20 +271,19 @@ static void attend(Job& job, int64_t layer, int64_t row, int64_t head, int64_t s
 }
 
 // Joins the parts of one request: out [q_size].
-FORCE void combine_splits(const Job& job, int64_t row, float* out) {
+FORCE void combine_splits(const Job& job, const Context& context, int64_t row, float* out) {
   const Program& p = job.program;
   const int64_t d = p.head_dim;
   for (int64_t h = 0; h < p.num_heads; h++, out += d) {
     const int64_t stride = job.batch * p.num_heads, index = row * p.num_heads + h;
     float top = -__builtin_inff(), total = 0.0f;
-    for (int64_t s = 0; s < job.splits; s++) {
+    for (int64_t s = 0; s < context.splits; s++) {
       float m = job.shared.softmax[(s * stride + index) * 2];
       top = m > top ? m : top;
     }
     for (int64_t i = 0; i < d; i++) out[i] = 0.0f;
-    for (int64_t s = 0; s < job.splits; s++) {
+    for (int64_t s = 0; s < context.splits; s++) {
       const float* part = job.shared.softmax + (s * stride + index) * 2;
-      if (part[1] == 0.0f) continue;  // an empty part
       float weight = __builtin_expf(part[0] - top);
       total += part[1] * weight;
       const float* values = job.shared.attended + (s * stride + index) * d;

@@ -240,32 +240,33 @@ class Thread {
 
   void p2_attend(int64_t layer, const float* c) {
     const int64_t width = p_.q_size() + 2 * p_.kv_size();
-    const int64_t tasks = live_ * p_.num_kv_heads * job_.splits;
+    int64_t tasks = 0;
+    for (int64_t i = 0; i < live_; i++) tasks += p_.num_kv_heads * Context(job_, layer, rows_[i]).splits;
     const int64_t begin = tasks * thread_ / job_.threads, end = tasks * (thread_ + 1) / job_.threads;
     const int64_t rope = p_.layers[layer].rope;
-    int64_t normed = -1;
-    for (int64_t task = begin; task < end; task++) {
-      // Parts of one head's context are neighbours, so a thread's share of a long context is one run of memory.
-      const int64_t split = task % job_.splits, head = task / job_.splits % p_.num_kv_heads;
-      const int64_t i = task / job_.splits / p_.num_kv_heads;
+    int64_t task = 0;  // first one of request i
+    for (int64_t i = 0; i < live_ && task < end; i++) {
+      const Context context(job_, layer, rows_[i]);
+      const int64_t next = task + p_.num_kv_heads * context.splits;
       const float* qkv = job_.shared.qkv + rows_[i] * width;
-      if (p_.qk_norm == 2) {
-        if (normed != i) {
-          rms_norm(p_, qkv, c + p_.q_norm, p_.q_size(), row());
-          rms_norm(p_, qkv + p_.q_size(), c + p_.k_norm, p_.kv_size(), row() + p_.q_size());
-          __builtin_memcpy(row() + p_.q_size() + p_.kv_size(), qkv + p_.q_size() + p_.kv_size(), (size_t)p_.kv_size() * 4);
-          normed = i;
-        }
+      if (p_.qk_norm == 2 && next > begin) {
+        rms_norm(p_, qkv, c + p_.q_norm, p_.q_size(), row());
+        rms_norm(p_, qkv + p_.q_size(), c + p_.k_norm, p_.kv_size(), row() + p_.q_size());
+        __builtin_memcpy(row() + p_.q_size() + p_.kv_size(), qkv + p_.q_size() + p_.kv_size(), (size_t)p_.kv_size() * 4);
         qkv = row();
       }
-      attend<KV>(job_, layer, rows_[i], head, split, qkv, c, rope < 0 ? nullptr : angles(i, rope),
-                 memory_ + layout_.attention);
+      // Parts of one head's context are neighbours, so a thread's share of a long context is one run of memory.
+      for (int64_t t = larger(begin, task); t < next && t < end; t++) {
+        attend<KV>(job_, context, layer, rows_[i], (t - task) / context.splits, (t - task) % context.splits, qkv, c,
+                   rope < 0 ? nullptr : angles(i, rope), memory_ + layout_.attention);
+      }
+      task = next;
     }
   }
 
   void p3_project_out(int64_t layer, const float* c) {
     for (int64_t i = 0; i < live_; i++) {
-      combine_splits(job_, rows_[i], row());
+      combine_splits(job_, Context(job_, layer, rows_[i]), rows_[i], row());
       use_row(i, row(), p_.q_size());
     }
     multiply_to(kO, layer, part(c, p_.o_bias), p_.hidden_size, job_.shared.projected);
