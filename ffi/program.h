@@ -7,6 +7,7 @@
 
 // One int64 each. Offsets are in elements; -1 means that the model has no such part.
 #define MONOKERNEL_INT_FIELDS(X)                                                                                      \
+  X(platform) /* that the weights are packed for: 0 cpu, 1 cuda, 2 rocm */                                            \
   X(vocab_size)                                                                                                       \
   X(hidden_size)                                                                                                      \
   X(intermediate_size)                                                                                                \

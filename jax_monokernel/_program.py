@@ -11,6 +11,7 @@ from jax_monokernel.plan import PHASES, VECTOR_ROLES, Plan, geometry
 from jax_monokernel.spec import DecoderSpec
 
 _DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}
+_PLATFORMS = {"cpu": 0, "cuda": 1, "rocm": 2}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _QK_NORMS = {None: 0, "head": 1, "full": 2}
 _ROPE_SCALINGS = {"dynamic": 1, "longrope": 2}  # the others are tables of frequencies like any
@@ -25,6 +26,7 @@ def program(spec: DecoderSpec, plan: Plan) -> dict[str, np.ndarray]:
     # k and v biases follow q's, which is the only one the native side looks up.
     values |= {role: geo.vector_offset[role] for role in VECTOR_ROLES if role not in ("k_bias", "v_bias")}
     values |= {
+        "platform": _PLATFORMS[plan.platform],
         "num_ropes": len(spec.ropes),
         "units": plan.units,
         "qk_norm": _QK_NORMS[spec.qk_norm],

@@ -5,7 +5,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <numeric>
 #include <string>
 #include <thread>
 
@@ -23,9 +22,7 @@ ffi::Error invalid(const std::string& message) { return ffi::Error::InvalidArgum
 #define REQUIRE(condition, message) \
   if (!(condition)) return invalid(message)
 
-constexpr int64_t kLimit = int64_t{1} << 40;  // far above any model, far below overflow in the products below
-
-
+constexpr int64_t kLimit = int64_t{1} << 40;  // far above any model
 
 ffi::DataType xla_type(int64_t dtype) {
   return dtype == kBF16 ? ffi::DataType::BF16 : dtype == kF16 ? ffi::DataType::F16 : ffi::DataType::F32;
@@ -56,10 +53,17 @@ ffi::Error read_program(const Attributes& a, Program* p) {
   for (size_t n = 0; n < std::size(kInts); n++) {
     REQUIRE(a.ints[n] >= -1 && a.ints[n] < kLimit, std::string(kInts[n]) + " is out of range");
   }
+  constexpr const char* kPlatforms[] = {"the CPU", "cuda", "rocm"};
+  REQUIRE(p->platform >= 0 && p->platform < std::ssize(kPlatforms), "unknown platform");
+  REQUIRE(p->platform == 0, std::string("the weights are packed for ") + kPlatforms[p->platform] +
+                                ", but this computation runs on the CPU; pack them with a plan for the CPU, or use "
+                                "arrays on such a device and the package for it");
   for (int64_t size : {p->vocab_size, p->hidden_size, p->intermediate_size, p->num_heads, p->num_kv_heads, p->head_dim,
                        p->num_layers, p->units}) {
     REQUIRE(size >= 1 && size <= std::numeric_limits<int32_t>::max(), "a model dimension is out of range");
   }
+  // Products of two dimensions, of which there may be eight or sixteen times as many elements, do not overflow from here on.
+  REQUIRE(p->num_heads <= kLimit / p->head_dim, "the heads are too large");
   REQUIRE(p->num_heads % p->num_kv_heads == 0, "num_heads is not a multiple of num_kv_heads");
   REQUIRE(p->rotary_dim >= 0 && p->rotary_dim % 2 == 0 && p->rotary_dim <= p->head_dim, "rotary_dim is out of range");
   REQUIRE(p->num_ropes >= 0, "num_ropes is out of range");
@@ -97,13 +101,13 @@ ffi::Error read_program(const Attributes& a, Program* p) {
     for (int64_t u = 0; u < p->units; u++) {
       const TileRow& t = p->tile(static_cast<Phase>(phase), u);
       REQUIRE(t.begin == next && t.count >= 0 && t.count <= tiles && t.count % step == 0 && t.offset >= 0 &&
-                  t.offset <= kLimit && t.offset + t.count * tile_elems <= room,
+                  t.offset <= room && t.count <= (room - t.offset) / tile_elems,
               "the tile table is out of range");
       next += t.count;
     }
     REQUIRE(next == tiles, "the tile table does not cover the matrices");
   }
-  REQUIRE(p->layer_elems * p->num_layers <= p->unit_elems, "the layers do not fit in a unit's stream");
+  REQUIRE(p->layer_elems <= p->unit_elems / p->num_layers, "the layers do not fit in a unit's stream");
 
   struct Vector {
     int64_t offset, size;
@@ -123,8 +127,8 @@ ffi::Error read_program(const Attributes& a, Program* p) {
     REQUIRE(v.offset < 0 || v.offset + v.size <= p->layer_constants, "the constants are out of range");
   }
   REQUIRE(p->final_norm >= 0 && p->final_norm + p->hidden_size <= p->constants && p->layer_constants >= 0 &&
-              p->layer_constants_offset >= 0 &&
-              p->layer_constants_offset + p->layer_constants * p->num_layers <= p->constants,
+              p->layer_constants_offset >= 0 && p->layer_constants_offset <= p->constants &&
+              p->layer_constants <= (p->constants - p->layer_constants_offset) / p->num_layers,
           "the constants are out of range");
   return ffi::Error::Success();
 }
@@ -133,6 +137,12 @@ template <typename Buffer>
 bool has_shape(const Buffer& buffer, std::initializer_list<int64_t> shape) {
   auto dims = buffer.dimensions();
   return dims.size() == shape.size() && std::equal(dims.begin(), dims.end(), shape.begin());
+}
+
+template <typename In, typename Out>
+bool same_type(const In& in, Out& out) {
+  auto a = in.dimensions(), b = out->dimensions();
+  return in.element_type() == out->element_type() && std::equal(a.begin(), a.end(), b.begin(), b.end());
 }
 
 #define REQUIRE_SHAPE(buffer, ...) \
@@ -164,6 +174,10 @@ ffi::Error check_operands(const Operands& in, Results& out, const Program& p, in
   REQUIRE_SHAPE(*out.lengths, batch);
   REQUIRE(has_shape(*out.log_probs, {batch, 0}) || has_shape(*out.log_probs, {batch, tokens}),
           "log_probs has the wrong shape");
+  REQUIRE(same_type(in.k_cache, out.k_cache) && same_type(in.v_cache, out.v_cache) &&
+              same_type(in.position, out.position) && same_type(in.last_token, out.last_token) &&
+              same_type(in.status, out.status) && same_type(in.seen, out.seen),
+          "a result has another type than the operand that it continues");
   const int32_t *token = in.last_token.typed_data(), *position = in.position.typed_data();
   for (int64_t b = 0; b < batch; b++) {
     if (in.status.typed_data()[b] != kRunning) continue;
@@ -280,8 +294,11 @@ ffi::Error decode(const Operands& in, Results& out, const Attributes& attributes
   Lease lease(static_cast<int>(std::min<int64_t>(p.units, thread_limit())), cancelled);
   if (!lease.team()) return ffi::Error(ffi::ErrorCode::kCancelled, "jax_monokernel: decode was cancelled");
   job.threads = lease.team()->threads();
-  // As many parts of each context as make the attention tasks come out even.
-  job.splits = job.threads / std::gcd<int64_t>(job.threads, job.batch * p.num_kv_heads);
+  for (int64_t b = 0; b < job.batch; b++) {
+    if (job.status[b] != kRunning) continue;
+    const int64_t end = std::min(job.capacity, job.position[b] + job.max_new_tokens);
+    job.splits = std::max(job.splits, (end + kSplitPositions - 1) / kSplitPositions);
+  }
   job.scratch_floats = kernel->scratch_floats(job);
   Parts count;
   place(job, count);

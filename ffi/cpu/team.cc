@@ -46,10 +46,17 @@ void wait_for_change(std::atomic<T>& word, T old) {
 }  // namespace
 
 Team::Team(int threads) : threads_(threads), state_(std::make_shared<State>()) {
-  for (int i = 1; i < threads; i++) std::thread(serve, state_, i).detach();
+  try {
+    for (int i = 1; i < threads; i++) std::thread(serve, state_, i).detach();
+  } catch (...) {  // the system gives no more of them: those that there are leave
+    dismiss();
+    throw;
+  }
 }
 
-Team::~Team() {
+Team::~Team() { dismiss(); }
+
+void Team::dismiss() {
   state_->stop.store(true, std::memory_order_relaxed);
   state_->generation.fetch_add(1, std::memory_order_release);
   state_->generation.notify_all();

@@ -40,6 +40,7 @@ class Team {
  private:
   struct State;
   static void serve(std::shared_ptr<State> state, int index);
+  void dismiss();
 
   int threads_;
   Arena arena_;
