@@ -69,14 +69,14 @@ def empty_state(spec: DecoderSpec, *, batch: int, capacity: int, key: jax.Array)
     if batch < 1 or capacity < 1:
         raise ValueError(f"batch and capacity must be at least 1, got {batch} and {capacity}")
     shape = (batch, spec.num_layers, spec.num_kv_heads, capacity, spec.head_dim)
-    zeros = jnp.zeros(batch, jnp.int32)
+    # No array twice: a state may be donated.
     return DecodeState(
         k_cache=jnp.zeros(shape, spec.kv_dtype),
         v_cache=jnp.zeros(shape, spec.kv_dtype),
-        position=zeros,
-        last_token=zeros,
+        position=jnp.zeros(batch, jnp.int32),
+        last_token=jnp.zeros(batch, jnp.int32),
         key_data=request_keys(key, batch),
-        status=zeros,
+        status=jnp.zeros(batch, jnp.int32),
         seen=jnp.zeros((batch, spec.vocab_size), jnp.uint8),
     )
 
