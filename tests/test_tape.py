@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoding import assert_bit_equal, numpy_in_place_of_jax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import SPECS, random_weights
@@ -20,14 +20,6 @@ from jax_monokernel.tape import LAYOUT_VERSION, Tape, pack, unpack
 from jax_monokernel.weights import DecoderWeights, weight_shapes
 
 BITS = {2: np.uint16, 4: np.uint32}
-
-
-@contextlib.contextmanager
-def numpy_in_place_of_jax():
-    """Packing uses functions that NumPy has under the same names. Without compiling, a thousand shapes take seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tape_module, "jnp", np)
-        yield
 
 
 def numbered_weights(spec) -> DecoderWeights:
@@ -49,13 +41,6 @@ def numbered_weights(spec) -> DecoderWeights:
 def bits_of(x) -> np.ndarray:
     x = np.asarray(x)
     return x.view(BITS[x.dtype.itemsize])
-
-
-def assert_bit_equal(got, want) -> None:
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(bits_of(a), bits_of(b))
 
 
 @settings(max_examples=300, deadline=None)
