@@ -193,6 +193,7 @@ def test_other_values_do_not_compile_again(backend, compilations):
     run(18, 20, 2)  # another length in the same bucket, another key
     run(32, 17, 3, (5, 6), temperature=0.5, top_p=0.9)
     run(31, [1, 32], 4, eos_token_id=[3, 4], repetition_penalty=1.1, top_k=3, min_p=0.1)
+    assert len(compilations) == count
     # Weights are operands as well.
     model.final_norm[...] = model.final_norm[...] * jnp.linspace(-1, 2, SPEC.hidden_size)
     del compilations[count:]  # what the line above needed
