@@ -104,7 +104,7 @@ def generate(
     limit = int(np.max(config.max_new_tokens))
     if state is None:
         key = _checked_key(key, config)
-        request_keys(key, batch)  # raises where the key is not usable
+        jax.eval_shape(lambda: request_keys(key, batch))  # raises where the key is not usable
         capacity = tokens.shape[1] + bucket(limit) if capacity is None else capacity
         _check_capacity(capacity, counts)
     else:
