@@ -1,5 +1,6 @@
 """The whole decode of an LLM request as one XLA custom call."""
 
+from jax_monokernel import _export as _export  # for what it registers
 from jax_monokernel._version import __version__
 from jax_monokernel.decode import cancel, decode
 from jax_monokernel.generate import Generation, generate
