@@ -46,7 +46,7 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.")] = 0.7,
     top_k: Annotated[int, typer.Option(min=0, help="Choose among this many likeliest tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens of this total probability.")] = 0.9,
-    min_p: Annotated[float, typer.Option(help="Leave out tokens below this share of the likeliest's probability.")] = 0.0,
+    min_p: Annotated[float, typer.Option(help="Leave out tokens with less than this share of the best's.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that occurred become less likely.")] = 1.05,
     seed: Annotated[int, typer.Option(help="The same seed and prompt give the same text.")] = 0,
     dtype: Annotated[
@@ -100,7 +100,7 @@ def _generate(
     from jax_monokernel.sampling import sampling_params
     from jax_monokernel.state import FULL, RUNNING, empty_state
 
-    config = GenerationConfig(max_new_tokens=max_new_tokens, **options)  # checks the options before the model is loaded
+    GenerationConfig(max_new_tokens=max_new_tokens, **options)  # checks the options before the model is loaded
     loaded = models.from_pretrained(models.SMALL if source is None else source, dtype=dtype)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
@@ -115,15 +115,13 @@ def _generate(
 
     def params(count: int) -> Any:
         chunk = {"max_new_tokens": min(count, _CHUNK), "eos_token_id": ready.eos_token_id}
-        return sampling_params(
-            GenerationConfig(**(options | chunk)), batch=1, vocab_size=spec.vocab_size
-        )
+        return sampling_params(GenerationConfig(**(options | chunk)), batch=1, vocab_size=spec.vocab_size)
 
     start = time.perf_counter()
     state = empty_state(spec, batch=1, capacity=tokens.shape[1] + bucket(max_new_tokens), key=jax.random.key(seed))
     state = jax.jit(ready.prefill, static_argnums=0)(spec, ready.weights, tokens, lengths, state)
     step = jax.jit(decode, static_argnames="max_new_tokens", donate_argnames="state")
-    compiled = step.lower(ready.tape, state, params(config.max_new_tokens), max_new_tokens=_CHUNK).compile()
+    compiled = step.lower(ready.tape, state, params(max_new_tokens), max_new_tokens=_CHUNK).compile()
 
     sys.stdout.write(text)
     stream = tokenizer.stream()

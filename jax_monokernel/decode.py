@@ -41,8 +41,8 @@ def decode(
     """Generates up to `max_new_tokens` tokens for every request of `state`.
 
     Pure; works under `jit`, `vmap` (folds into the batch), `shard_map` over the batch and `jax.export`. Under `jit`,
-    donate `state` (`donate_argnames="state"`) and the KV cache is written in place. Decoding N tokens and then M more from
-    the resulting state gives the same tokens as N + M at once.
+    donate `state` (`donate_argnames="state"`) and the KV cache is written in place. Decoding N tokens and then M more
+    from the resulting state gives the same tokens as N + M at once.
 
     Args:
       tape: packed weights (`pack`), which carry the model's spec and the plan they were packed for.
@@ -50,17 +50,18 @@ def decode(
       sampling: how tokens are chosen. Values are operands: changing them never recompiles.
       max_new_tokens: length of the result, static. `sampling.max_new_tokens` may stop requests earlier.
       return_log_probs: whether to compute the log-probability of each chosen token, static.
-      backend: "reference" (plain JAX, the definition) or the platform that the tape's plan is for, which is the default.
+      backend: "reference" (plain JAX, the definition), or the platform that the tape's plan is for, which is the
+        default.
       spec: not needed; if given, it must be the tape's.
 
     Returns:
-      Tokens int32 [batch, max_new_tokens], with -1 past the end of a request; their number, int32 [batch]; log-probs f32
-      [batch, max_new_tokens] or None; and the state to go on from, where `status` says which requests have stopped at an
-      end-of-sequence token and which have run out of KV cache.
+      Tokens int32 [batch, max_new_tokens], with -1 past the end of a request; their number, int32 [batch]; log-probs
+      f32 [batch, max_new_tokens] or None; and the state to go on from, where `status` says which requests have stopped
+      at an end-of-sequence token and which have run out of KV cache.
 
     Raises:
-      ValueError: operands whose shapes do not fit together, a tape of another layout version, or a backend that the tape
-        was not packed for.
+      ValueError: operands whose shapes do not fit together, a tape of another layout version, or a backend that the
+        tape was not packed for.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
@@ -98,7 +99,9 @@ def cancel() -> None:
 def _check_state(spec: DecoderSpec, state: DecodeState, sampling: SamplingParams) -> None:
     """Shapes and dtypes of everything that has a batch axis."""
     if state.k_cache.ndim != 5:
-        raise ValueError(f"state.k_cache has {state.k_cache.ndim} axes; expected [batch, layers, kv_heads, capacity, head_dim]")
+        raise ValueError(
+            f"state.k_cache has {state.k_cache.ndim} axes; expected [batch, layers, kv_heads, capacity, head_dim]"
+        )
     batch, capacity = state.k_cache.shape[0], state.k_cache.shape[3]
     cache = (batch, spec.num_layers, spec.num_kv_heads, capacity, spec.head_dim)
     row = (batch,)
@@ -127,8 +130,10 @@ def _batched(max_new_tokens: int, return_log_probs: bool):
         parts = []
         for start in range(0, state.batch, _native.MAX_BATCH):
             rows = slice(start, start + _native.MAX_BATCH)
-            part = (state, sampling) if state.batch <= _native.MAX_BATCH else _rows((state, sampling), rows)
-            parts.append(_call(tape, *part, max_new_tokens, return_log_probs))
+            part = (state, sampling)
+            if state.batch > _native.MAX_BATCH:
+                part = jax.tree.map(lambda x, rows=rows: x[rows], part)
+            parts.append(_call(tape, part[0], part[1], max_new_tokens, return_log_probs))
         if len(parts) == 1:
             return parts[0]
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
@@ -138,7 +143,8 @@ def _batched(max_new_tokens: int, return_log_probs: bool):
         tape_batched, state_batched, sampling_batched = in_batched
         if any(jax.tree.leaves(tape_batched)):
             raise ValueError(
-                "decode cannot be vmapped over weights: a tape is read once for all requests. Loop over the tapes instead"
+                "decode cannot be vmapped over weights: a tape is read once for all requests. Loop over the tapes "
+                "instead"
             )
 
         def into_batch(x, batched):
@@ -152,10 +158,6 @@ def _batched(max_new_tokens: int, return_log_probs: bool):
         return result, jax.tree.map(lambda _: True, result)
 
     return run
-
-
-def _rows(tree, rows: slice):
-    return jax.tree.map(lambda x: x[rows], tree)
 
 
 def _call(
@@ -177,7 +179,9 @@ def _call(
         "logit_bias": jnp.zeros((batch, 0), jnp.float32) if sampling.logit_bias is None else sampling.logit_bias,
         "key_data": state.key_data,
     }
-    carried = {name: getattr(state, name) for name in ("k_cache", "v_cache", "position", "last_token", "status", "seen")}
+    carried = {
+        name: getattr(state, name) for name in ("k_cache", "v_cache", "position", "last_token", "status", "seen")
+    }
     fresh = {
         "tokens": jax.ShapeDtypeStruct((batch, max_new_tokens), jnp.int32),
         "lengths": jax.ShapeDtypeStruct((batch,), jnp.int32),

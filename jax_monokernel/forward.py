@@ -67,9 +67,7 @@ def _bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
 def _qkv(
     spec: DecoderSpec, w: LayerWeights, h: jax.Array, cos: jax.Array, sin: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q, k, v = (
-        _bias(matmul(h, matrix), bias) for matrix, bias in ((w.q, w.q_bias), (w.k, w.k_bias), (w.v, w.v_bias))
-    )
+    q, k, v = (_bias(matmul(h, matrix), bias) for matrix, bias in ((w.q, w.q_bias), (w.k, w.k_bias), (w.v, w.v_bias)))
     if spec.qk_norm == "full":
         q, k = rms_norm(q, w.q_norm, spec), rms_norm(k, w.k_norm, spec)
     q, k, v = (a.reshape(*h.shape[:2], -1, spec.head_dim) for a in (q, k, v))

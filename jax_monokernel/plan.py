@@ -18,7 +18,8 @@ from jax_monokernel.weights import layer_shapes
 
 Platform = Literal["cpu", "cuda", "rocm"]
 
-# Matrices in the order in which a decode step consumes them; the last one, the LM head, once per step, the others per layer.
+# Matrices in the order in which a decode step consumes them: the last one, the LM head, once per step, the others per
+# layer.
 PHASES = ("qkv", "o", "gate_up", "down", "head")
 
 # Per-layer vectors in the order in which they stand in the tape's constants. q, k and v biases are neighbours because
@@ -114,6 +115,7 @@ class Matrix:
 
     @property
     def tile_elems(self) -> int:
+        """Elements of one tile."""
         return self.rows // self.tiles * self.cols
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 import threading
 import weakref
 from typing import Any
 
 import jax
-from flax import nnx
 
 from jax_monokernel.plan import Plan, make_plan
 from jax_monokernel.prefill import prefill
@@ -113,9 +113,10 @@ def _packed_once(model: DecoderModel) -> PackedWeights:
     spec = _checked_spec(model)
     # Stacking a module's parameters anew for each call would cost more than a short decode, so its parameters are
     # watched. Of other models the weights themselves are.
-    module = isinstance(model, nnx.Module)
+    nnx = sys.modules.get("flax.nnx")  # importing it costs half a second; who has a module has imported it
+    module = nnx is not None and isinstance(model, nnx.Module)
     weights = None if module else _checked_weights(model, spec)
-    watched = nnx.state(model, nnx.Not(nnx.RngState)) if module else weights
+    watched = nnx.state(model, nnx.Not(nnx.RngState)) if nnx is not None and module else weights
     leaves = jax.tree.leaves(watched)
     # jax.Arrays do not change: the same arrays are the same values. Of anything else nothing is known.
     lasting = all(isinstance(leaf, jax.Array) for leaf in leaves)

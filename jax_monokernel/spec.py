@@ -47,7 +47,9 @@ class RopeSpec:
         if not self.theta > 0:
             raise ValueError(f"RopeSpec.theta is {self.theta}; expected a positive number")
         if self.scaling in ("dynamic", "llama3", "yarn", "longrope") and self.original_max_position < 1:
-            raise ValueError(f"{self.scaling} rope scaling needs original_max_position, got {self.original_max_position}")
+            raise ValueError(
+                f"{self.scaling} rope scaling needs original_max_position, got {self.original_max_position}"
+            )
         if self.scaling == "longrope":
             for name in ("short_factor", "long_factor"):
                 if len(getattr(self, name)) != self.rotary_dim // 2:
@@ -75,7 +77,7 @@ class LayerSpec:
 class DecoderSpec:
     """A decoder-only transformer with RMS norms, grouped-query attention and a gated (or plain) MLP.
 
-    One layer, with every optional part shown (f32 residual stream x, see docs/numerics.md for where values are rounded):
+    One layer, with every optional part shown (f32 residual stream x; docs/numerics.md says where values are rounded):
 
         h = norm(x, attn_norm)                                   # pre_norm
         q, k, v = h @ Wq.T + bq, h @ Wk.T + bk, h @ Wv.T + bv    # qkv_bias
@@ -144,7 +146,8 @@ class DecoderSpec:
                 raise ValueError(f"rotary_dim {rope.rotary_dim} is larger than head_dim {self.head_dim}")
             if rope.rotary_dim != self.ropes[0].rotary_dim:
                 raise ValueError("all ropes of one model must have the same rotary_dim")
-        for name, kind in (("activation", Activation), ("dtype", DTypeName), ("kv_dtype", DTypeName), ("qk_norm", QKNorm)):
+        kinds = {"activation": Activation, "dtype": DTypeName, "kv_dtype": DTypeName, "qk_norm": QKNorm}
+        for name, kind in kinds.items():
             value = getattr(self, name)
             if value not in get_args(kind) and not (value is None and name in ("kv_dtype", "qk_norm")):
                 raise ValueError(f"DecoderSpec.{name} is {value!r}; expected one of {get_args(kind)}")
@@ -160,6 +163,7 @@ class DecoderSpec:
 
     @property
     def num_layers(self) -> int:
+        """Depth."""
         return len(self.layers)
 
     @property

@@ -19,10 +19,10 @@ FULL = 2  # the KV cache has no room for another token
 @functools.partial(jax.tree_util.register_dataclass)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeState:
-    """Requests in flight. Every leaf has the batch as its first axis, so a state is sharded or vmapped over axis 0.
+    """Requests in flight. Every leaf has the batch as its first axis, so a state is sharded or vmapped over it.
 
-    `last_token` has been chosen (or is the end of the prompt) but its keys and values are not in the cache yet: the next
-    step reads it, writes them at index `position`, and chooses the token after it.
+    `last_token` has been chosen (or is the end of the prompt), but its keys and values are not in the cache yet: the
+    next step reads it, writes them at index `position`, and chooses the token after it.
     """
 
     k_cache: jax.Array  # spec.kv_dtype [batch, layers, num_kv_heads, capacity, head_dim], rotated keys
@@ -35,6 +35,7 @@ class DecodeState:
 
     @property
     def batch(self) -> int:
+        """Number of requests."""
         return self.position.shape[0]
 
     @property
@@ -104,7 +105,7 @@ def check_state(spec: DecoderSpec, state: DecodeState) -> None:
 
 
 def request_keys(key: jax.Array, batch: int) -> jax.Array:
-    """uint32 [batch, 2]: `key` itself where it already holds one key per request, else request i gets fold_in(key, i)."""
+    """uint32 [batch, 2]: `key` itself where it holds one key per request, else request i gets fold_in(key, i)."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise ValueError(f"expected a key made by jax.random.key(seed), got an array of {key.dtype}{list(key.shape)}")
     if str(jax.random.key_impl(key)) != "threefry2x32":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,13 +93,13 @@ def layer_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
 def weight_shapes(spec: DecoderSpec) -> DecoderWeights:
     """The exact weights `spec` asks for, as `jax.ShapeDtypeStruct` leaves in spec.dtype."""
 
-    def struct(*shape: int) -> jax.ShapeDtypeStruct:
+    def struct(*shape: int) -> Any:  # stands where an array will
         return jax.ShapeDtypeStruct(shape, jnp.dtype(spec.dtype))
 
     layers = {name: struct(spec.num_layers, *shape) for name, shape in layer_shapes(spec).items()}
     return DecoderWeights(
         embedding=struct(spec.vocab_size, spec.hidden_size),
-        layers=LayerWeights(**layers),  # type: ignore[arg-type]
+        layers=LayerWeights(**layers),
         final_norm=struct(spec.hidden_size),
         head=None if spec.tied_head else struct(spec.vocab_size, spec.hidden_size),
     )

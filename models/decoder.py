@@ -29,7 +29,8 @@ class DecoderLayers(nnx.Module):
     def weights(self) -> LayerWeights:
         """The parameters' current values, by role."""
         present = {f.name: getattr(self, f.name, None) for f in dataclasses.fields(LayerWeights)}
-        return LayerWeights(**{name: None if p is None else p[...] for name, p in present.items()})
+        values: dict[str, Any] = {name: None if p is None else p[...] for name, p in present.items()}
+        return LayerWeights(**values)
 
 
 class Decoder(nnx.Module):

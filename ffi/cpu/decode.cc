@@ -299,6 +299,7 @@ ffi::Error decode(const Operands& in, Results& out, const Attributes& attributes
     const int64_t end = std::min(job.capacity, job.position[b] + job.max_new_tokens);
     job.splits = std::max(job.splits, (end + kSplitPositions - 1) / kSplitPositions);
   }
+  job.sample_isa = kernel->sample_isa;
   job.scratch_floats = kernel->scratch_floats(job);
   Parts count;
   place(job, count);

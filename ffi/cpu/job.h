@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/barrier.h"
+#include "cpu/sampling.h"
 #include "program.h"
 
 namespace monokernel::cpu {
@@ -44,6 +45,7 @@ struct Job {
   int64_t max_new_tokens;
   int64_t splits;  // parts of kSplitPositions that the longest context of this call has
   int threads;
+  SampleIsa sample_isa;
 
   const void* streams;     // weight_dtype [units, unit_elems]
   const float* constants;  // [constants]
@@ -85,6 +87,7 @@ void sample_request(Job& job, int64_t row);
 // A build of the kernel for one instruction set (cpu/kernel/kernel.cc).
 struct Kernel {
   const char* name;
+  SampleIsa sample_isa;  // the sampler's build that goes with it
   void (*run)(Job& job, int thread);
   // Floats of private scratch that one thread needs for `job`.
   int64_t (*scratch_floats)(const Job& job);

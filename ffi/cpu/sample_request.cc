@@ -19,7 +19,7 @@ void sample_request(Job& job, int64_t row) {
   };
   uint8_t* seen = job.seen + row * vocab;
   const Sampled chosen = sample_row(job.shared.logits + row * vocab, vocab, seen, job.position[row], params,
-                                    job.log_probs != nullptr, job.shared.sampling + row * vocab);
+                                    job.log_probs != nullptr, job.shared.sampling + row * vocab, job.sample_isa);
 
   const int64_t at = row * job.max_new_tokens + job.lengths[row]++;
   job.tokens[at] = chosen.token;

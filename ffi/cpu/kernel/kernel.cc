@@ -376,6 +376,9 @@ int64_t scratch_floats(const Job& job) { return Layout(job).total; }
 }  // namespace
 
 extern const Kernel kernel;
-const Kernel kernel{MONOKERNEL_NAME(MONOKERNEL_ISA), run, scratch_floats};
+constexpr SampleIsa kSampleIsa = LANES == 16  ? SampleIsa::kAvx512
+                                 : LANES == 8 ? SampleIsa::kAvx2
+                                              : SampleIsa::kBase;
+const Kernel kernel{MONOKERNEL_NAME(MONOKERNEL_ISA), kSampleIsa, run, scratch_floats};
 
 }  // namespace monokernel::cpu::MONOKERNEL_ISA

@@ -32,14 +32,14 @@ static void fill_angles(const Job& job, int32_t position, float* out) {
     int64_t row = (int64_t)rope.inv_freq_row + (rope.scaling == 2 && beyond ? 1 : 0);
     const float* table = job.constants + p.inv_freq + row * half;
     const bool stretched = rope.scaling == 1 && beyond;
-    float log_theta = 0.0f;
+    float log_stretch = 0.0f;
     if (stretched) {
       float stretch = (float)rope.factor * length / (float)rope.original_max_position - ((float)rope.factor - 1.0f);
       float dims = (float)p.rotary_dim / (float)(p.rotary_dim > 2 ? p.rotary_dim - 2 : 1);
-      log_theta = (float)__builtin_log(rope.theta) + __builtin_logf(stretch > 1.0f ? stretch : 1.0f) * dims;
+      log_stretch = __builtin_logf(stretch > 1.0f ? stretch : 1.0f) * dims;
     }
     for (int64_t i = 0; i < half; i++) {
-      float inv = stretched ? __builtin_expf(-((float)i / (float)half) * log_theta) : table[i];
+      float inv = stretched ? table[i] * __builtin_expf(-((float)i / (float)half) * log_stretch) : table[i];
       float angle = (float)position * inv;
       out[i] = __builtin_cosf(angle) * (float)rope.attention_factor;
       out[half + i] = __builtin_sinf(angle) * (float)rope.attention_factor;
