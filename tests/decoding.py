@@ -23,6 +23,9 @@ from jax_monokernel.tape import Tape, pack
 
 STEPS = 16
 CAPACITY = 40
+# JAX raises an error of the native side as the first where a computation is short, as the second from block_until_ready
+# where it ran in the background.
+DECODE_ERRORS = (jax.errors.JaxRuntimeError, ValueError)
 POSITIONS = (0, 7, 20)  # tokens in the caches of a batch
 
 
@@ -185,3 +188,14 @@ def replace_row(state: DecodeState, row: int, **values) -> DecodeState:
     """A state with some values of one request changed."""
     leaves = {name: getattr(state, name).at[row].set(value) for name, value in values.items()}
     return dataclasses.replace(state, **leaves)
+
+
+def long_decode(tokens: int, capacity: int = 200_000) -> int:
+    """Decodes many tokens with one request, and returns how many there were. All that fit in its cache take minutes."""
+    spec = spec_of("plain")
+    # Not state_of: a cache this large takes too long to fill with random numbers. Its contents do not matter.
+    shape = (1, spec.num_layers, spec.num_kv_heads, capacity, spec.head_dim)
+    small = state_of(spec, (3,))
+    state = dataclasses.replace(small, k_cache=jnp.ones(shape), v_cache=jnp.ones(shape))
+    params = params_of(spec, 1, temperature=1.0, max_new_tokens=tokens)
+    return int(jax.block_until_ready(decode(tape_of(spec, 2), state, params, steps=capacity)).lengths[0])
