@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from naive import SPECS, random_weights
+from naive import SPECS as NAIVE_SPECS
+from naive import random_weights
 
 from jax_monokernel import DecoderSpec, DecodeState, SamplingParams
 from jax_monokernel import tape as tape_module
@@ -21,6 +22,17 @@ from jax_monokernel.reference import decode_reference
 from jax_monokernel.state import DecodeResult
 from jax_monokernel.tape import Tape, pack
 
+SPECS = NAIVE_SPECS | {
+    "post_norm": NAIVE_SPECS["plain"].replace(
+        pre_norm=False,
+        post_norm=True,
+        qk_norm="full",
+        gated=False,
+        activation="relu",
+        num_kv_heads=4,
+        tied_head=False,
+    )
+}
 STEPS = 16
 CAPACITY = 40
 # JAX raises an error of the native side as the first where a computation is short, as the second from block_until_ready
@@ -82,7 +94,7 @@ def _row(spec: DecoderSpec, position: int, capacity: int, seed: int) -> DecodeSt
 
 
 def params_of(spec: DecoderSpec, batch: int, **options) -> SamplingParams:
-    """Greedy unless told otherwise. An option is one value or one per request; eos_token_id is a list per request."""
+    """Greedy, unless told otherwise. An option is one value or one per request; eos_token_id is a list per request."""
     defaults = {
         "temperature": 0.0,
         "top_k": 0,

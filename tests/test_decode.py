@@ -12,6 +12,7 @@ import pytest
 from decoding import (
     CAPACITY,
     DECODE_ERRORS,
+    SPECS,
     STEPS,
     assert_bit_equal,
     assert_same_decode,
@@ -27,7 +28,6 @@ from decoding import (
     tape_of,
 )
 from jax.sharding import Mesh, PartitionSpec
-from naive import SPECS
 
 from jax_monokernel import _native, empty_state
 from jax_monokernel.decode import decode as decode_any

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from decoding import SPECS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive import SPECS
 from tape_specs import specs
 
 from jax_monokernel.plan import PHASES, VECTOR_ROLES, Plan, available_cpus, geometry, make_plan

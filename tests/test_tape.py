@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding import assert_bit_equal, numpy_in_place_of_jax
+from decoding import SPECS, assert_bit_equal, numpy_in_place_of_jax
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive import SPECS, random_weights
+from naive import random_weights
 from tape_specs import specs
 
 from jax_monokernel import tape as tape_module
