@@ -1,6 +1,15 @@
 """Settings for the whole test session."""
 
 import jax
+import pytest
 
 # Several devices, so that tests can shard over them. Everything else runs on the first one, as without this.
 jax.config.update("jax_num_cpu_devices", 4)
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """For modules whose time goes into compiling tiny models: XLA leaves most optimizations out."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

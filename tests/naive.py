@@ -79,8 +79,6 @@ SPECS = {
         ),
     ),
 }
-# Those whose keys do not depend on the sequence's length.
-STATIC_SPECS = {name: spec for name, spec in SPECS.items() if name not in ("dynamic", "longrope")}
 
 
 def random_weights(spec: DecoderSpec, seed: int = 0) -> DecoderWeights:

@@ -17,6 +17,8 @@ from jax_monokernel.prefill import prefill
 from jax_monokernel.prepared import prepare, prepared_for
 from jax_monokernel.sampling import GenerationConfig, sampling_params
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 SPEC = SPECS["nope"]
 KEY = jax.random.key(21)
 

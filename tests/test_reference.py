@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from naive import SPECS, STATIC_SPECS, VOCAB, NaiveRow, prompt, random_weights, sequence_logits
+from naive import SPECS, VOCAB, NaiveRow, prompt, random_weights, sequence_logits
 
 from jax_monokernel import DecodeState, empty_state
 from jax_monokernel.forward import forward
@@ -17,6 +17,8 @@ from jax_monokernel.prefill import prefill
 from jax_monokernel.reference import decode_reference
 from jax_monokernel.sampling import GenerationConfig, sampling_params
 from jax_monokernel.state import FULL, RUNNING, STOPPED
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 CAPACITY = 48
 KEY = jax.random.key(11)
@@ -63,7 +65,7 @@ def assert_same(result, rows, params, steps) -> None:
         np.testing.assert_array_equal(result.state.seen[i], row.seen)
 
 
-@pytest.mark.parametrize("name", STATIC_SPECS)
+@pytest.mark.parametrize("name", ["windows", "nope"])
 def test_naive_loop_is_the_forward_definition(name):
     spec, weights = SPECS[name], random_weights(SPECS[name])
     tokens = np.array(prompt(64), np.int32)
@@ -75,7 +77,7 @@ def test_naive_loop_is_the_forward_definition(name):
     )
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [name for name in SPECS if name != "post_norm"])  # no other path, and slow enough
 def test_greedy_and_sampled_rows_equal_the_naive_loop(name):
     spec, weights = SPECS[name], random_weights(SPECS[name])
     prompts = [prompt(n) for n in LENGTHS]
