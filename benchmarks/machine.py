@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import time
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,32 @@ _PACKAGES = ("jax-monokernel", "jax", "jaxlib", "llama-cpp-python", "gguf", "num
 # Made from results, so a change there does not make the measured code another one.
 _GENERATED = ("README.md", "benchmarks/results", "docs/images")
 
-# Share of the CPUs busy with other work from which on a measurement says little.
+# Share of the CPUs' time that went to other work from which on a measurement says little.
 BUSY = 0.05
 
 
-def busy_share(seconds: float = 1.0) -> float:
-    """Share of all CPUs' time, 0 to 1, that something used while this process slept for `seconds`; 0 where unknown."""
+class OtherWork:
+    """How much of the CPUs' time went to work that is not ours, since this object was made. Linux only."""
 
-    def idle_and_all() -> np.ndarray:
-        ticks = np.array((_read(Path("/proc/stat")) or "cpu 0 0 0 1 0").splitlines()[0].split()[1:], float)
-        return np.array([ticks[3] + ticks[4], ticks[:8].sum()])  # idle and waiting for disks; guests count as user
+    def __init__(self, processes: Iterable[int]):
+        """Counts as ours what the processes with these ids do, with their threads."""
+        self._processes = list(processes)
+        self._start = self._ticks()
 
-    before = idle_and_all()
-    time.sleep(seconds)
-    idle, total = idle_and_all() - before
-    return float(1 - idle / total) if total > 0 else 0.0
+    def share(self) -> float:
+        """0 to 1, of the time of all CPUs together; time taken by other guests of the host counts. 0 where unknown."""
+        idle, total, ours = self._ticks() - self._start
+        return float(max(0.0, total - idle - ours) / total) if total > 0 else 0.0
+
+    def _ticks(self) -> np.ndarray:
+        """Of all CPUs idle and in total, and of our processes."""
+        cpu = np.array((_read(Path("/proc/stat")) or "cpu 0 0 0 0 0").splitlines()[0].split()[1:9], float)
+        ours = 0
+        for process in self._processes:
+            # After the name, which is in parentheses and may hold anything, user and system time are fields 11 and 12.
+            fields = (_read(Path(f"/proc/{process}/stat")) or "").rpartition(")")[2].split()
+            ours += int(fields[11]) + int(fields[12]) if fields else 0
+        return np.array([cpu[3] + cpu[4], cpu.sum(), ours])
 
 
 def describe_machine() -> dict[str, Any]:

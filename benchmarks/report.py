@@ -115,7 +115,7 @@ def _provenance(results: list[dict[str, Any]]) -> list[str]:
     for result in results:
         machine, workload = result["machine"], result["workload"]
         dirty = " with uncommitted changes" if result["dirty"] else ""
-        busy = f", {result['busy']:.0%} busy with other work" if result["busy"] > BUSY else ""
+        busy = f", {result['busy']:.0%} of the CPUs busy with other work" if result["busy"] > BUSY else ""
         packages = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         lines.append(
             f"{machine['cpu']}, {workload['threads']} threads, {machine['memory_gib']:.0f} GiB, {machine['os']}{busy}; "

@@ -9,10 +9,10 @@ import itertools
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from benchmarks.gguf_model import write_gguf
-from benchmarks.machine import BUSY, busy_share, describe_commit, describe_machine, versions
+from benchmarks.machine import BUSY, OtherWork, describe_commit, describe_machine, versions
 from benchmarks.shapes import SHAPES, kv_bytes, random_weights, weight_bytes
 from benchmarks.summary import summarize
 
@@ -38,11 +38,14 @@ DEFAULT_PEERS = (
     "jax_loop",
     "probe",
 )
-_PAUSE_SECONDS = 0.05  # lets a peer's threads, which may spin for a while after their work, fall asleep
 
 
 class Worker:
-    """One peer in a child process of its own."""
+    """One peer in a child process of its own.
+
+    Between measurements the process is stopped: threads may spin for a good while after their work (llama.cpp's poll
+    for tenths of a second), and would take the CPUs from the peer that is measured next.
+    """
 
     def __init__(self, label: str, job: dict[str, Any], *, python: str, environment: dict[str, str]):
         self.label = label
@@ -54,14 +57,20 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self.pid = self._child.pid
         self.settings = self._ask(json.dumps(job))["settings"] | environment
+        self._child.send_signal(signal.SIGSTOP)
 
     def measure(self) -> dict[str, Any]:
         """One measurement, as the peer's `measure` gives it."""
-        return self._ask("measure")
+        self._child.send_signal(signal.SIGCONT)
+        found = self._ask("measure")
+        self._child.send_signal(signal.SIGSTOP)
+        return found
 
     def close(self) -> None:
         """Ends the child process."""
+        self._child.send_signal(signal.SIGCONT)
         try:
             self._child.communicate(timeout=10)  # the end of its input ends it
         except subprocess.TimeoutExpired:
@@ -112,6 +121,7 @@ def measure(
     batch: int,
     threads: int,
     repeats: int,
+    at_most: int,
     dtype: str,
     llama_python: str,
 ) -> dict[str, Any]:
@@ -147,40 +157,49 @@ def measure(
                 this_job = job | {"peer": kind, "settings": settings, "gguf": str(gguf)}
                 python = llama_python if kind == "llama_cpp" else sys.executable
                 workers.append(Worker(label, this_job, python=python, environment=environment | own))
-            measured = _interleave(workers, repeats)
+            measured, busy = _interleave(workers, repeats, at_most)
         finally:
             for worker in workers:
                 worker.close()
     for worker in workers:
         kept = {name: value for name, value in worker.settings.items() if name not in environment}
         measured[worker.label]["settings"] = kept
-    return {"workload": workload, "peers": measured}
+    return {"workload": workload, "busy": busy, "peers": measured}
 
 
-def _interleave(workers: list[Worker], repeats: int) -> dict[str, dict[str, Any]]:
-    """Per peer, seconds of each round and a hash of its tokens. One more round comes first, to warm up."""
-    measured: dict[str, dict[str, Any]] = {worker.label: {"seconds": []} for worker in workers}
-    for round_number in range(repeats + 1):
-        # Each round starts with another peer, so that none always follows the same one.
-        start = round_number % len(workers)
-        for worker in workers[start:] + workers[:start]:
-            time.sleep(_PAUSE_SECONDS)
-            found = worker.measure()
-            peer = measured[worker.label]
-            if "tokens" in found:
-                digest = hashlib.sha256(np.array(found["tokens"], "<i4").tobytes()).hexdigest()[:16]
-                if peer.setdefault("tokens_sha256", digest) != digest:
-                    raise RuntimeError(f"{worker.label} gave other tokens in round {round_number} than before")
-            else:
-                peer.setdefault("bytes", found["bytes"])
-            if round_number == 0:
-                continue
-            peer["seconds"].append(found["seconds"])
-            for extra in ("best", "steps"):
-                if extra in found:
-                    peer.setdefault(extra, []).append(found[extra])
-        print(f"  round {round_number} of {repeats} done", file=sys.stderr)
-    return measured
+def _interleave(workers: list[Worker], repeats: int, at_most: int) -> tuple[dict[str, dict[str, Any]], float]:
+    """Per peer, seconds of each round and a hash of its tokens; and the largest share of other work in a round.
+
+    One more round comes first, to warm up. Rounds disturbed by other work are repeated, up to `at_most` rounds in all;
+    the `repeats` least disturbed ones count, however fast they were.
+    """
+    rounds: list[tuple[float, list[dict[str, Any]]]] = []
+    digests: dict[str, str] = {}
+    for round_number in range(at_most + 1):
+        other_work = OtherWork([os.getpid(), *(worker.pid for worker in workers)])
+        found: list[dict[str, Any]] = [{}] * len(workers)
+        for turn in range(len(workers)):
+            # Each round starts with another peer, so that none always follows the same one.
+            index = (round_number + turn) % len(workers)
+            found[index] = workers[index].measure()
+        for worker, one in zip(workers, found, strict=True):
+            digest = hashlib.sha256(np.array(one.pop("tokens", []), "<i4").tobytes()).hexdigest()[:16]
+            if digests.setdefault(worker.label, digest) != digest:
+                raise RuntimeError(f"{worker.label} gave other tokens in round {round_number} than before")
+        busy = round(other_work.share(), 3)
+        print(f"  round {round_number}: {busy:.1%} other work", file=sys.stderr)
+        if round_number > 0:
+            rounds.append((busy, found))
+        if sum(share <= BUSY for share, _ in rounds) == repeats:
+            break
+    kept = sorted(rounds, key=lambda pair: pair[0])[:repeats]
+    measured: dict[str, dict[str, Any]] = {}
+    for index, worker in enumerate(workers):
+        columns = {name: [found[index][name] for _, found in kept] for name in kept[0][1][index]}
+        measured[worker.label] = columns | (
+            {"bytes": columns["bytes"][0]} if "bytes" in columns else {"tokens_sha256": digests[worker.label]}
+        )
+    return measured, max(share for share, _ in kept)
 
 
 def _cpus(threads: int) -> list[int] | None:
@@ -205,6 +224,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=len(_affinity()), help="for every peer; default: all CPUs")
     parser.add_argument("--repeats", type=int, default=7, help="rounds; in each, every peer is measured once")
+    parser.add_argument(
+        "--rounds-at-most",
+        type=int,
+        default=0,
+        help="how many rounds to try where other work disturbs them; the least disturbed ones count",
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument(
         "--peers",
@@ -247,7 +272,6 @@ def main(argv: list[str] | None = None) -> None:
     for shape, prompt, batch in itertools.product(arguments.shapes.split(","), arguments.prompt, arguments.batch):
         name = f"{shape}-p{prompt}-b{batch}-t{arguments.threads}"
         print(name, file=sys.stderr)
-        busy = busy_share()
         found = measure(
             shape,
             peers=arguments.peers,
@@ -256,13 +280,13 @@ def main(argv: list[str] | None = None) -> None:
             batch=batch,
             threads=arguments.threads,
             repeats=arguments.repeats,
+            at_most=max(arguments.repeats, arguments.rounds_at_most),
             dtype=arguments.dtype,
             llama_python=arguments.llama_python,
         )
-        busy = round(max(busy, busy_share()), 3)
-        if busy > BUSY:
-            print(f"  other work kept the CPUs {busy:.0%} busy: these numbers say little", file=sys.stderr)
-        result = {"schema": 1, **provenance, "busy": busy, **summarize(found)}
+        if found["busy"] > BUSY:
+            print(f"  other work took {found['busy']:.0%} of the CPUs: these numbers say little", file=sys.stderr)
+        result = {"schema": 1, **provenance, "busy": found["busy"], **summarize(found)}
         Path(arguments.output, f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         for label, peer in result["peers"].items():
             print(f"  {describe(label, peer)}")

@@ -5,8 +5,10 @@ Reads a job (one line of JSON) from stdin, answers with {"settings": ...}; then 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,9 @@ def make_prompt(batch: int, tokens: int, vocab_size: int) -> np.ndarray:
 
 
 def main() -> None:
+    if sys.platform == "linux":  # a stopped process does not notice that its parent is gone
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     # Answers go to the real stdout; whatever libraries print there joins stderr.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

@@ -23,8 +23,9 @@ uint32_t Barrier::arrive() {
 
 void Barrier::sleep(uint32_t ticket) {
   std::atomic_ref<uint32_t> epoch(epoch_);
-  // If the missing thread waits for this very core, giving way is enough.
-  for (int i = 0; i < 20; i++) {
+  // If the missing thread waits for this very core, giving way is enough. If it has just been woken, it needs tens of
+  // microseconds to get here: sleeping meanwhile would make it wait for us in turn, and so on at every hand-off.
+  for (int i = 0; i < 1000; i++) {
     std::this_thread::yield();
     if (epoch.load(std::memory_order_acquire) != ticket) return;
   }
