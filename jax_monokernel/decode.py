@@ -16,7 +16,7 @@ from jax_monokernel._program import program
 from jax_monokernel.reference import decode_reference
 from jax_monokernel.sampling import SamplingParams, check_sampling_params
 from jax_monokernel.spec import DecoderSpec
-from jax_monokernel.state import DecodeResult, DecodeState
+from jax_monokernel.state import DecodeResult, DecodeState, check_state
 from jax_monokernel.tape import Tape, check_layout, unpack
 
 Backend = Literal["reference", "cpu", "cuda", "rocm"]
@@ -75,7 +75,8 @@ def decode(
             f"make_plan(spec, platform={backend!r})"
         )
     check_layout(tape)
-    _check_state(tape.spec, state, sampling)
+    check_state(tape.spec, state)
+    check_sampling_params(sampling, batch=state.batch, vocab_size=tape.spec.vocab_size)
     if backend == "reference":
         return decode_reference(
             tape.spec,
@@ -94,31 +95,6 @@ def cancel() -> None:
     Ctrl-C does the same for decodes of a process whose SIGINT handler is Python's own.
     """
     _native.cancel()
-
-
-def _check_state(spec: DecoderSpec, state: DecodeState, sampling: SamplingParams) -> None:
-    """Shapes and dtypes of everything that has a batch axis."""
-    if state.k_cache.ndim != 5:
-        raise ValueError(
-            f"state.k_cache has {state.k_cache.ndim} axes; expected [batch, layers, kv_heads, capacity, head_dim]"
-        )
-    batch, capacity = state.k_cache.shape[0], state.k_cache.shape[3]
-    cache = (batch, spec.num_layers, spec.num_kv_heads, capacity, spec.head_dim)
-    row = (batch,)
-    wanted = {
-        "k_cache": (cache, spec.kv_dtype),
-        "v_cache": (cache, spec.kv_dtype),
-        "position": (row, "int32"),
-        "last_token": (row, "int32"),
-        "key_data": ((batch, 2), "uint32"),
-        "status": (row, "int32"),
-        "seen": ((batch, spec.vocab_size), "uint8"),
-    }
-    for name, (shape, dtype) in wanted.items():
-        value = getattr(state, name)
-        if value.shape != shape or value.dtype != dtype:
-            raise ValueError(f"state.{name} is {value.dtype}{list(value.shape)}; expected {dtype}{list(shape)}")
-    check_sampling_params(sampling, batch=batch, vocab_size=spec.vocab_size)
 
 
 @functools.lru_cache(maxsize=256)

@@ -68,12 +68,13 @@ def pack(spec: DecoderSpec, weights: DecoderWeights, plan: Plan | None = None) -
     check_weights(spec, weights)
     plan = make_plan(spec) if plan is None else plan
     geo = geometry(spec, plan)
-    w = weights.layers
+    # Moved as integers: XLA's CPU backend widens 16-bit floats to f32 even to copy them, which would double the memory.
+    w = jax.tree.map(_to_bits, weights.layers)
     stacked = {
         "qkv": jnp.concatenate([w.q, w.k, w.v], axis=1),
         "o": w.o,
         "down": w.down,
-        "head": weights.output_matrix[None],
+        "head": _to_bits(weights.output_matrix)[None],
     }
     tiles = {phase: _to_tiles(matrix, geo.matrices[phase], plan, geo) for phase, matrix in stacked.items()}
     tiles["gate_up"] = _pack_gate_up(w, geo.matrices["gate_up"], plan, geo)
@@ -85,12 +86,12 @@ def pack(spec: DecoderSpec, weights: DecoderWeights, plan: Plan | None = None) -
         head = _unit_tiles(tiles["head"], geo.matrices["head"], u).reshape(-1)
         units.append(_pad_last(jnp.concatenate([layers, head]), geo.unit_elems))
 
-    vectors = [getattr(w, role) for role in VECTOR_ROLES if getattr(w, role) is not None]
+    vectors = [v for v in (getattr(weights.layers, role) for role in VECTOR_ROLES) if v is not None]
     per_layer = [jnp.concatenate([v.astype(jnp.float32) for v in vectors], axis=1).reshape(-1)] if vectors else []
     frequencies = [jnp.asarray(inverse_frequencies(rope)).reshape(-1) for rope in spec.ropes]
     constants = jnp.concatenate([weights.final_norm.astype(jnp.float32), *frequencies, *per_layer])
     return Tape(
-        streams=jnp.stack(units),
+        streams=_from_bits(jnp.stack(units), spec.dtype),
         constants=constants,
         embedding=None if spec.tied_head else weights.embedding,
         spec=spec,
@@ -107,6 +108,7 @@ def unpack(tape: Tape) -> DecoderWeights:
     check_layout(tape)
     spec, plan, geo = tape.spec, tape.plan, geometry(tape.spec, tape.plan)
     shapes = layer_shapes(spec)
+    streams = _to_bits(tape.streams)
 
     def matrix(phase: str) -> jax.Array:
         """[layers, tiles, rows of a tile, cols], padding included."""
@@ -114,7 +116,7 @@ def unpack(tape: Tape) -> DecoderWeights:
         runs = []
         for u in range(plan.units):
             count = (m.begin[u + 1] - m.begin[u]) * m.tile_elems
-            stream = tape.streams[u]
+            stream = streams[u]
             if phase == "head":
                 run = stream[None, m.offset[u] : m.offset[u] + count]
             else:
@@ -138,7 +140,8 @@ def unpack(tape: Tape) -> DecoderWeights:
         layers["gate"], layers["up"] = (rows(gate_up[:, half::2], shapes["up"]) for half in (0, 1))
     else:
         layers["up"] = rows(gate_up, shapes["up"])
-    head = rows(matrix("head"), (spec.vocab_size, hidden))[0]
+    layers = {role: _from_bits(value, spec.dtype) for role, value in layers.items()}
+    head = _from_bits(rows(matrix("head"), (spec.vocab_size, hidden))[0], spec.dtype)
 
     constants = tape.constants[geo.layer_constants_offset :].reshape(spec.num_layers, geo.layer_constants)
     for role in VECTOR_ROLES:
@@ -172,6 +175,14 @@ def check_layout(tape: Tape) -> None:
             raise ValueError(
                 f"tape.{name} is {have.dtype}{list(have.shape)}; spec and plan ask for {dtype}{list(shape)}"
             )
+
+
+def _to_bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32)
+
+
+def _from_bits(x: jax.Array, dtype: str) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, dtype)
 
 
 def _pad_last(x: jax.Array, size: int) -> jax.Array:
