@@ -24,9 +24,9 @@ INTEGERS = st.sampled_from([*EDGES, *(-e for e in EDGES), -(2**63)])
 FLOATS = st.sampled_from([0.0, -1.0, 0.5, 1e9, -1e300, 1e300, float("inf"), -float("inf"), float("nan")])
 
 
-def operands_of(spec) -> list[np.ndarray]:
+def operands_of(spec, units: int = 2) -> list[np.ndarray]:
     """The call's operands, in order."""
-    tape, state, params = tape_of(spec, 2), state_of(spec), mixed_params(spec, 3)
+    tape, state, params = tape_of(spec, units), state_of(spec), mixed_params(spec, 3)
     embedding = np.zeros((0, 0), spec.dtype) if tape.embedding is None else tape.embedding
     options = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
     values = [tape.streams, tape.constants, embedding, *(getattr(params, name) for name in options)]
