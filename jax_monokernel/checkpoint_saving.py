@@ -92,6 +92,7 @@ def save_weights(
         temporary[CONFIG] = folder / (CONFIG + suffix)
         temporary[CONFIG].write_text(config_json)
         for file in temporary.values():
+            shutil.copymode(temporary[CONFIG], file)  # safetensors leaves its files readable by their owner only
             _flush(file)
         if there:
             _remove_old(folder, keep=temporary)

@@ -497,6 +497,7 @@ def test_save_then_load_is_exact(tmp_path, dtype, limit):
             for key in file.keys():  # noqa: SIM118
                 assert file.get_tensor(key).tobytes() == expected[key].tobytes()
     assert found.keys() == expected.keys()
+    assert len({p.stat().st_mode for p in checkpoint.path.iterdir()}) == 1  # readable by the same people
     names = {p.name for p in checkpoint.path.iterdir()}
     if limit == 10**9:
         assert names == {"config.json", "model.safetensors"}
