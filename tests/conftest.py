@@ -7,6 +7,10 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 4)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "sanitize: exercises the native part; .ci/sanitize runs these under sanitizers")
+
+
 @pytest.fixture(scope="module")
 def quick_compiles():
     """For modules whose time goes into compiling tiny models: XLA leaves most optimizations out."""

@@ -92,6 +92,7 @@ def test_every_instruction_set_handles_remainders_and_long_contexts(isa, dtype):
     assert_same_decode(got, wide_reference(spec), spec, state)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_on_every_instruction_set_a_request_gives_the_same_bits_in_any_batch(isa, dtype):
     spec = spec_of("nope", dtype)
@@ -133,6 +134,7 @@ def same_tokens(units: int, threads: int, monkeypatch) -> None:
         assert_bit_equal(decode(tape_of(PLAIN, units), state_of(PLAIN), mixed_params(PLAIN, 3)), want)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize(("units", "threads"), [(5, 1), (5, 2), (2, 5), (20, 3), (8, 8)])
 def test_units_and_threads_need_not_match(units, threads, monkeypatch):
     same_tokens(units, threads, monkeypatch)
@@ -142,6 +144,7 @@ def test_many_more_threads_than_cores(monkeypatch):
     same_tokens(40, 40, monkeypatch)
 
 
+@pytest.mark.sanitize
 def test_python_threads_decode_different_models_at_once(monkeypatch):
     monkeypatch.setenv("MONOKERNEL_THREADS", "3")
     jobs = [
@@ -221,6 +224,7 @@ def cancelling(after: float):
         thread.join()
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("threads", [1, 2])
 def test_cancel_stops_a_decode_from_another_thread(threads, monkeypatch):
     monkeypatch.setenv("MONOKERNEL_THREADS", str(threads))
@@ -256,6 +260,7 @@ def run_script(name: str, *arguments: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.sanitize
 def test_ctrl_c_stops_a_decode_and_the_process_goes_on():
     assert "done" in run_script("interrupted.py")
 
@@ -285,6 +290,7 @@ def test_thousands_of_calls_leave_nothing_behind(monkeypatch):
     assert resident_bytes() - memory < 4 * 2**20  # 2 KiB per call
 
 
+@pytest.mark.sanitize
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_changing_the_number_of_threads_leaves_no_threads_behind(monkeypatch):
     def run(units: int) -> None:
@@ -306,10 +312,12 @@ def test_changing_the_number_of_threads_leaves_no_threads_behind(monkeypatch):
 # ---- Broken programs and operands ----
 
 
+@pytest.mark.sanitize
 def test_broken_programs_give_errors_or_tokens_but_never_a_crash():
     assert "tokens" in run_script("hostile_programs.py", "150")
 
 
+@pytest.mark.sanitize
 def test_any_sampling_values_give_tokens():
     rng = np.random.default_rng(8)
     edges = np.array([0, -0.0, 1, -1, 1e-45, 1e-7, 3e38, np.inf, -np.inf, np.nan, 0.5], np.float32)

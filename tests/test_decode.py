@@ -112,6 +112,7 @@ def test_without_end_of_sequence_ids():
 # ---- Bits ----
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["windows", "dynamic"])
 def test_n_then_m_tokens_equal_n_plus_m(name, dtype):
@@ -141,6 +142,7 @@ def test_a_request_gives_the_same_bits_in_any_batch_and_with_any_number_of_units
         assert_bit_equal(rows_of(together, row), rows_of(alone, 0))
 
 
+@pytest.mark.sanitize
 def test_a_long_context_gives_the_same_bits_in_any_batch_and_with_any_number_of_units():
     # Long enough for its parts to go to different threads.
     positions, capacity = (1500, 3, 700), 1600
@@ -160,6 +162,7 @@ def test_repeats_are_bit_equal():
         assert_bit_equal(result, results[0])
 
 
+@pytest.mark.sanitize
 def test_more_requests_than_one_call_takes():
     batch = _native.MAX_BATCH + 3
     positions = tuple(range(batch))
@@ -269,6 +272,7 @@ def test_shard_map_over_the_batch():
     assert_bit_equal(jax.device_get(got), jax.device_get(want))
 
 
+@pytest.mark.sanitize
 def test_a_donated_cache_is_written_in_place():
     tape, params = tape_of(PLAIN, 2), mixed_params(PLAIN, 3)
     want = decode(tape, state_of(PLAIN), params)
@@ -395,6 +399,7 @@ def test_a_gpu_tape_does_not_run_on_the_cpu():
         jax.block_until_ready(decode_any(tape, state_of(PLAIN), params_of(PLAIN, 3), max_new_tokens=4))
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("token", [37, -1, 2**31 - 1, -(2**31)])
 def test_a_last_token_outside_the_vocabulary_is_an_error(token):
     state = replace_row(state_of(PLAIN), 1, last_token=token)
@@ -405,6 +410,7 @@ def test_a_last_token_outside_the_vocabulary_is_an_error(token):
     assert decode(tape_of(PLAIN, 2), state, params_of(PLAIN, 3)).lengths.tolist() == [STEPS, 0, STEPS]
 
 
+@pytest.mark.sanitize
 def test_positions_outside_the_cache():
     state = replace_row(state_of(PLAIN), 2, position=-1)
     with pytest.raises(DECODE_ERRORS, match=r"position of request 2 is -1; expected at least 0"):
