@@ -57,7 +57,7 @@ struct Layout {
   }
 };
 
-template <typename W, typename KV>
+template <typename W>
 class Thread {
  public:
   Thread(Job& job, int thread)
@@ -257,7 +257,7 @@ class Thread {
       }
       // Parts of one head's context are neighbours, so a thread's share of a long context is one run of memory.
       for (int64_t t = larger(begin, task); t < next && t < end; t++) {
-        attend<KV>(job_, context, layer, rows_[i], (t - task) / context.splits, (t - task) % context.splits, qkv, c,
+        attend_(job_, context, layer, rows_[i], (t - task) / context.splits, (t - task) % context.splits, qkv, c,
                    rope < 0 ? nullptr : angles(i, rope), memory_ + layout_.attention);
       }
       task = next;
@@ -340,6 +340,10 @@ class Thread {
   Job& job_;
   const Program p_;  // a copy: the compiler may keep it in registers across stores
   const int thread_;
+  // The only phase that knows the cache's dtype, so that not all phases are compiled for every pair of dtypes.
+  decltype(&attend<float>) const attend_ = p_.kv_dtype == kBF16  ? attend<Bf16>
+                                           : p_.kv_dtype == kF16 ? attend<F16>
+                                                                 : attend<float>;
   const Layout layout_;
   float* const memory_;
   int64_t live_ = 0;
@@ -348,26 +352,14 @@ class Thread {
   int64_t cols_ = 0;  // of the inputs
 };
 
-template <typename W>
-void run_with_weights(Job& job, int thread) {
-  switch (job.program.kv_dtype) {
-    case kBF16:
-      return Thread<W, Bf16>(job, thread).run();
-    case kF16:
-      return Thread<W, F16>(job, thread).run();
-    default:
-      return Thread<W, float>(job, thread).run();
-  }
-}
-
 void run(Job& job, int thread) {
   switch (job.program.weight_dtype) {
     case kBF16:
-      return run_with_weights<Bf16>(job, thread);
+      return Thread<Bf16>(job, thread).run();
     case kF16:
-      return run_with_weights<F16>(job, thread);
+      return Thread<F16>(job, thread).run();
     default:
-      return run_with_weights<float>(job, thread);
+      return Thread<float>(job, thread).run();
   }
 }
 
