@@ -1,7 +1,7 @@
 """The peer that a JAX user would write today: one jitted `fori_loop` over single-token steps, greedy.
 
 Everything a careful user does is done: bf16 weights and KV cache, layers unrolled with one array per layer, fused QKV
-and gate/up matrices, matrices as [out, in] (on a CPU a tenth faster than [in, out]), caches donated and updated by
+and gate/up matrices (fusing and the order of axes change little on a CPU), caches donated and updated by
 `dynamic_update_slice`. On a CPU, XLA converts bf16 weights to f32 once before the loop, which then reads twice the
 bytes; forbidding that is slower.
 """
