@@ -167,6 +167,33 @@ def test_python_threads_decode_different_models_at_once(monkeypatch):
                 assert_bit_equal(result, one)
 
 
+def test_a_call_for_many_threads_gets_its_turn_among_small_ones(monkeypatch):
+    monkeypatch.setenv("MONOKERNEL_THREADS", "2")
+    params, state = mixed_params(PLAIN, 3), state_of(PLAIN, capacity=2100)
+    small = functools.partial(decode, tape_of(PLAIN, 1), state, params, steps=1000)
+    large = functools.partial(decode, tape_of(PLAIN, 2), state, params, steps=1000)
+    for call in (small, large):
+        call().tokens.block_until_ready()
+    done = threading.Event()
+
+    def keep_busy():
+        while not done.is_set():
+            small().tokens.block_until_ready()
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        timer = threading.Timer(10, done.set)
+        timer.start()
+        workers = [pool.submit(keep_busy) for _ in range(4)]
+        time.sleep(0.1)
+        large().tokens.block_until_ready()
+        in_time = not done.is_set()
+        timer.cancel()
+        done.set()
+        for worker in workers:
+            worker.result()
+    assert in_time
+
+
 def test_other_python_threads_run_during_a_decode():
     long_decode(1)
     ticks, done = 0, threading.Event()

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <list>
 #include <thread>
 
 namespace monokernel::cpu {
@@ -88,6 +89,7 @@ struct Pool {
   std::condition_variable released;
   int busy = 0;  // threads of teams on lease
   int calls = 0;  // teams on lease
+  std::list<int> waiting;  // calls that have no team yet, by the number of threads that they want
   std::vector<std::unique_ptr<Team>> idle;
   const int cpus = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
 };
@@ -110,10 +112,14 @@ Pool& pool() {
 Lease::Lease(int threads, const std::function<bool()>& give_up) {
   Pool& p = pool();
   std::unique_lock lock(p.mutex);
-  while (p.calls > 0 && p.busy + threads > p.cpus) {
-    if (give_up()) return;
-    p.released.wait_for(lock, std::chrono::milliseconds(20));
-  }
+  // In the order in which they came: one that wants many threads would otherwise wait for a moment when nothing else runs.
+  const auto here = p.waiting.insert(p.waiting.end(), threads);
+  const auto may_go = [&] { return p.waiting.begin() == here && (p.calls == 0 || p.busy + threads <= p.cpus); };
+  while (!may_go() && !give_up()) p.released.wait_for(lock, std::chrono::milliseconds(20));
+  const bool goes = may_go();
+  p.waiting.erase(here);
+  p.released.notify_all();
+  if (!goes) return;
   p.busy += threads;
   p.calls++;
   for (size_t i = p.idle.size(); i-- > 0;) {

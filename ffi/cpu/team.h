@@ -49,7 +49,8 @@ class Team {
 
 // A team for the time of one call, from the process's pool.
 //
-// Waits until enough CPUs are free of other calls: teams that spin against each other for the same cores would all be slow.
+// Waits until enough CPUs are free of other calls, and until it is its turn: teams that spin against each other for the same
+// cores would all be slow.
 // A call that wants more threads than there are CPUs gets them once nothing else runs.
 class Lease {
  public:
