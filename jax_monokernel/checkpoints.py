@@ -57,8 +57,10 @@ class Checkpoint:
         elif os.path.exists(self.path / INDEX):
             self._open_shards()
         else:
-            others = " It has PyTorch .bin files: save them as safetensors first." if _has_bin(self.path) else ""
-            raise CheckpointError(f"{self.path} has neither {SINGLE} nor {INDEX}.{others}")
+            raise CheckpointError(
+                f"{self.path} has neither {SINGLE} nor {INDEX}; weights in another form (PyTorch .bin files, say) must "
+                "be saved as safetensors first"
+            )
         self.tensors: dict[str, TensorInfo] = {name: file.tensors[name] for name, file in self._files.items()}
 
     @property
@@ -259,7 +261,3 @@ def _progress_bar(checkpoint: Checkpoint, progress: bool | None) -> Progress:
         progress = console.is_terminal and checkpoint.nbytes > _PROGRESS_BYTES
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     return Progress(*columns, TimeRemainingColumn(), console=console, disable=not progress)
-
-
-def _has_bin(path: Path) -> bool:
-    return any(path.glob("pytorch_model*.bin"))

@@ -15,7 +15,9 @@ from typing import Any, get_args
 import huggingface_hub
 import jax
 import jax.numpy as jnp
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+from jax_monokernel.checkpoint_saving import CONFIG
 from jax_monokernel.checkpoints import Checkpoint, CheckpointError, load_weights, save_weights
 from jax_monokernel.models.decoder import Decoder
 from jax_monokernel.models.origin import Origin
@@ -55,7 +57,8 @@ def from_pretrained(
       dtype: of the weights: bfloat16, float16 or float32, by name or as a dtype. None: as config.json says.
       device: where to put them; None for JAX's default device.
       revision: branch, tag or commit on the hub.
-      progress: whether to show a progress bar on stderr; None shows it for checkpoints above 1 GB on a terminal.
+      progress: whether to show a progress bar for loading on stderr; None shows it for checkpoints above 1 GB on a
+        terminal. Downloads show the hub client's own bars, which HF_HUB_DISABLE_PROGRESS_BARS=1 turns off.
 
     Raises:
       CheckpointError: nothing there, damaged files, tensors missing, left over or of the wrong shape.
@@ -138,15 +141,29 @@ def _folder(path_or_hub_id: str | os.PathLike[str], revision: str | None) -> Pat
         raise CheckpointError(
             f"{name!r} is not a folder here, nor a Hugging Face hub id such as 'organisation/name'; check the path"
         )
+    return _download(name, revision)
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    """The folder in the local cache that holds a hub model's files."""
+    failed = f"{hub_id!r} is not a folder here, and could not be fetched from the Hugging Face hub: "
     try:
-        return Path(
-            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_ALLOW, ignore_patterns=_IGNORE)
+        folder = huggingface_hub.snapshot_download(
+            hub_id, revision=revision, allow_patterns=_ALLOW, ignore_patterns=_IGNORE
         )
-    except Exception as error:  # network libraries, the hub and the file system all have their own
+    except GatedRepoError as error:  # a kind of RepositoryNotFoundError
+        raise CheckpointError(f"{failed}accept its terms on its page, then log in with `hf auth login`") from error
+    except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{name!r} is not a folder here, and could not be fetched from the Hugging Face hub: "
-            f"{type(error).__name__}: {error}"
+            f"{failed}no such model, or a private one; check the id, or log in with `hf auth login`"
         ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{failed}it has no revision {revision!r}; expected a branch, tag or commit") from error
+    except Exception as error:  # network libraries, the hub and the file system all have their own
+        raise CheckpointError(f"{failed}{type(error).__name__}: {error}") from error
+    if not os.path.isdir(folder):  # nothing of it was asked for
+        raise CheckpointError(f"{failed}it has no {CONFIG} and no .safetensors files")
+    return Path(folder)
 
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -211,7 +211,7 @@ def test_says_what_a_folder_lacks(tmp_path):
         Checkpoint(tmp_path)
     write_folder(tmp_path, {"pytorch_model.bin": b"x"})
     with pytest.raises(
-        CheckpointError, match=r"neither model\.safetensors nor .*\.bin files: save them as safetensors"
+        CheckpointError, match=r"neither model\.safetensors nor .*\.bin files, say\) must be saved as safetensors"
     ):
         Checkpoint(tmp_path)
 
