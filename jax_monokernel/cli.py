@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import statistics
 import sys
 import time
@@ -12,9 +14,9 @@ import typer
 from jax_monokernel._version import __version__
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Decode language models from JAX, a whole request in one XLA custom call.",
 )
 
@@ -23,15 +25,23 @@ _CHUNK = 16
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
     if version:
         typer.echo(__version__)
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _report(message: object) -> None:
+    # One line, whatever the error's text looks like.
+    typer.echo("error: " + " ".join(str(message).split()), err=True)
 
 
 def _fail(message: object) -> NoReturn:
-    # One line, whatever the error's text looks like.
-    typer.echo("error: " + " ".join(str(message).split()), err=True)
+    _report(message)
     raise typer.Exit(2)
 
 
@@ -48,7 +58,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens of this total probability.")] = 0.9,
     min_p: Annotated[float, typer.Option(help="Leave out tokens with less than this share of the best's.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that occurred become less likely.")] = 1.05,
-    seed: Annotated[int, typer.Option(help="The same seed and prompt give the same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed and prompt give the same text.")] = 0,
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32. By default as the checkpoint says.")
     ] = None,
@@ -58,7 +68,6 @@ def generate(
     stats: Annotated[bool, typer.Option(help="Print speed and share of the memory roof at the end.")] = True,
 ) -> None:
     """Continue a prompt, printing the text as it is made."""
-    text = sys.stdin.read() if prompt == "-" else prompt
     options = {
         "do_sample": temperature > 0,
         "temperature": temperature,
@@ -67,13 +76,26 @@ def generate(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
+        text = _standard_input() if prompt == "-" else prompt
         _generate(text, model, max_new_tokens, options, seed, dtype, threads, stats)
     except KeyboardInterrupt:
         typer.echo("\ninterrupted", err=True)
         raise typer.Exit(130) from None
+    except BrokenPipeError:  # whoever reads the text has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is left goes at exit
+        raise typer.Exit(1) from None
     except (ValueError, OSError) as error:
         _fail(error)
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not text: {error}") from None
 
 
 def _generate(
@@ -90,7 +112,7 @@ def _generate(
     import jax
     import numpy as np
 
-    from jax_monokernel import models
+    from jax_monokernel import _native, models
     from jax_monokernel.decode import decode
     from jax_monokernel.generation_config import GenerationConfig
     from jax_monokernel.plan import make_plan
@@ -100,7 +122,9 @@ def _generate(
     from jax_monokernel.sampling import sampling_params
     from jax_monokernel.state import FULL, RUNNING, empty_state
 
-    GenerationConfig(max_new_tokens=max_new_tokens, **options)  # checks the options before the model is loaded
+    # What can be checked before the model is loaded.
+    GenerationConfig(max_new_tokens=max_new_tokens, **options)
+    _native.current_isa()
     loaded = models.from_pretrained(models.SMALL if source is None else source, dtype=dtype)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
@@ -118,7 +142,12 @@ def _generate(
         return sampling_params(GenerationConfig(**(options | chunk)), batch=1, vocab_size=spec.vocab_size)
 
     start = time.perf_counter()
-    state = empty_state(spec, batch=1, capacity=tokens.shape[1] + bucket(max_new_tokens), key=jax.random.key(seed))
+    try:
+        state = empty_state(spec, batch=1, capacity=tokens.shape[1] + bucket(max_new_tokens), key=jax.random.key(seed))
+    except jax.errors.JaxRuntimeError:
+        raise ValueError(
+            f"there is not enough memory for a KV cache of {bucket(max_new_tokens)} tokens; lower --max-new-tokens"
+        ) from None
     state = jax.jit(ready.prefill, static_argnums=0)(spec, ready.weights, tokens, lengths, state)
     step = jax.jit(decode, static_argnames="max_new_tokens", donate_argnames="state")
     compiled = step.lower(ready.tape, state, params(max_new_tokens), max_new_tokens=_CHUNK).compile()
@@ -165,7 +194,7 @@ def _print_stats(made: int, seconds_per_token: float, first: float, tape: Any) -
 
 @app.command(name="isa")
 def isa() -> None:
-    """Print the CPU kernels that this machine can run, the one in use first."""
+    """Print this machine's CPU kernels, the one in use first."""
     from jax_monokernel import _native
 
     try:
@@ -177,7 +206,15 @@ def isa() -> None:
 
 def main() -> None:
     """Entry point of the command."""
-    app()
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        # Usage errors are click's, or those of typer's own copy of it.
+        if not hasattr(error, "format_message"):
+            raise
+        _report(error.format_message().rstrip(".") + " (see --help)")
+        code = 2
+    sys.exit(code)
 
 
 if __name__ == "__main__":

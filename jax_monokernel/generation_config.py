@@ -14,10 +14,10 @@ _F32_MAX = float(np.finfo(np.float32).max)
 
 # Option: (type, test, what is expected). Upper bounds keep values representable in the operand's dtype.
 OPTIONS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
-    "max_new_tokens": (int, lambda v: 0 <= v < 2**31, "an integer of at least 0"),
+    "max_new_tokens": (int, lambda v: 0 <= v < 2**31, "an integer from 0 to 2147483647"),
     "do_sample": (bool, lambda v: True, "True or False"),
     "temperature": (float, lambda v: 0 <= v <= _F32_MAX, "a finite number of at least 0 (0: greedy)"),
-    "top_k": (int, lambda v: 0 <= v < 2**31, "an integer of at least 0 (0: off)"),
+    "top_k": (int, lambda v: 0 <= v < 2**31, "an integer from 0 (off) to 2147483647"),
     "top_p": (float, lambda v: 0 < v <= 1, "a number above 0 and at most 1 (1: off)"),
     "min_p": (float, lambda v: 0 <= v <= 1, "a number from 0 to 1 (0: off)"),
     "repetition_penalty": (float, lambda v: 1e-30 <= v <= 1e30, "a number from 1e-30 to 1e30 (1: off)"),
@@ -104,7 +104,7 @@ def _checked_scalar(name: str, value: Any, kind: type, accepts: Callable[[Any], 
 
 
 def _checked_id(name: str, value: Any) -> int:
-    return _checked_scalar(name, value, int, lambda v: 0 <= v < 2**31, "a token id, that is an integer of at least 0")
+    return _checked_scalar(name, value, int, lambda v: 0 <= v < 2**31, "a token id, an integer from 0 to 2147483647")
 
 
 def _checked_ids(ids: Any) -> tuple[int, ...] | None:

@@ -132,7 +132,7 @@ def save_pretrained(
 
 def _folder(path_or_hub_id: str | os.PathLike[str], revision: str | None) -> Path:
     name = os.fspath(path_or_hub_id)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises for users that there are not
     if name and os.path.isdir(path):
         return path
     if name and os.path.exists(path):

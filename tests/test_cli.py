@@ -1,14 +1,16 @@
 """The command, as a user types it."""
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from jax_monokernel import __version__
-from jax_monokernel.cli import app
+from jax_monokernel.cli import app, main
 
 
 def run(*arguments: str, **options):
@@ -39,25 +41,71 @@ def test_reads_standard_input():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["x", "--model", "no/such/folder/here"], "check the path"),
-        (["x", "--top-p", "7"], "top_p is 7.0"),
-        (["x", "--dtype", "int3"], "int3"),
-        (["", "-n", "3"], "the prompt is empty"),
+        (["generate", "x", "--model", "no/such/folder/here"], "check the path"),
+        (["generate", "x", "--model", __file__], "is a file; expected the folder it is in"),
+        (["generate", "x", "--model", str(Path(__file__).parent)], "config.json does not exist"),
+        (["generate", "x", "--top-p", "7"], "top_p is 7.0"),
+        (["generate", "x", "--top-p", "nan"], "top_p is nan"),
+        (["generate", "x", "--top-k", "99999999999"], "top_k is 99999999999; expected an integer from 0"),
+        (["generate", "x", "--dtype", "int3"], "int3"),
+        (["generate", "", "-n", "3"], "the prompt is empty"),
+        (["generate", "x\udcff"], "cannot be expressed in UTF-8"),
+        (["generate", "x", "-n", str(2**40)], "max_new_tokens is 1099511627776"),
+        (["generate", "x", "-n", str(2**31 - 1)], "not enough memory for a KV cache of 2147483648 tokens"),
+        (["generate", "x", "--threads", "100000"], "100000; expected 1 to 4096"),
+        # What typer finds out itself.
+        (["generate"], "Missing argument"),
+        (["generate", "x", "y"], "unexpected extra argument"),
+        (["generate", "x", "-n", "-1"], "--max-new-tokens"),
+        (["generate", "x", "-n", "many"], "--max-new-tokens"),
+        (["generate", "x", "-t", "nan"], "temperature"),
+        (["generate", "x", "--seed", str(2**32)], "--seed"),
+        (["generate", "x", "--no-such-option"], "--no-such-option"),
+        (["nonsense"], "nonsense"),
     ],
-    ids=["model", "top_p", "dtype", "empty"],
+    ids=lambda value: " ".join(value)[-30:] if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments, message):
-    result = run("generate", *arguments)
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    assert message in result.stderr
+def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["jax-monokernel", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    assert message in output.err
 
 
-@pytest.mark.parametrize("arguments", [["generate"], ["generate", "x", "-n", "0"], ["nonsense"]])
-def test_usage_errors_exit_with_2(arguments):
-    assert run(*arguments).exit_code == 2
+def as_a_process(*arguments: str, encoding: str = "utf-8", **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "jax_monokernel.cli", "generate", *arguments]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    return subprocess.run(command, stderr=subprocess.PIPE, env=environment, timeout=120, check=False, **options)
+
+
+def test_standard_input_that_is_not_text():
+    done = as_a_process("-", "-n", "2", input=b"caf\xe9", stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"error: standard input is not text: ")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_output_that_cannot_show_every_character():
+    done = as_a_process("# caf\xe9", "-n", "2", "--no-stats", encoding="ascii", stdout=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"# caf?")
+
+
+def test_a_reader_that_has_enough():
+    read, write = os.pipe()
+    os.close(read)
+    done = as_a_process("x", "-n", "2", stdout=write)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_no_command_is_help():
+    assert "generate" in run().stdout
 
 
 def test_help_names_every_option():

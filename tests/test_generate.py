@@ -308,7 +308,7 @@ def test_a_new_key_in_a_later_turn_counts(model):
         ({"prompt": np.zeros((2, 3), int), "lengths": [1, 0]}, ValueError, "row 1 of the prompt is empty"),
         ({"prompt": np.zeros((2, 3), int), "lengths": [1.0, 2.0]}, ValueError, "lengths has float64 values"),
         ({"lengths": [2]}, ValueError, "lengths go with a prompt that is an array"),
-        ({"max_new_tokens": -1}, ValueError, "max_new_tokens is -1; expected an integer of at least 0"),
+        ({"max_new_tokens": -1}, ValueError, "max_new_tokens is -1; expected an integer from 0"),
         ({"max_new_tokens": 2.5}, TypeError, "max_new_tokens is 2.5"),
         ({"max_new_tokens": [1, 2]}, ValueError, "max_new_tokens has 2 values; expected one"),
         ({"capacity": 2}, ValueError, "row 0's prompt of 3 tokens is longer than the capacity of 2"),

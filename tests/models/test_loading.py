@@ -330,6 +330,7 @@ def test_hub_is_asked_for_the_files_that_are_used(monkeypatch, tmp_path):
         ("tiny", "not a folder here, and could not be fetched"),
         ("./tiny", "not a folder here, nor a Hugging Face hub id such as"),
         ("/models/tiny", "nor a Hugging Face hub id"),
+        ("~nobody-of-this-name/tiny", "nor a Hugging Face hub id"),
         ("a/b/c", "nor a Hugging Face hub id"),
         ("", "nor a Hugging Face hub id"),
         ("a b", "nor a Hugging Face hub id"),
