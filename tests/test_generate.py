@@ -228,6 +228,19 @@ def test_nothing_is_kept_of_a_model_that_is_gone():
     assert streams() is None
 
 
+def test_what_was_prepared_goes_without_its_model():
+    model = make(seed=7)
+    ready = prepare(model)
+    generate(ready, [prompt(5)], max_new_tokens=2)
+    streams, tape = weakref.ref(ready.tape.streams), ready.tape
+    del ready
+    gc.collect()
+    assert streams() is not None  # by itself it can still be decoded
+    del tape
+    gc.collect()
+    assert streams() is None
+
+
 def test_parameters_that_can_change_in_place_are_read_each_time():
     model = make(seed=6)
     norm = np.array(model.final_norm[...])
