@@ -175,7 +175,7 @@ static void attend_heads(const Program& p, const float* q, const KV* keys, const
   const int64_t d = p.head_dim;
   for (int j = 0; j < NH; j++) {
     for (int64_t i = 0; i < d; i++) attended[j * d + i] = 0.0f;
-    softmax[2 * j] = -__builtin_inff();
+    softmax[2 * j] = -__FLT_MAX__;  // not -inf: scores of -inf have no weight, even where there are no others
     softmax[2 * j + 1] = 0.0f;
   }
   for (int64_t t = begin; t < end; t += kPositions) {
@@ -289,6 +289,7 @@ FORCE void combine_splits(const Job& job, const Context& context, int64_t row, f
       const float* values = job.shared.attended + (s * stride + index) * d;
       for (int64_t i = 0; i < d; i++) out[i] += values[i] * weight;
     }
+    total = total < __FLT_MIN__ ? __FLT_MIN__ : total;  // and a NaN stays one
     for (int64_t i = 0; i < d; i++) out[i] /= total;
   }
 }

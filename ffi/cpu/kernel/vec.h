@@ -74,6 +74,7 @@ FORCE float rounded(float x) {
 
 FORCE Vf splat(float x) { return x - (Vf){}; }
 FORCE Vf select(Vi mask, Vf yes, Vf no) { return (Vf)(((Vi)yes & mask) | ((Vi)no & ~mask)); }
+// Where one of the two is NaN, the result is `b`.
 FORCE Vf vmax(Vf a, Vf b) { return select(a > b, a, b); }
 FORCE Vf vmin(Vf a, Vf b) { return select(a < b, a, b); }
 
@@ -85,13 +86,13 @@ FORCE float sum(Vf v) {
   return total[0];
 }
 
-// e^x to about 1 ulp for x in [-87, 88]; 0 below and the largest finite power above. Cody-Waite reduction to
-// |r| <= ln(2)/2 and a degree-6 polynomial (Cephes expf).
+// e^x to about 1 ulp for x in [-87, 88]; 0 below and e^88 above; NaN for NaN. Cody-Waite reduction to |r| <= ln(2)/2 and a
+// degree-6 polynomial (Cephes expf).
 FORCE Vf vexp(Vf x) {
   Vi tiny = x < -87.0f;
-  x = vmin(vmax(x, splat(-87.0f)), splat(88.0f));
-  Vf shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer in the low bits
-  Vf n = shifted - 12582912.0f;
+  x = vmin(splat(88.0f), vmax(splat(-87.0f), x));
+  Vf shifted = x * 1.44269504f + 12583039.0f;  // adding 1.5 * 2^23 rounds to an integer in the low bits, and 127 biases it
+  Vf n = shifted - 12583039.0f;
   Vf r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   Vf p = splat(1.9875691500e-4f);
@@ -101,8 +102,8 @@ FORCE Vf vexp(Vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  Vi power = ((Vi)shifted << 23) + (Vi)p;  // the integer in the mantissa's low bits moves into the exponent
-  return select(tiny, splat(0.0f), (Vf)power);
+  Vf power = (Vf)((Vi)shifted << 23);  // the integer moves from the mantissa into the exponent: 2^n
+  return select(tiny, splat(0.0f), p * power);
 }
 
 // tanh x: an odd polynomial near 0 (Cephes tanhf), where 1 - 2 / (e^2x + 1) would cancel, that formula elsewhere.
@@ -117,13 +118,13 @@ FORCE Vf vtanh(Vf x) {
   Vf near = p * z * x + x;
   Vf far = 1.0f - 2.0f / (vexp(vmin(magnitude, splat(20.0f)) * 2.0f) + 1.0f);
   far = (Vf)((Vi)far | ((Vi)x & (Vi)splat(-0.0f)));
-  return select(magnitude < 0.625f, near, far);
+  return select(magnitude >= 0.625f, far, near);  // NaN for NaN
 }
 
 FORCE Vf vactivate(int64_t kind, Vf x) {
   if (kind == 0) return x / (1.0f + vexp(-x));
   if (kind == 2) return 0.5f * x * (1.0f + vtanh(0.79788456080286535588f * (x + 0.044715f * x * x * x)));
-  if (kind == 3) return vmax(x, splat(0.0f));
+  if (kind == 3) return vmax(splat(0.0f), x);  // NaN for NaN
   float parts[LANES];  // gelu: no vector erf; no model here uses it in its hot path
   store(parts, x);
   for (int i = 0; i < LANES; i++) parts[i] = 0.5f * parts[i] * (1.0f + __builtin_erff(parts[i] * 0.70710678118654752440f));
