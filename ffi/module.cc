@@ -7,11 +7,13 @@
 #include <string>
 #include <vector>
 
+#include "cpu/cpus.h"
 #include "cpu/decode.h"
 #include "cpu/interrupt.h"
 #include "cpu/isa.h"
 #include "cpu/read_bandwidth.h"
 #include "cpu/sampling_binding.h"
+#include "cpu/settings.h"
 
 namespace py = pybind11;
 namespace ffi = xla::ffi;
@@ -102,6 +104,10 @@ PYBIND11_MODULE(_native, m) {
   };
   m.attr("MAX_BATCH") = cpu::kMaxBatch;
 
+  cpu::read_environment();
+  m.def("read_environment", &cpu::read_environment, "Reads MONOKERNEL_THREADS and MONOKERNEL_ISA, as the import did.");
+  m.def("available_cpus", &cpu::available_cpus, "CPUs of the affinity mask and the cgroup quota.");
+  m.def("quota_cpus", &cpu::quota_cpus, py::arg("folder"), "CPUs that a cgroup file system's quota is worth; 0: no quota.");
   m.def("cancel", &cpu::cancel_all, "Cancels every decode that runs or waits in this process.");
   m.def("available_isas", &cpu::available_isas, "Builds of the CPU kernel that this machine can run, best first.");
   m.def("current_isa", [] {
@@ -116,5 +122,5 @@ PYBIND11_MODULE(_native, m) {
   cpu::bind_sampling(m);
   m.def("read_bandwidth", &cpu::read_bandwidth, py::arg("bytes"), py::arg("threads"), py::arg("repeats"),
         py::call_guard<py::gil_scoped_release>(),
-        "Seconds that each of `repeats` reads of a buffer of `bytes` took, every thread reading its own contiguous part.");
+        "Bytes per second of each of `repeats` reads of a buffer of `bytes`, every thread reading its own contiguous part.");
 }

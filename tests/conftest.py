@@ -11,6 +11,23 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "sanitize: exercises the native part; .ci/sanitize runs these under sanitizers")
 
 
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch):
+    """environment(name, value) sets a variable, or unsets it with None, for this test. The native part knows too."""
+    from jax_monokernel import _native
+
+    def change(name: str, value: str | None) -> None:
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+        _native.read_environment()
+
+    yield change
+    monkeypatch.undo()
+    _native.read_environment()
+
+
 @pytest.fixture(scope="module")
 def quick_compiles():
     """For modules whose time goes into compiling tiny models: XLA leaves most optimizations out."""

@@ -150,8 +150,8 @@ def _reference(spec, weights, state, params, steps):
     return decode_reference(spec, weights, state, params, max_new_tokens=steps, return_log_probs=True)
 
 
-def reference(spec: DecoderSpec, state: DecodeState, params: SamplingParams) -> DecodeResult:
-    return _reference(spec, weights_of(spec), state, params, STEPS)
+def reference(spec: DecoderSpec, state: DecodeState, params: SamplingParams, weights=None) -> DecodeResult:
+    return _reference(spec, weights_of(spec) if weights is None else weights, state, params, STEPS)
 
 
 @functools.cache

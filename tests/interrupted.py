@@ -56,6 +56,7 @@ def main() -> None:
     long_decode(10)  # compiles nothing later that could be interrupted instead
     for threads in (1, 2):
         os.environ["MONOKERNEL_THREADS"] = str(threads)
+        _native.read_environment()
         kind, seconds = stopped_by()
         print(kind.__name__, round(seconds, 3))
         assert kind is KeyboardInterrupt

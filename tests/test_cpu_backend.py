@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import multiprocessing
 import os
@@ -30,10 +31,13 @@ from decoding import (
     spec_of,
     state_of,
     tape_of,
+    weights_of,
 )
 
 from jax_monokernel import DecoderSpec, LayerSpec, RopeSpec, _native, cancel
+from jax_monokernel.plan import Plan, available_cpus
 from jax_monokernel.sampling import SamplingParams
+from jax_monokernel.tape import pack
 
 TESTS = Path(__file__).parent
 PLAIN = spec_of("plain")
@@ -104,11 +108,62 @@ def test_on_every_instruction_set_a_request_gives_the_same_bits_in_any_batch(isa
         assert_bit_equal(part, rows_of(whole, slice(batch)))
 
 
-def test_the_environment_forces_an_instruction_set(monkeypatch):
+def with_nan(weights, role: str):
+    """The weights with one number of a role replaced; of the last layer where layers have it."""
+    layers = weights.layers
+    if role in ("embedding", "head"):
+        matrix = np.array(getattr(weights, role))
+        matrix[5, 3] = np.nan
+        return dataclasses.replace(weights, **{role: jax.numpy.asarray(matrix)})
+    matrix = np.array(getattr(layers, role))
+    matrix[(-1, *(2,) * (matrix.ndim - 1))] = np.nan
+    return dataclasses.replace(weights, layers=dataclasses.replace(layers, **{role: jax.numpy.asarray(matrix)}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("windows", "q"),
+        ("windows", "k"),
+        ("windows", "v"),
+        ("windows", "gate"),
+        ("windows", "embedding"),
+        ("post_norm", "up"),
+        ("post_norm", "head"),
+    ],
+)
+def test_a_nan_weight_does_what_it_does_to_the_reference(isa, name, role, dtype):
+    # Soft-caps, gelu and relu on the way: none of them may make a number of it.
+    spec = spec_of(name, dtype)
+    weights = with_nan(weights_of(spec), role)
+    state, params = state_of(spec), mixed_params(spec, 3)
+    want = reference(spec, state, params, weights)
+    assert not np.array_equal(want.log_probs, reference_of_mixed(spec).log_probs)
+    got = decode(pack(spec, weights, Plan(platform="cpu", units=2)), state, params)
+    assert_same_decode(got, want, spec, state)
+
+
+# A minus infinity among the scores is a key that counts nothing, even where there is no other.
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("cache", ["k_cache", "v_cache"])
+@pytest.mark.parametrize("name", ["plain", "windows"])
+def test_a_cache_slot_that_is_no_number_reaches_its_request_only(isa, name, cache, value):
+    spec = spec_of(name)
+    state, params = state_of(spec), mixed_params(spec, 3)
+    broken = dataclasses.replace(state, **{cache: getattr(state, cache).at[1, :, :, 5].set(value)})
+    got = decode(tape_of(spec, 2), broken, params)
+    assert_same_decode(got, reference(spec, broken, params), spec, broken)
+    untouched = np.array([0, 2])
+    whole = decode(tape_of(spec, 2), state, params)
+    assert_bit_equal(rows_of(got, untouched), rows_of(whole, untouched))
+
+
+def test_the_environment_forces_an_instruction_set(environment):
     for isa in ISAS:
-        monkeypatch.setenv("MONOKERNEL_ISA", isa)
+        environment("MONOKERNEL_ISA", isa)
         assert _native.current_isa() == isa
-    monkeypatch.setenv("MONOKERNEL_ISA", "mmx")
+    environment("MONOKERNEL_ISA", "mmx")
     message = f"MONOKERNEL_ISA is 'mmx'; this machine can run {', '.join(ISAS)}"
     with pytest.raises(ValueError, match=message):
         _native.current_isa()
@@ -120,33 +175,80 @@ def test_the_environment_forces_an_instruction_set(monkeypatch):
     _native.set_isa(ISAS[-1])
     assert _native.current_isa() == ISAS[-1]
     _native.set_isa("")
-    monkeypatch.delenv("MONOKERNEL_ISA")
+    environment("MONOKERNEL_ISA", None)
     assert _native.current_isa() == ISAS[0]
 
 
 # ---- Threads ----
 
 
-def same_tokens(units: int, threads: int, monkeypatch) -> None:
+def test_the_native_side_counts_the_same_cpus_as_the_plan():
+    assert _native.available_cpus() == available_cpus()
+    if hasattr(os, "sched_setaffinity"):
+        one = f"import os; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})"
+        code = f"{one}; from jax_monokernel import _native; print(_native.available_cpus())"
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({"cpu.max": "max 100000\n"}, 0),
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "1000 100000\n"}, 1),
+        ({"cpu.max": "9223372036854775807 1\n"}, 2**20),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "300000\n"}, 0),
+        ({"cpu.max": "two of three\n"}, 0),
+        ({}, 0),
+    ],
+    ids=["none", "rounded_up", "small", "huge", "v1-none", "v1", "v1-half", "text", "no_cgroup"],
+)
+def test_a_cgroups_quota_in_cpus(tmp_path, monkeypatch, files, cpus):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert _native.quota_cpus(str(tmp_path)) == cpus
+
+    # The plan finds the same, up to the CPUs that there are.
+    def open_there(path):
+        return (tmp_path / Path(path).relative_to("/sys/fs/cgroup")).open()
+
+    monkeypatch.setattr("jax_monokernel.plan.open", open_there, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2**20), raising=False)
+    assert available_cpus() == (cpus or 2**20)
+
+
+def test_the_read_probe_reads():
+    rates = _native.read_bandwidth(3_000_001, 2, 50)
+    assert len(rates) == 50
+    assert 1e8 < max(rates) < 1e13  # not optimised away
+    for bad in [(0, 1, 1), (2**41, 1, 1), (1000, 2, 1), (4096, 0, 1), (4096, 1, 0)]:
+        with pytest.raises(ValueError, match="read_bandwidth needs"):
+            _native.read_bandwidth(*bad)
+
+
+def same_tokens(units: int, threads: int, environment) -> None:
     want = decode(tape_of(PLAIN, 1), state_of(PLAIN), mixed_params(PLAIN, 3))
-    monkeypatch.setenv("MONOKERNEL_THREADS", str(threads))
+    environment("MONOKERNEL_THREADS", str(threads))
     for _ in range(3):
         assert_bit_equal(decode(tape_of(PLAIN, units), state_of(PLAIN), mixed_params(PLAIN, 3)), want)
 
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize(("units", "threads"), [(5, 1), (5, 2), (2, 5), (20, 3), (8, 8)])
-def test_units_and_threads_need_not_match(units, threads, monkeypatch):
-    same_tokens(units, threads, monkeypatch)
+def test_units_and_threads_need_not_match(units, threads, environment):
+    same_tokens(units, threads, environment)
 
 
-def test_many_more_threads_than_cores(monkeypatch):
-    same_tokens(40, 40, monkeypatch)
+def test_many_more_threads_than_cores(environment):
+    same_tokens(40, 40, environment)
 
 
 @pytest.mark.sanitize
-def test_python_threads_decode_different_models_at_once(monkeypatch):
-    monkeypatch.setenv("MONOKERNEL_THREADS", "3")
+def test_python_threads_decode_different_models_at_once(environment):
+    environment("MONOKERNEL_THREADS", "3")
     jobs = [
         functools.partial(decode, tape_of(spec, units), state_of(spec), mixed_params(spec, 3))
         for spec, units in [
@@ -167,8 +269,8 @@ def test_python_threads_decode_different_models_at_once(monkeypatch):
                 assert_bit_equal(result, one)
 
 
-def test_a_call_for_many_threads_gets_its_turn_among_small_ones(monkeypatch):
-    monkeypatch.setenv("MONOKERNEL_THREADS", "2")
+def test_a_call_for_many_threads_gets_its_turn_among_small_ones(environment):
+    environment("MONOKERNEL_THREADS", "2")
     params, state = mixed_params(PLAIN, 3), state_of(PLAIN, capacity=2100)
     small = functools.partial(decode, tape_of(PLAIN, 1), state, params, steps=1000)
     large = functools.partial(decode, tape_of(PLAIN, 2), state, params, steps=1000)
@@ -253,8 +355,8 @@ def cancelling(after: float):
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("threads", [1, 2])
-def test_cancel_stops_a_decode_from_another_thread(threads, monkeypatch):
-    monkeypatch.setenv("MONOKERNEL_THREADS", str(threads))
+def test_cancel_stops_a_decode_from_another_thread(threads, environment):
+    environment("MONOKERNEL_THREADS", str(threads))
     want = _small_tokens()
     long_decode(1)
     with cancelling(after=0.2) as times:
@@ -265,8 +367,25 @@ def test_cancel_stops_a_decode_from_another_thread(threads, monkeypatch):
     np.testing.assert_array_equal(_small_tokens(), want)
 
 
-def test_cancel_stops_every_decode_those_that_wait_for_threads_included(monkeypatch):
-    monkeypatch.setenv("MONOKERNEL_THREADS", "2")
+@pytest.mark.parametrize("donated", [False, True], ids=["kept", "donated"])
+def test_a_cancelled_decode_says_what_becomes_of_the_state(donated):
+    call = jax.jit(functools.partial(decode, steps=200_000), donate_argnums=(1,) if donated else ())
+    small = state_of(PLAIN, (3,))
+    shape = (1, PLAIN.num_layers, PLAIN.num_kv_heads, 200_000, PLAIN.head_dim)
+    state = dataclasses.replace(small, k_cache=jax.numpy.ones(shape), v_cache=jax.numpy.ones(shape))
+    before = jax.device_get(state)
+    with cancelling(after=0.2), pytest.raises(DECODE_ERRORS) as error:
+        jax.block_until_ready(call(tape_of(PLAIN, 2), state, params_of(PLAIN, 1, max_new_tokens=200_000)))
+    assert str(error.value).startswith(
+        "CANCELLED: jax_monokernel: decode was cancelled, by Ctrl-C or jax_monokernel.cancel()."
+    )
+    assert "if it was not donated: call decode with it again. If it was donated, it is unusable" in str(error.value)
+    if not donated:
+        assert_bit_equal(jax.device_get(state), before)
+
+
+def test_cancel_stops_every_decode_those_that_wait_for_threads_included(environment):
+    environment("MONOKERNEL_THREADS", "2")
     long_decode(1)
 
     def run(_):
@@ -304,8 +423,8 @@ def count_threads() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
-def test_thousands_of_calls_leave_nothing_behind(monkeypatch):
-    monkeypatch.setenv("MONOKERNEL_THREADS", "2")
+def test_thousands_of_calls_leave_nothing_behind(environment):
+    environment("MONOKERNEL_THREADS", "2")
     tape, params = tape_of(PLAIN, 2), params_of(PLAIN, 1, max_new_tokens=2)
     state = state_of(PLAIN, (3,))
     for _ in range(300):
@@ -319,9 +438,9 @@ def test_thousands_of_calls_leave_nothing_behind(monkeypatch):
 
 @pytest.mark.sanitize
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
-def test_changing_the_number_of_threads_leaves_no_threads_behind(monkeypatch):
+def test_changing_the_number_of_threads_leaves_no_threads_behind(environment):
     def run(units: int) -> None:
-        monkeypatch.setenv("MONOKERNEL_THREADS", str(units))
+        environment("MONOKERNEL_THREADS", str(units))
         decode(tape_of(PLAIN, units), state_of(PLAIN), params_of(PLAIN, 3)).tokens.block_until_ready()
 
     for units in (2, 5):

@@ -40,9 +40,9 @@ DTYPES = ["float32", "bfloat16", "float16"]
 
 
 @pytest.fixture(autouse=True)
-def _more_threads_than_cores(monkeypatch):
+def _more_threads_than_cores(environment):
     """As many threads as a tape has units, whatever this machine has."""
-    monkeypatch.setenv("MONOKERNEL_THREADS", "8")
+    environment("MONOKERNEL_THREADS", "8")
 
 
 # ---- The same results as the reference ----

@@ -2,14 +2,14 @@
 #include "cpu/decode.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <string>
-#include <thread>
 
+#include "cpu/cpus.h"
 #include "cpu/interrupt.h"
 #include "cpu/isa.h"
+#include "cpu/settings.h"
 #include "cpu/team.h"
 
 namespace monokernel::cpu {
@@ -220,11 +220,17 @@ void place(Job& job, Parts& parts) {
   job.scratch = parts.take(job.threads * job.scratch_floats);
 }
 
+ffi::Error cancelled_error() {
+  return ffi::Error(ffi::ErrorCode::kCancelled,
+                    "jax_monokernel: decode was cancelled, by Ctrl-C or jax_monokernel.cancel(). Its tokens are lost. The state "
+                    "that it was given is as before if it was not donated: call decode with it again. If it was donated, it "
+                    "is unusable, even where it can still be read: make a new one with prefill");
+}
+
 // A tape may come from a machine with more CPUs than this one; a thread then serves several units.
 int64_t thread_limit() {
-  const char* environment = std::getenv("MONOKERNEL_THREADS");
-  const long forced = environment ? std::strtol(environment, nullptr, 10) : 0;
-  return forced > 0 ? forced : std::max(1u, std::thread::hardware_concurrency());
+  const int64_t forced = threads_setting();
+  return forced > 0 ? forced : available_cpus();
 }
 
 }  // namespace
@@ -292,7 +298,7 @@ ffi::Error decode(const Operands& in, Results& out, const Attributes& attributes
   auto cancelled = [&] { return __atomic_load_n(job.cancel_epoch, __ATOMIC_RELAXED) != cancel_at_start; };
 
   Lease lease(static_cast<int>(std::min<int64_t>(p.units, thread_limit())), cancelled);
-  if (!lease.team()) return ffi::Error(ffi::ErrorCode::kCancelled, "jax_monokernel: decode was cancelled");
+  if (!lease.team()) return cancelled_error();
   job.threads = lease.team()->threads();
   for (int64_t b = 0; b < job.batch; b++) {
     if (job.status[b] != kRunning) continue;
@@ -312,7 +318,7 @@ ffi::Error decode(const Operands& in, Results& out, const Attributes& attributes
   job.barrier.reset(job.threads);
   lease.team()->run([&](int thread) { kernel->run(job, thread); });
 
-  if (job.cancelled) return ffi::Error(ffi::ErrorCode::kCancelled, "jax_monokernel: decode was cancelled");
+  if (job.cancelled) return cancelled_error();
   for (int64_t b = 0; b < job.batch; b++) {
     const int64_t limit = std::min<int64_t>(job.max_new_tokens, job.sampling.max_new_tokens[b]);
     if (job.status[b] == kRunning && job.position[b] >= job.capacity && job.lengths[b] < limit) job.status[b] = kFull;

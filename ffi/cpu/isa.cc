@@ -1,7 +1,8 @@
 #include "cpu/isa.h"
 
-#include <cstdlib>
 #include <mutex>
+
+#include "cpu/settings.h"
 
 namespace monokernel::cpu {
 
@@ -79,16 +80,15 @@ std::string set_isa(const std::string& name) {
   return "";
 }
 
+const Kernel& best_kernel() { return *kernels().front(); }
+
 const Kernel* current_kernel(std::string* error) {
   std::string name;
   {
     std::lock_guard lock(g_mutex);
     name = g_forced;
   }
-  if (name.empty()) {
-    const char* environment = std::getenv("MONOKERNEL_ISA");
-    name = environment ? environment : "";
-  }
+  if (name.empty()) name = isa_setting();
   if (name.empty()) return kernels().front();
   const Kernel* kernel = find(name);
   if (!kernel) *error = unknown(name, "MONOKERNEL_ISA");

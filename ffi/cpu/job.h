@@ -84,6 +84,8 @@ inline constexpr int64_t kMaxBatch = 16;
 // Chooses the next token of one request from its logits and updates its state.
 void sample_request(Job& job, int64_t row);
 
+inline constexpr int64_t kReadBytes = 512;
+
 // A build of the kernel for one instruction set (cpu/kernel/kernel.cc).
 struct Kernel {
   const char* name;
@@ -91,6 +93,8 @@ struct Kernel {
   void (*run)(Job& job, int thread);
   // Floats of private scratch that one thread needs for `job`.
   int64_t (*scratch_floats)(const Job& job);
+  // Reads `bytes` at a 64-byte aligned address, rounded down to whole kReadBytes, as fast as it can; returns some sum.
+  uint64_t (*read)(const void* from, int64_t bytes);
 };
 
 }  // namespace monokernel::cpu

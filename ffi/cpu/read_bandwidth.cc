@@ -1,59 +1,67 @@
 #include "cpu/read_bandwidth.h"
 
+#include <sys/mman.h>
+
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
 #include <stdexcept>
 
+#include "cpu/barrier.h"
+#include "cpu/isa.h"
 #include "cpu/team.h"
 
 namespace monokernel::cpu {
 namespace {
 
-// Sums 64-bit words in eight independent chains; the compiler turns each into vector loads.
-uint64_t sum_words(const uint64_t* words, int64_t count) {
-  uint64_t sums[64] = {};
-  for (int64_t i = 0; i + 64 <= count; i += 64) {
-    __builtin_prefetch(words + i + 512);
-    __builtin_prefetch(words + i + 520);
-    __builtin_prefetch(words + i + 528);
-    __builtin_prefetch(words + i + 536);
-    __builtin_prefetch(words + i + 544);
-    __builtin_prefetch(words + i + 552);
-    __builtin_prefetch(words + i + 560);
-    __builtin_prefetch(words + i + 568);
-    for (int lane = 0; lane < 64; lane++) sums[lane] += words[i + lane];
+constexpr size_t kHugePageBytes = size_t{2} << 20;
+
+void wait_for_all(Barrier& barrier) {
+  const uint32_t ticket = barrier.arrive();
+  for (int i = 0; i < 20000; i++) {
+    if (__atomic_load_n(barrier.epoch(), __ATOMIC_ACQUIRE) != ticket) return;
   }
-  uint64_t total = 0;
-  for (uint64_t s : sums) total += s;
-  return total;
+  barrier.sleep(ticket);
 }
 
 }  // namespace
 
 std::vector<double> read_bandwidth(int64_t bytes, int threads, int repeats) {
-  if (bytes < 4096 || threads < 1 || threads > 4096 || repeats < 1) {
-    throw std::invalid_argument("read_bandwidth needs bytes >= 4096, 1 to 4096 threads and repeats >= 1");
+  if (bytes < 1 || bytes > int64_t{1} << 40 || threads < 1 || threads > 4096 || repeats < 1 || repeats > 1 << 20) {
+    throw std::invalid_argument("read_bandwidth needs 1 to 2^40 bytes, 1 to 4096 threads and 1 to 2^20 repeats");
   }
-  const int64_t part = bytes / threads / 4096 * 4096;
-  if (part == 0) throw std::invalid_argument("read_bandwidth needs at least 4096 bytes per thread");
-  auto free = [](void* p) { ::operator delete(p, std::align_val_t{4096}); };
-  std::unique_ptr<void, decltype(free)> buffer(::operator new(static_cast<size_t>(part) * threads, std::align_val_t{4096}),
-                                               free);
-  Team team(threads);
-  auto* base = static_cast<char*>(buffer.get());
+  const int64_t part = bytes / threads / kReadBytes * kReadBytes;
+  if (part == 0) throw std::invalid_argument("read_bandwidth needs at least 512 bytes per thread");
+  const size_t size = (static_cast<size_t>(part * threads) + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+  const std::unique_ptr<char, void (*)(void*)> buffer(static_cast<char*>(std::aligned_alloc(kHugePageBytes, size)),
+                                                      std::free);
+  if (!buffer) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  madvise(buffer.get(), size, MADV_HUGEPAGE);  // advice: a refusal only makes it slower
+#endif
+
+  using Clock = std::chrono::steady_clock;
+  std::vector<double> rates(static_cast<size_t>(repeats));
   std::vector<uint64_t> sums(static_cast<size_t>(threads) * 8);  // a cache line each
-  team.run([&](int t) { std::memset(base + t * part, t + 1, static_cast<size_t>(part)); });
-  std::vector<double> seconds;
-  for (int r = 0; r < repeats; r++) {
-    const auto start = std::chrono::steady_clock::now();
-    team.run([&](int t) { sums[t * 8] += sum_words(reinterpret_cast<uint64_t*>(base + t * part), part / 8); });
-    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-  }
+  Barrier barrier;
+  barrier.reset(threads);
+  Team team(threads);
+  team.run([&](int t) {
+    char* mine = buffer.get() + t * part;
+    std::memset(mine, t + 1, static_cast<size_t>(part));
+    for (double& rate : rates) {
+      wait_for_all(barrier);
+      const auto start = Clock::now();
+      sums[static_cast<size_t>(t) * 8] += best_kernel().read(mine, part);
+      wait_for_all(barrier);
+      if (t == 0) rate = static_cast<double>(part * threads) / std::chrono::duration<double>(Clock::now() - start).count();
+    }
+  });
   // A use of the sums that the compiler cannot do without.
   if (sums[0] == 0) throw std::logic_error("read_bandwidth read nothing");
-  return seconds;
+  return rates;
 }
 
 }  // namespace monokernel::cpu

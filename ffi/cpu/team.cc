@@ -2,12 +2,13 @@
 
 #include <pthread.h>
 
-#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <list>
 #include <thread>
+
+#include "cpu/cpus.h"
 
 namespace monokernel::cpu {
 
@@ -91,7 +92,6 @@ struct Pool {
   int calls = 0;  // teams on lease
   std::list<int> waiting;  // calls that have no team yet, by the number of threads that they want
   std::vector<std::unique_ptr<Team>> idle;
-  const int cpus = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
 };
 
 // Never destroyed: detached threads may still look at it while the process exits.
@@ -111,10 +111,11 @@ Pool& pool() {
 
 Lease::Lease(int threads, const std::function<bool()>& give_up) {
   Pool& p = pool();
+  const int cpus = available_cpus();
   std::unique_lock lock(p.mutex);
   // In the order in which they came: one that wants many threads would otherwise wait for a moment when nothing else runs.
   const auto here = p.waiting.insert(p.waiting.end(), threads);
-  const auto may_go = [&] { return p.waiting.begin() == here && (p.calls == 0 || p.busy + threads <= p.cpus); };
+  const auto may_go = [&] { return p.waiting.begin() == here && (p.calls == 0 || p.busy + threads <= cpus); };
   while (!may_go() && !give_up()) p.released.wait_for(lock, std::chrono::milliseconds(20));
   const bool goes = may_go();
   p.waiting.erase(here);

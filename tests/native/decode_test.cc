@@ -18,6 +18,7 @@
 #include "cpu/decode.h"
 #include "cpu/interrupt.h"
 #include "cpu/isa.h"
+#include "cpu/settings.h"
 #include "cpu/team.h"
 
 namespace ffi = xla::ffi;
@@ -153,7 +154,10 @@ Outcome run(const Case& c, bool aliased = true, int64_t steps = 0) {
   return outcome;
 }
 
-void use_threads(int threads) { setenv("MONOKERNEL_THREADS", std::to_string(threads).c_str(), 1); }
+void use_threads(int threads) {
+  setenv("MONOKERNEL_THREADS", std::to_string(threads).c_str(), 1);
+  cpu::read_environment();
+}
 
 std::vector<Case> g_cases;
 
