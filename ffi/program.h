@@ -26,7 +26,16 @@
   X(tied_head)                                                                                                        \
   X(weight_dtype) /* 0 bfloat16, 1 float16, 2 float32 */                                                              \
   X(kv_dtype)     /* likewise */                                                                                      \
-  X(layer_elems)  /* one layer of one unit's stream */                                                                \
+  X(waves)          /* stream waves of a unit; the fields up to wave_elems are those of docs/kernel.md */              \
+  X(service_waves)                                                                                                    \
+  X(wave_size)                                                                                                        \
+  X(tile_rows)                                                                                                        \
+  X(atom_cols)                                                                                                        \
+  X(row_major_atom)                                                                                                   \
+  X(chunk_cols)                                                                                                       \
+  X(segment_tiles)                                                                                                    \
+  X(wave_elems)   /* one wave's stream */                                                                             \
+  X(layer_elems)  /* CPU: one layer of one unit's stream */                                                                \
   X(unit_elems)   /* one unit's stream */                                                                             \
   X(constants)    /* number of f32 constants */                                                                       \
   X(final_norm)                                                                                                       \

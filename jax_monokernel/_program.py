@@ -26,6 +26,12 @@ def program(spec: DecoderSpec, plan: Plan) -> dict[str, np.ndarray]:
     # k and v biases follow q's, which is the only one the native side looks up.
     values |= {role: geo.vector_offset[role] for role in VECTOR_ROLES if role not in ("k_bias", "v_bias")}
     values |= {
+        "waves": plan.waves,
+        "service_waves": plan.service_waves,
+        "wave_size": plan.wave_size,
+        "tile_rows": plan.tile_rows,
+        "row_major_atom": plan.wave_size == 32,
+        "segment_tiles": plan.segment_tiles,
         "platform": _PLATFORMS[plan.platform],
         "num_ropes": len(spec.ropes),
         "units": plan.units,

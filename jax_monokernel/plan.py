@@ -9,8 +9,9 @@ import dataclasses
 import functools
 import math
 import os
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import jax
 import numpy as np
 
 from jax_monokernel.spec import DecoderSpec
@@ -41,21 +42,42 @@ VECTOR_ROLES = (
 )
 
 
+_GPU_DEFAULTS = {
+    "cuda": {"wave_size": 32, "waves": 8, "service_waves": 8, "chunk_atoms": 64, "segment_tiles": 8},
+    "rocm": {"wave_size": 64, "waves": 4, "service_waves": 4, "chunk_atoms": 4, "segment_tiles": 16},
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """How weights are cut and ordered for one kind of device."""
 
     platform: Platform
     units: int  # execution units (CPU threads, GPU multiprocessors or compute units); each has its own weight stream
-    tile_rows: int = 16  # matrix rows whose products a unit accumulates side by side
+    # What follows is for GPUs (docs/kernel.md); 0 stands for the platform's own value.
+    wave_size: int = 0  # lanes
+    waves: int = 0  # stream waves of a unit
+    service_waves: int = 0
+    chunk_atoms: int = 0  # atoms of a chunk; the columns that stay in shared memory at the largest batch
+    segment_tiles: int = 0
 
     def __post_init__(self) -> None:
         if self.platform not in get_args(Platform):
             raise ValueError(f"Plan.platform is {self.platform!r}; expected one of {get_args(Platform)}")
         if not 1 <= self.units <= 4096:
             raise ValueError(f"Plan.units is {self.units}; expected 1 to 4096")
-        if self.tile_rows != 16:
-            raise ValueError(f"Plan.tile_rows is {self.tile_rows}; the kernels here are built for 16")
+        for name, value in _GPU_DEFAULTS.get(self.platform, {}).items():
+            if getattr(self, name) == 0:
+                object.__setattr__(self, name, value)
+            if getattr(self, name) < 1:
+                raise ValueError(f"Plan.{name} is {getattr(self, name)}; expected at least 1, or 0 for {value}")
+        if self.platform != "cpu" and (self.wave_size not in (32, 64) or self.waves + self.service_waves > 16):
+            raise ValueError("a GPU plan has waves of 32 or 64 lanes, and at most 16 of them in a unit")
+
+    @property
+    def tile_rows(self) -> int:
+        """Matrix rows whose products a unit accumulates side by side."""
+        return {0: 16, 32: 8, 64: 4}[self.wave_size]
 
 
 def make_plan(spec: DecoderSpec, *, platform: Platform = "cpu", units: int | None = None) -> Plan:
@@ -64,16 +86,25 @@ def make_plan(spec: DecoderSpec, *, platform: Platform = "cpu", units: int | Non
     Args:
       platform: where decode will run.
       units: execution units to cut the weights for. By default, on the CPU: `MONOKERNEL_THREADS` if set, else the CPUs
-        this process may use, but no more than the smallest matrix has row tiles.
+        this process may use, but no more than the smallest matrix has row tiles. On a GPU: all multiprocessors or
+        compute units of the first device of that platform.
 
     Raises:
-      ValueError: units out of range, or needed and not given.
+      ValueError: units out of range, or not given where JAX sees no device of that platform.
     """
     if units is None:
-        if platform != "cpu":
-            raise ValueError(f"a plan for {platform} needs units=, the number of multiprocessors or compute units")
-        units = _default_threads(spec)
+        units = _default_threads(spec) if platform == "cpu" else _device_units(platform)
     return Plan(platform=platform, units=units)
+
+
+def _device_units(platform: Platform) -> int:
+    try:
+        return jax.local_devices(backend=platform)[0].core_count
+    except (RuntimeError, AttributeError) as error:
+        raise ValueError(
+            f"JAX sees no {platform} device here, so a plan for it needs units=, the number of its multiprocessors or "
+            "compute units"
+        ) from error
 
 
 def _default_threads(spec: DecoderSpec) -> int:
@@ -109,9 +140,9 @@ class Matrix:
 
     rows: int  # including padding to whole tiles
     cols: int  # including padding to a whole number of k-groups
-    tiles: int  # per layer; for gate_up a gate tile is followed by its up tile and both go to the same unit
+    tiles: int  # per layer; for gate_up on the CPU a gate tile is followed by its up tile and both go to the same unit
     begin: tuple[int, ...]  # [units + 1]; unit u holds tiles begin[u] to begin[u + 1] - 1
-    offset: tuple[int, ...]  # [units], in elements: from the start of the layer, or of the unit for the head
+    offset: tuple[int, ...]  # [units], in elements: from the start of the layer, or of the unit for the head; 0 on GPUs
 
     @property
     def tile_elems(self) -> int:
@@ -123,10 +154,13 @@ class Matrix:
 class Geometry:
     """Sizes and offsets that follow from a spec and a plan, in elements of their arrays."""
 
-    k_group: int  # neighbouring columns kept together: 2 for bf16, whose dot-product instructions take pairs
+    k_group: int  # CPU: neighbouring columns kept together: 2 for bf16, whose dot-product instructions take pairs
     matrices: dict[str, Matrix]
-    layer_elems: int  # one layer of one unit's stream
+    layer_elems: int  # CPU: one layer of one unit's stream
     unit_elems: int  # one unit's stream: every layer, then its part of the head
+    atom_cols: int  # GPU
+    chunk_cols: int  # GPU
+    wave_elems: int  # GPU: one wave's part of a unit's stream
     vector_offset: dict[str, int]  # role -> offset in a layer's constants; -1: the spec has no such part
     final_norm_offset: int
     inv_freq_offset: int
@@ -146,6 +180,8 @@ def _round_up(n: int, multiple: int) -> int:
 @functools.lru_cache(maxsize=64)
 def geometry(spec: DecoderSpec, plan: Plan) -> Geometry:
     """Lays the weights of `spec` out for `plan`."""
+    if plan.platform != "cpu":
+        return _gpu_geometry(spec, plan)
     k_group = 2 if spec.dtype == "bfloat16" else 1
     tile = plan.tile_rows
     hidden, inter = spec.hidden_size, spec.intermediate_size
@@ -172,22 +208,135 @@ def geometry(spec: DecoderSpec, plan: Plan) -> Geometry:
         matrices[phase] = Matrix(groups * tile * together, cols, groups * together, begin, tuple(fill))
         fill = [f + (begin[u + 1] - begin[u]) * tile * cols for u, f in enumerate(fill)]
 
+    return _with_constants(
+        spec,
+        k_group=k_group,
+        matrices=matrices,
+        layer_elems=layer_elems,
+        unit_elems=_round_up(max(fill), 32),
+        atom_cols=0,
+        chunk_cols=0,
+        wave_elems=0,
+    )
+
+
+def _with_constants(spec: DecoderSpec, **streams: Any) -> Geometry:
+    """The geometry of the streams, completed by that of the constants, which is the same for all platforms."""
     vectors = layer_shapes(spec)
     offsets, size = {}, 0
     for role in VECTOR_ROLES:
         offsets[role] = size if role in vectors else -1
         size += int(np.prod(vectors.get(role, (0,))))
     inv_freq_rows = sum(2 if rope.scaling == "longrope" else 1 for rope in spec.ropes)
-    before = hidden + inv_freq_rows * (spec.rotary_dim // 2)
+    before = spec.hidden_size + inv_freq_rows * (spec.rotary_dim // 2)
     return Geometry(
-        k_group=k_group,
-        matrices=matrices,
-        layer_elems=layer_elems,
-        unit_elems=_round_up(max(fill), 32),
+        **streams,
         vector_offset=offsets,
         final_norm_offset=0,
-        inv_freq_offset=hidden,
+        inv_freq_offset=spec.hidden_size,
         layer_constants_offset=before,
         layer_constants=size,
         constants=before + size * spec.num_layers,
     )
+
+
+SLOT_ATOMS = 8  # atoms that a wave's ring requests together; a wave's stream is a whole number of them
+
+
+def chunks(cols: int, geo_atom_cols: int, chunk_cols: int, waves: int) -> list[list[tuple[int, int]]]:
+    """For each chunk of a matrix of `cols` columns, the atoms [begin, end) of its rows that each wave reads."""
+    atoms = cols // geo_atom_cols
+    step = chunk_cols // geo_atom_cols
+    starts = range(0, atoms, step)
+    sizes = [min(step, atoms - start) for start in starts]
+    return [
+        [(start + n * w // waves, start + n * (w + 1) // waves) for w in range(waves)]
+        for start, n in zip(starts, sizes, strict=True)
+    ]
+
+
+def _gpu_geometry(spec: DecoderSpec, plan: Plan) -> Geometry:
+    vector = 16 // np.dtype(np.float32 if spec.dtype == "float32" else np.float16).itemsize
+    atom_cols = plan.wave_size // plan.tile_rows * vector
+    chunk_cols = atom_cols * plan.chunk_atoms
+    hidden, inter, qkv = spec.hidden_size, spec.intermediate_size, spec.q_size + 2 * spec.kv_size
+    pair = 2 if spec.gated else 1
+    shapes = {
+        "qkv": (qkv, hidden),
+        "o": (hidden, spec.q_size),
+        "gate_up": (_round_up(inter * pair, plan.tile_rows), hidden),
+        "down": (hidden, inter),
+        "head": (spec.vocab_size, hidden),
+    }
+    padded = {p: (_round_up(r, plan.tile_rows), _round_up(c, atom_cols)) for p, (r, c) in shapes.items()}
+    tiles = {p: r // plan.tile_rows for p, (r, _) in padded.items()}
+    width = {p: c for p, (_, c) in padded.items()}
+
+    # A phase takes as long as its busiest unit, so tiles are dealt evenly; those left over go to units that have least
+    # so far. Rows of o and down are the same residuals: one deal.
+    load = [0] * plan.units
+    counts = {"o": _deal_least(tiles["o"], width["o"] + width["down"], load)}
+    counts["down"] = counts["o"]
+    for phase in ("gate_up", "qkv", "head"):
+        counts[phase] = _deal_least(tiles[phase], width[phase], load)
+
+    matrices = {
+        p: Matrix(*padded[p], tiles[p], tuple(np.cumsum([0, *counts[p]]).tolist()), (0,) * plan.units) for p in PHASES
+    }
+    longest = 0
+    for w in range(plan.waves):
+        atoms = {
+            p: sum(b - a for a, b in (c[w] for c in chunks(width[p], atom_cols, chunk_cols, plan.waves)))
+            for p in PHASES
+        }
+        for u in range(plan.units):
+            layer = sum(atoms[p] * counts[p][u] for p in PHASES[:-1])
+            longest = max(longest, layer * spec.num_layers + atoms["head"] * counts["head"][u])
+    wave_elems = max(1, -(-longest // SLOT_ATOMS)) * SLOT_ATOMS * plan.wave_size * vector
+    return _with_constants(
+        spec,
+        k_group=1,
+        matrices=matrices,
+        layer_elems=0,
+        unit_elems=wave_elems * plan.waves,
+        atom_cols=atom_cols,
+        chunk_cols=chunk_cols,
+        wave_elems=wave_elems,
+    )
+
+
+def _deal_least(tiles: int, cost: int, load: list[int]) -> list[int]:
+    """Deals tiles evenly, those left over to the units with the least load; adds the cost of all to the load."""
+    units = len(load)
+    counts = [tiles // units] * units
+    for u in sorted(range(units), key=lambda u: (load[u], u))[: tiles % units]:
+        counts[u] += 1
+    for u in range(units):
+        load[u] += counts[u] * cost
+    return counts
+
+
+@functools.lru_cache(maxsize=64)
+def attention_tasks(spec: DecoderSpec, plan: Plan, batch: int, capacity: int) -> tuple[int, int]:
+    """How attention is cut into tasks on a GPU: (parts of the context, query heads of a task).
+
+    Depends on the cache's capacity and not on the tokens in it, so that decoding N and then M tokens adds up scores in
+    the same order as N + M at once.
+    """
+    group = spec.num_heads // spec.num_kv_heads
+    most = _most_heads(group)
+    if capacity <= SHORT_CONTEXT:
+        fit = (h for h in range(1, most) if group % h == 0 and spec.num_heads // h * batch <= plan.units)
+        return 1, next(fit, most)
+    heads = most
+    tasks = spec.num_heads // heads * batch
+    return max(1, min(plan.units // tasks, -(-capacity // SPLIT_POSITIONS))), heads
+
+
+def _most_heads(group: int) -> int:
+    """Query heads that share the loads of a key: what fits in registers."""
+    return next(h for h in (4, 3, 2, 1) if group % h == 0)
+
+
+SHORT_CONTEXT = 2048  # positions of cache up to which the context is not split
+SPLIT_POSITIONS = 256  # fewest positions worth a part

@@ -2,7 +2,8 @@
 
 A matrix [rows, cols] is cut into tiles of 16 rows. Inside a tile the order is [cols / g][16 rows][g] with g
 neighbouring columns together (`Geometry.k_group`), so one 64-byte load of bf16 weights holds two columns of all 16
-rows: lanes are rows, products need no sum across lanes, and a unit reads its tiles as one contiguous stream.
+rows: lanes are rows, products need no sum across lanes, and a unit reads its tiles as one contiguous stream. That is
+the CPU's layout; `_gpu_tape` has the one for GPUs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_monokernel._gpu_tape import from_bits, pack_atoms, to_bits, unpack_atoms
 from jax_monokernel.plan import PHASES, VECTOR_ROLES, Geometry, Matrix, Plan, geometry, make_plan
 from jax_monokernel.rope import inverse_frequencies
 from jax_monokernel.spec import DecoderSpec
@@ -68,13 +70,15 @@ def pack(spec: DecoderSpec, weights: DecoderWeights, plan: Plan | None = None) -
     check_weights(spec, weights)
     plan = make_plan(spec) if plan is None else plan
     geo = geometry(spec, plan)
+    if plan.platform != "cpu":
+        return _tape(spec, plan, weights, pack_atoms(spec, plan, weights))
     # Moved as integers: XLA's CPU backend widens 16-bit floats to f32 even to copy them, which would double the memory.
-    w = jax.tree.map(_to_bits, weights.layers)
+    w = jax.tree.map(to_bits, weights.layers)
     stacked = {
         "qkv": jnp.concatenate([w.q, w.k, w.v], axis=1),
         "o": w.o,
         "down": w.down,
-        "head": _to_bits(weights.output_matrix)[None],
+        "head": to_bits(weights.output_matrix)[None],
     }
     tiles = {phase: _to_tiles(matrix, geo.matrices[phase], plan, geo) for phase, matrix in stacked.items()}
     tiles["gate_up"] = _pack_gate_up(w, geo.matrices["gate_up"], plan, geo)
@@ -85,13 +89,16 @@ def pack(spec: DecoderSpec, weights: DecoderWeights, plan: Plan | None = None) -
         layers = _pad_last(jnp.concatenate(parts, axis=1), geo.layer_elems).reshape(-1)
         head = _unit_tiles(tiles["head"], geo.matrices["head"], u).reshape(-1)
         units.append(_pad_last(jnp.concatenate([layers, head]), geo.unit_elems))
+    return _tape(spec, plan, weights, from_bits(jnp.stack(units), spec.dtype))
 
+
+def _tape(spec: DecoderSpec, plan: Plan, weights: DecoderWeights, streams: jax.Array) -> Tape:
     vectors = [v for v in (getattr(weights.layers, role) for role in VECTOR_ROLES) if v is not None]
     per_layer = [jnp.concatenate([v.astype(jnp.float32) for v in vectors], axis=1).reshape(-1)] if vectors else []
     frequencies = [jnp.asarray(inverse_frequencies(rope)).reshape(-1) for rope in spec.ropes]
     constants = jnp.concatenate([weights.final_norm.astype(jnp.float32), *frequencies, *per_layer])
     return Tape(
-        streams=_from_bits(jnp.stack(units), spec.dtype),
+        streams=streams,
         constants=constants,
         embedding=None if spec.tied_head else weights.embedding,
         spec=spec,
@@ -108,7 +115,9 @@ def unpack(tape: Tape) -> DecoderWeights:
     check_layout(tape)
     spec, plan, geo = tape.spec, tape.plan, geometry(tape.spec, tape.plan)
     shapes = layer_shapes(spec)
-    streams = _to_bits(tape.streams)
+    streams = to_bits(tape.streams)
+    if plan.platform != "cpu":
+        return _unpacked(tape, *unpack_atoms(spec, plan, tape.streams))
 
     def matrix(phase: str) -> jax.Array:
         """[layers, tiles, rows of a tile, cols], padding included."""
@@ -140,9 +149,14 @@ def unpack(tape: Tape) -> DecoderWeights:
         layers["gate"], layers["up"] = (rows(gate_up[:, half::2], shapes["up"]) for half in (0, 1))
     else:
         layers["up"] = rows(gate_up, shapes["up"])
-    layers = {role: _from_bits(value, spec.dtype) for role, value in layers.items()}
-    head = _from_bits(rows(matrix("head"), (spec.vocab_size, hidden))[0], spec.dtype)
+    layers = {role: from_bits(value, spec.dtype) for role, value in layers.items()}
+    head = from_bits(rows(matrix("head"), (spec.vocab_size, hidden))[0], spec.dtype)
+    return _unpacked(tape, layers, head)
 
+
+def _unpacked(tape: Tape, layers: dict[str, jax.Array], head: jax.Array) -> DecoderWeights:
+    spec, geo = tape.spec, geometry(tape.spec, tape.plan)
+    shapes = layer_shapes(spec)
     constants = tape.constants[geo.layer_constants_offset :].reshape(spec.num_layers, geo.layer_constants)
     for role in VECTOR_ROLES:
         if role in shapes:
@@ -151,7 +165,7 @@ def unpack(tape: Tape) -> DecoderWeights:
     return DecoderWeights(
         embedding=head if tape.embedding is None else tape.embedding,
         layers=LayerWeights(**layers),
-        final_norm=tape.constants[:hidden].astype(spec.dtype),
+        final_norm=tape.constants[: spec.hidden_size].astype(spec.dtype),
         head=None if spec.tied_head else head,
     )
 
@@ -175,14 +189,6 @@ def check_layout(tape: Tape) -> None:
             raise ValueError(
                 f"tape.{name} is {have.dtype}{list(have.shape)}; spec and plan ask for {dtype}{list(shape)}"
             )
-
-
-def _to_bits(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32)
-
-
-def _from_bits(x: jax.Array, dtype: str) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, dtype)
 
 
 def _pad_last(x: jax.Array, size: int) -> jax.Array:

@@ -1,0 +1,45 @@
+// What the kernel asks of a machine. The only folder with vendor conditionals; each file below provides exactly this:
+//
+//   MK_DEVICE, MK_CONSTANT      function and table qualifiers
+//   MK_KERNEL(threads)          qualifier of the kernel entry
+//   kWave                       lanes of a wave, 32 or 64
+//   unit(), wave(), lane()      where this lane is; wave() and everything derived from it is uniform over the wave
+//   shared()                    base of the unit's shared memory, 16-byte aligned
+//   unit_sync()                 barrier of all waves of the unit; orders shared and global memory inside the unit
+//   group_sync<id, waves>()     barrier of `waves` whole waves (id 1 to 7)
+//   wave_sync()                 barrier and shared-memory order inside a wave
+//   shuffle(v, lane), shuffle_xor(v, mask)   u32 and float; all lanes take part
+//   any(bool)                   over the wave
+//   load_word(p), load_words(p) relaxed, device scope: u32; four u32 (each atomic by itself, p 16-byte aligned)
+//   store_word(p, v)            relaxed, device scope
+//   load_shared_data(p)         16 bytes of device memory that other units may have written before the last acquire
+//   load_once(p)                16 bytes of read-only memory that is not needed again
+//   release(), acquire()        device-scope fences
+//   load_host(p)                u32 of host memory, not cached
+//   claim(p)                    true for the first caller of a launch (atomic compare and swap of 0 by 1)
+//   ticks()                     u64 clock for timeouts and traces, monotonic on one unit
+//   as_u32(f), as_f32(u)        bit casts
+//   fma(a, b, c), sqrt(x)       f32, correctly rounded (f64 overloads likewise)
+//   mma_16x8x16(c, a, b)        wave 32: float c[4], u32 a[4], u32 b[2] as PTX's mma.m16n8k16; template on bf16 or f16
+//   mfma_4x4x4(c, a, b)         wave 64: float c[4], u32 a[2], u32 b[2] as v_mfma_f32_4x4x4 with 16 blocks; likewise
+//   Ring                        the stream of one wave:
+//     static constexpr int kSlotAtoms            atoms that are waited for and requested together
+//     void start(shared, stream, bytes)          starts reading `bytes` at `stream`, again and again; bytes is a whole
+//                                                number of slots
+//     void wait()                                until the current slot is there
+//     template <int n> void read(int atom, Vec4 (&w)[n])   atoms `atom` to atom + n - 1 of the slot, 16 bytes a lane
+//     template <int n> void done(int atom)       these atoms will not be read again
+//     void next()                                goes to the next slot
+//     void drain()                               waits for all that was requested; nothing is requested after
+//   Vec4                        struct {u32 x, y, z, w;}, 16-byte aligned
+#pragma once
+
+#include "args.h"
+
+#if defined(MK_HOST)
+#include "arch/host.h"
+#elif defined(__CUDACC_RTC__) || defined(__CUDACC__)
+#include "arch/cuda.h"
+#else
+#include "arch/amd.h"
+#endif

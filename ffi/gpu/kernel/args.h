@@ -1,0 +1,61 @@
+// What a launch is given. Included by the kernel and by the host code that launches it: fixed-size types, no includes.
+#pragma once
+
+namespace mk {
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using i32 = int;
+using u64 = unsigned long long;
+using i64 = long long;
+
+// Why a launch ended early. The first unit to find a reason writes it.
+struct Report {
+  u32 reason;    // kOk, kTimeout or kCancelled
+  u32 handoff;   // 1 to 8: h1_qkv to h8_token (docs/kernel.md)
+  u32 layer;
+  u32 token;     // of this launch
+  u32 unit;      // the waiter
+  u32 word;      // index in the hand-off
+  u32 expected;  // parity
+  u32 seen;      // the word
+};
+
+enum Reason : u32 { kOk = 0, kTimeout = 1, kCancelled = 2 };
+
+// Device pointers; shapes as in jax_monokernel.decode. Everything carried is read and written in place.
+struct Args {
+  const void* streams;      // weights [units][waves][wave_elems]
+  const float* constants;   // [constants]
+  const void* embedding;    // weights [vocab][hidden]; null when tied
+  const float* temperature;         // [batch]
+  const i32* top_k;                 // [batch]
+  const float* top_p;               // [batch]
+  const float* min_p;               // [batch]
+  const float* repetition_penalty;  // [batch]
+  const float* presence_penalty;    // [batch]
+  const i32* row_max_new_tokens;    // [batch]
+  const i32* eos_token_id;          // [batch][eos_count]
+  const float* logit_bias;          // [batch][vocab] or null
+  const u32* key_data;              // [batch][2]
+  void* k_cache;    // [batch][layers][kv_heads][capacity][head_dim], element: kv dtype
+  void* v_cache;    // likewise
+  i32* position;    // [batch]
+  i32* last_token;  // [batch]
+  i32* status;      // [batch] 0 running, 1 stopped, 2 full
+  u8* seen;         // [batch][vocab]
+  i32* tokens;      // [batch][max_new_tokens], filled with -1 by the kernel
+  i32* lengths;     // [batch]
+  float* log_probs; // [batch][max_new_tokens] or null, filled with 0 by the kernel
+  void* workspace;  // layout/workspace.h; its exchange part zeroed before every launch
+  Report* report;   // zeroed before every launch
+  const u32* cancel;  // host memory that the device can read; not 0: stop
+  void* trace;        // MK_TRACE builds: [units][trace events]; else null
+  i64 capacity;        // positions
+  i32 max_new_tokens;
+  i32 eos_count;
+  u64 timeout_ticks;  // of arch::ticks()
+};
+
+}  // namespace mk

@@ -1,0 +1,170 @@
+"""The streams of a tape for GPUs: atoms in the order in which each stream wave consumes them (docs/kernel.md)."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_monokernel.plan import PHASES, Plan, chunks, geometry
+from jax_monokernel.spec import DecoderSpec
+from jax_monokernel.weights import DecoderWeights, layer_shapes
+
+
+def to_bits(x: jax.Array) -> jax.Array:
+    """A float array as integers of its width."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32)
+
+
+def from_bits(x: jax.Array, dtype: str) -> jax.Array:
+    """The inverse of `to_bits`."""
+    return jax.lax.bitcast_convert_type(x, dtype)
+
+
+def pack_atoms(spec: DecoderSpec, plan: Plan, weights: DecoderWeights) -> jax.Array:
+    """The streams of all units: spec.dtype [units, unit_elems]. Jittable."""
+    geo = geometry(spec, plan)
+    w = jax.tree.map(to_bits, weights.layers)
+    up = w.up if w.gate is None else _interleave(w.gate, w.up, plan.tile_rows // 2)
+    stacked = {"qkv": jnp.concatenate([w.q, w.k, w.v], axis=1), "o": w.o, "gate_up": up, "down": w.down}
+    layers = jnp.concatenate([_to_atoms(stacked[p], spec, plan, p) for p in PHASES[:-1]], axis=1)
+    head = _to_atoms(to_bits(weights.output_matrix)[None], spec, plan, "head")
+    atoms = jnp.concatenate([layers.reshape(-1, layers.shape[2]), head[0], jnp.zeros_like(head[0, :1])])
+    return from_bits(atoms[_places(spec, plan)].reshape(plan.units, geo.unit_elems), spec.dtype)
+
+
+def unpack_atoms(spec: DecoderSpec, plan: Plan, streams: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+    """The matrices of the layers by role, and the head: the inverse of `pack_atoms`. Jittable."""
+    per_layer, last = _atom_counts(spec, plan)
+    places = _places(spec, plan)
+    total = per_layer * spec.num_layers + last
+    bits = to_bits(streams).reshape(*places.shape, -1)
+    atoms = jnp.zeros((total + 1, bits.shape[-1]), bits.dtype).at[places].set(bits)
+    layers = atoms[: per_layer * spec.num_layers].reshape(spec.num_layers, per_layer, -1)
+    found, start = {}, 0
+    for p in PHASES[:-1]:
+        count = _phase_atoms(spec, plan, p)
+        found[p] = _from_atoms(layers[:, start : start + count], spec, plan, p)
+        start += count
+    head = _from_atoms(atoms[None, per_layer * spec.num_layers : total], spec, plan, "head")[0]
+    shapes = layer_shapes(spec)
+    q, kv = spec.q_size, spec.kv_size
+    out = {}
+    out["q"], out["k"], out["v"] = jnp.split(found["qkv"][:, : q + 2 * kv], (q, q + kv), axis=1)
+    out["o"], out["down"] = found["o"], found["down"]
+    if spec.gated:
+        out["gate"], out["up"] = _split_pairs(found["gate_up"], plan.tile_rows // 2)
+    else:
+        out["up"] = found["gate_up"]
+    out = {role: from_bits(x[:, : shapes[role][0], : shapes[role][1]], spec.dtype) for role, x in out.items()}
+    return out, from_bits(head[: spec.vocab_size, : spec.hidden_size], spec.dtype)
+
+
+def _interleave(gate: jax.Array, up: jax.Array, half: int) -> jax.Array:
+    """[layers, rows, cols] twice -> [layers, tiles * 2 * half, cols]: half a tile of gate rows, then their up rows."""
+    layers, rows, cols = gate.shape
+    pad = ((0, 0), (0, -rows % half), (0, 0))
+    gate, up = (jnp.pad(x, pad).reshape(layers, -1, 1, half, cols) for x in (gate, up))
+    return jnp.concatenate([gate, up], axis=2).reshape(layers, -1, cols)
+
+
+def _split_pairs(x: jax.Array, half: int) -> tuple[jax.Array, jax.Array]:
+    layers, _, cols = x.shape
+    pairs = x.reshape(layers, -1, 2, half, cols)
+    return pairs[:, :, 0].reshape(layers, -1, cols), pairs[:, :, 1].reshape(layers, -1, cols)
+
+
+def _vector(spec: DecoderSpec) -> int:
+    return 4 if spec.dtype == "float32" else 8
+
+
+def _to_atoms(x: jax.Array, spec: DecoderSpec, plan: Plan, phase: str) -> jax.Array:
+    """[layers, rows, cols] -> [layers, tiles * atoms of a row, elements of an atom], padded with zeros."""
+    geo, v, rows = geometry(spec, plan), _vector(spec), plan.tile_rows
+    m = geo.matrices[phase]
+    x = jnp.pad(x, ((0, 0), (0, m.rows - x.shape[1]), (0, m.cols - x.shape[2])))
+    x = x.reshape(x.shape[0], m.tiles, rows, m.cols // geo.atom_cols, geo.atom_cols // v, v)
+    order = (0, 1, 3, 2, 4, 5) if row_major(plan) else (0, 1, 3, 4, 2, 5)
+    return x.transpose(order).reshape(x.shape[0], -1, rows * geo.atom_cols)
+
+
+def _from_atoms(x: jax.Array, spec: DecoderSpec, plan: Plan, phase: str) -> jax.Array:
+    geo, v, rows = geometry(spec, plan), _vector(spec), plan.tile_rows
+    m = geo.matrices[phase]
+    k_blocks = geo.atom_cols // v
+    inner = (rows, k_blocks, v) if row_major(plan) else (k_blocks, rows, v)
+    x = x.reshape(x.shape[0], m.tiles, m.cols // geo.atom_cols, *inner)
+    order = (0, 1, 3, 2, 4, 5) if row_major(plan) else (0, 1, 4, 2, 3, 5)
+    return x.transpose(order).reshape(x.shape[0], m.rows, m.cols)
+
+
+def row_major(plan: Plan) -> bool:
+    """Whether an atom is [rows][k blocks], as waves of 32 lanes read it, and not [k blocks][rows]."""
+    return plan.wave_size == 32
+
+
+def _phase_atoms(spec: DecoderSpec, plan: Plan, phase: str) -> int:
+    geo = geometry(spec, plan)
+    m = geo.matrices[phase]
+    return m.tiles * (m.cols // geo.atom_cols)
+
+
+def _atom_counts(spec: DecoderSpec, plan: Plan) -> tuple[int, int]:
+    """(atoms of a layer, atoms of the head)."""
+    return sum(_phase_atoms(spec, plan, p) for p in PHASES[:-1]), _phase_atoms(spec, plan, "head")
+
+
+@functools.lru_cache(maxsize=8)
+def _stream_orders(spec: DecoderSpec, plan: Plan) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """For every wave of every unit: atoms of a layer in the order of its stream, and atoms of the head."""
+    geo = geometry(spec, plan)
+    layer_parts: list[list[np.ndarray]] = [[] for _ in range(plan.units * plan.waves)]
+    head_parts: list[list[np.ndarray]] = [[] for _ in range(plan.units * plan.waves)]
+    start = 0
+    for phase in PHASES:
+        m = geo.matrices[phase]
+        per_row = m.cols // geo.atom_cols
+        if phase == "head":
+            start = 0
+        deal = chunks(m.cols, geo.atom_cols, geo.chunk_cols, plan.waves)
+        for u in range(plan.units):
+            for first in range(m.begin[u], m.begin[u + 1], plan.segment_tiles):
+                tiles = np.arange(first, min(first + plan.segment_tiles, m.begin[u + 1]))
+                for chunk in deal:
+                    for w, (a, b) in enumerate(chunk):
+                        atoms = (start + tiles[:, None] * per_row + np.arange(a, b)).reshape(-1)
+                        (head_parts if phase == "head" else layer_parts)[u * plan.waves + w].append(atoms)
+        start += m.tiles * per_row
+    none = np.zeros(0, np.int64)
+    return [np.concatenate([none, *p]) for p in layer_parts], [np.concatenate([none, *p]) for p in head_parts]
+
+
+def _places(spec: DecoderSpec, plan: Plan) -> jax.Array:
+    """int32 [units * waves, atoms of a stream]: which of all atoms, layers first, then head, stands there.
+
+    Padding at a stream's end points behind the last atom. Computed from one layer's order, so that a jitted pack has no
+    constant of the size of all layers.
+    """
+    per_layer, last = _atom_counts(spec, plan)
+    layer_orders, head_orders = _stream_orders(spec, plan)
+    length = geometry(spec, plan).wave_elems // (plan.wave_size * _vector(spec))
+
+    def table(orders: list[np.ndarray]) -> tuple[jax.Array, jax.Array]:
+        sizes = np.array([len(o) for o in orders], np.int32)
+        out = np.zeros((len(orders), max(1, sizes.max())), np.int32)
+        for i, order in enumerate(orders):
+            out[i, : len(order)] = order
+        return jnp.asarray(out), jnp.asarray(sizes)[:, None]
+
+    layer_table, layer_size = table(layer_orders)
+    head_table, head_size = table(head_orders)
+    at = jnp.arange(length, dtype=jnp.int32)[None]
+    size = jnp.maximum(layer_size, 1)
+    layer = at // size
+    in_layer = jnp.take_along_axis(layer_table, at % size, axis=1) + layer * per_layer
+    after = at - layer_size * spec.num_layers
+    in_head = jnp.take_along_axis(head_table, jnp.clip(after, 0, head_table.shape[1] - 1), axis=1)
+    in_head = jnp.where(after < head_size, in_head + per_layer * spec.num_layers, per_layer * spec.num_layers + last)
+    return jnp.where(after < 0, in_layer, in_head)
