@@ -270,6 +270,18 @@ def unique_ropes(ropes: Mapping[str, RopeSpec]) -> tuple[tuple[RopeSpec, ...], d
     return distinct, {kind: distinct.index(rope) for kind, rope in ropes.items()}
 
 
+# What transformers takes where a Llama's config.json leaves a field out; other families' defaults began as a copy.
+LLAMA_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+}
+
 # Role -> tensor name within "model.layers.<i>.". Roles with one name share that tensor, in this order along axis 0.
 LLAMA_NAMES = {
     "q": "self_attn.q_proj.weight",

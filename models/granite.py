@@ -10,15 +10,7 @@ from jax_monokernel.models.ropes import rope_from_config
 from jax_monokernel.spec import DecoderSpec, DTypeName
 from jax_monokernel.tensor_map import TensorMap
 
-_DEFAULTS = {
-    "vocab_size": 32_000,
-    "hidden_size": 4096,
-    "intermediate_size": 11_008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
+_DEFAULTS = common.LLAMA_DEFAULTS | {
     "embedding_multiplier": 1.0,
     "logits_scaling": 1.0,
     "residual_multiplier": 1.0,

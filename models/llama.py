@@ -10,21 +10,10 @@ from jax_monokernel.models.ropes import rope_from_config
 from jax_monokernel.spec import DecoderSpec, DTypeName
 from jax_monokernel.tensor_map import TensorMap
 
-_DEFAULTS = {
-    "vocab_size": 32_000,
-    "hidden_size": 4096,
-    "intermediate_size": 11_008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-}
-
 
 def spec_from_config(config: Mapping[str, Any], *, dtype: DTypeName) -> DecoderSpec:
     """What a Llama computes; raises ValueError naming any field that is not handled."""
-    c = common.ConfigReader(config, _DEFAULTS)
+    c = common.ConfigReader(config, common.LLAMA_DEFAULTS)
     fields = common.common_fields(c, dtype)
     bias = c.boolean("attention_bias")
     spec = DecoderSpec(

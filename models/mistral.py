@@ -10,16 +10,10 @@ from jax_monokernel.models.ropes import rope_from_config
 from jax_monokernel.spec import DecoderSpec, DTypeName
 from jax_monokernel.tensor_map import TensorMap
 
-_DEFAULTS = {
-    "vocab_size": 32_000,
-    "hidden_size": 4096,
+_DEFAULTS = common.LLAMA_DEFAULTS | {
     "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
     "num_key_value_heads": 8,
-    "hidden_act": "silu",
     "max_position_embeddings": 4096 * 32,
-    "rms_norm_eps": 1e-6,
     "sliding_window": 4096,  # newer checkpoints switch it off with null
 }
 

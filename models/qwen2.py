@@ -10,7 +10,7 @@ from jax_monokernel.models.ropes import rope_from_config
 from jax_monokernel.spec import DecoderSpec, DTypeName, LayerSpec
 from jax_monokernel.tensor_map import TensorMap
 
-_DEFAULTS = {
+DEFAULTS = {
     "vocab_size": 151_936,
     "hidden_size": 4096,
     "intermediate_size": 22_016,
@@ -27,7 +27,7 @@ _DEFAULTS = {
 
 def spec_from_config(config: Mapping[str, Any], *, dtype: DTypeName) -> DecoderSpec:
     """What a Qwen2 computes; raises ValueError naming any field that is not handled."""
-    c = common.ConfigReader(config, _DEFAULTS)
+    c = common.ConfigReader(config, DEFAULTS)
     fields = common.common_fields(c, dtype)
     if c.raw("attention_bias") not in (None, True):
         raise c.fail("attention_bias", "true or no such field: Qwen2 always has q, k and v biases")

@@ -5,26 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jax_monokernel.models import common
-from jax_monokernel.models.qwen2 import upper_window_layers
+from jax_monokernel.models import common, qwen2
 from jax_monokernel.models.ropes import rope_from_config
 from jax_monokernel.spec import DecoderSpec, DTypeName
 from jax_monokernel.tensor_map import TensorMap
 
-_DEFAULTS = {
-    "vocab_size": 151_936,
-    "hidden_size": 4096,
-    "intermediate_size": 22_016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "max_position_embeddings": 32_768,
-    "rms_norm_eps": 1e-6,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
+_DEFAULTS = qwen2.DEFAULTS | {"head_dim": 128}
 
 
 def spec_from_config(config: Mapping[str, Any], *, dtype: DTypeName) -> DecoderSpec:
@@ -34,7 +20,7 @@ def spec_from_config(config: Mapping[str, Any], *, dtype: DTypeName) -> DecoderS
     bias = c.boolean("attention_bias")
     spec = DecoderSpec(
         **fields,
-        layers=upper_window_layers(c),
+        layers=qwen2.upper_window_layers(c),
         ropes=(rope_from_config(c, fields["head_dim"]),),
         qk_norm="head",
         qkv_bias=bias,
