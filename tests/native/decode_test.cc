@@ -1,8 +1,10 @@
-// The native decode without Python, JAX or XLA: for sanitizers, which want every thread's code to be built with them.
+// The native decode without Python, JAX or XLA: for sanitizers, which want every thread's code to be built with them, and for
+// machines that are emulated.
 //
 // Usage: decode_test CASES, a file that make_cases.py wrote. Prints one line per check; the exit status is 0 if all held.
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -18,6 +20,7 @@
 #include "cpu/decode.h"
 #include "cpu/interrupt.h"
 #include "cpu/isa.h"
+#include "cpu/read_bandwidth.h"
 #include "cpu/settings.h"
 #include "cpu/team.h"
 
@@ -77,6 +80,7 @@ class Array {
     return bytes_ == other.bytes_ && std::memcmp(data_.get(), other.data_.get(), bytes_) == 0;
   }
   const std::vector<int64_t>& dims() const { return dims_; }
+  XLA_FFI_DataType dtype() const { return buffer_.dtype; }
 
  private:
   static std::pair<XLA_FFI_DataType, size_t> type_of(const std::string& name) {
@@ -101,12 +105,13 @@ constexpr int kAttributes = 5, kOperands = 19, kCarried = 6, kFresh = 3;
 
 struct Case {
   std::vector<std::unique_ptr<Array>> attributes, operands;
-  std::unique_ptr<Array> tokens;  // expected
+  std::unique_ptr<Array> tokens, log_probs;  // expected
 
   explicit Case(std::istream& in) {
     for (int i = 0; i < kAttributes; i++) attributes.push_back(Array::read(in));
     for (int i = 0; i < kOperands; i++) operands.push_back(Array::read(in));
     tokens = Array::read(in);
+    log_probs = Array::read(in);
   }
 };
 
@@ -161,15 +166,26 @@ void use_threads(int threads) {
 
 std::vector<Case> g_cases;
 
-// The reference's tokens on every instruction set; the same bits with any number of threads, in place or not.
+// Whether results are those of the reference: tokens exactly, log-probabilities up to the rounding of the weights' dtype.
+void check_results(const Case& c, const Outcome& outcome, const std::string& isa) {
+  check(outcome.error.success(), outcome.error.message());
+  check(*outcome.results[0] == *c.tokens, isa + ": other tokens than the reference's");
+  const XLA_FFI_DataType dtype = c.operands[0]->dtype();
+  const float tolerance = dtype == XLA_FFI_DataType_F32 ? 2e-4f : dtype == XLA_FFI_DataType_F16 ? 0.02f : 0.15f;
+  const auto got = outcome.results[2]->span<float>(), want = c.log_probs->span<float>();
+  for (size_t i = 0; i < want.size(); i++) {
+    check(std::fabs(got[i] - want[i]) <= tolerance, isa + ": other log-probabilities than the reference's");
+  }
+}
+
+// The reference's results on every instruction set; the same bits with any number of threads, in place or not.
 void every_build_and_thread_count() {
   for (const std::string& isa : cpu::available_isas()) {
     check(cpu::set_isa(isa).empty(), "set_isa");
     for (const Case& c : g_cases) {
       use_threads(1);
       const Outcome alone = run(c);
-      check(alone.error.success(), alone.error.message());
-      check(*alone.results[0] == *c.tokens, isa + ": other tokens than the reference's");
+      check_results(c, alone, isa);
       for (int threads : {2, 3, 8}) {
         use_threads(threads);
         check(run(c) == alone, isa + ": other bits with " + std::to_string(threads) + " threads");
@@ -218,6 +234,12 @@ void cancelling() {
   canceller.join();
   check(cancelled > 0, "nothing was cancelled");
   check(*run(c).results[0] == *c.tokens, "a later call was affected");
+}
+
+void read_probe() {
+  for (int threads : {1, 3}) {
+    for (double rate : cpu::read_bandwidth(100'001, threads, 20)) check(rate > 0, "nothing was read");
+  }
 }
 
 // What one thread writes before a hand-off, all see after it, however long they spin, and in every round.
@@ -283,6 +305,7 @@ int main(int count, char** arguments) {
       {"every build and thread count", every_build_and_thread_count},
       {"calls from several threads", calls_from_several_threads},
       {"cancelling", cancelling},
+      {"read probe", read_probe},
   };
   try {
     std::ifstream file(arguments[1], std::ios::binary);

@@ -1,4 +1,4 @@
-"""Writes decode calls for native_test: operands, attributes, and the tokens that the reference gives.
+"""Writes decode calls for decode_test: attributes, operands, and what the reference gives for them.
 
 `python make_cases.py FILE`. The format is that of decode_test.cc: little-endian int64 numbers and raw arrays.
 """
@@ -46,7 +46,9 @@ def main(path: str) -> None:
                 write(file, attributes[attribute])
             for operand in operands_of(spec, units):
                 write(file, operand)
-            write(file, np.asarray(reference_of_mixed(spec).tokens))
+            want = reference_of_mixed(spec)
+            write(file, np.asarray(want.tokens))
+            write(file, np.asarray(want.log_probs))
 
 
 if __name__ == "__main__":

@@ -16,14 +16,19 @@ typedef float Vf __attribute__((vector_size(LANES * 4)));
 typedef int32_t Vi __attribute__((vector_size(LANES * 4)));
 typedef uint32_t Vu __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Vh __attribute__((vector_size(LANES * 2)));
-typedef _Float16 Vf16 __attribute__((vector_size(LANES * 2)));
+#if defined(__aarch64__)
+typedef __fp16 Half;  // g++ 12 does not know _Float16 here
+#else
+typedef _Float16 Half;
+typedef Half Vf16 __attribute__((vector_size(LANES * 2)));
+#endif
 
 // Storage types: a weight or cache element as its bits.
 struct Bf16 {
   uint16_t bits;
 };
 struct F16 {
-  _Float16 value;
+  Half value;
 };
 
 #define FORCE static inline __attribute__((always_inline))
@@ -37,7 +42,11 @@ FORCE V load_as(const T* p) {
 
 FORCE Vf load(const float* p) { return load_as<Vf>(p); }
 FORCE Vf load(const Bf16* p) { return (Vf)(__builtin_convertvector(load_as<Vh>(p), Vu) << 16); }
+#if defined(__aarch64__)
+FORCE Vf load(const F16* p) { return (Vf)vcvt_f32_f16(load_as<float16x4_t>(p)); }
+#else
 FORCE Vf load(const F16* p) { return __builtin_convertvector(load_as<Vf16>(p), Vf); }
+#endif
 
 FORCE void store(float* p, Vf v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
@@ -63,7 +72,7 @@ FORCE void round_to(float x, Bf16* out) {
   uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   out->bits = (uint16_t)(x != x ? (u >> 16) | 0x40 : rounded);
 }
-FORCE void round_to(float x, F16* out) { out->value = (_Float16)x; }
+FORCE void round_to(float x, F16* out) { out->value = (Half)x; }
 
 template <typename T>
 FORCE float rounded(float x) {
