@@ -22,7 +22,12 @@ struct Report {
   u32 seen;      // the word
 };
 
-enum Reason : u32 { kOk = 0, kTimeout = 1, kCancelled = 2 };
+enum Reason : u32 {
+  kOk = 0,
+  kTimeout = 1,
+  kCancelled = 2,
+  kInvalid = 3,  // a running request (unit) whose position (expected) or last token (seen) is out of range
+};
 
 // Device pointers; shapes as in jax_monokernel.decode. Everything carried is read and written in place.
 struct Args {

@@ -1,0 +1,185 @@
+// What follows from the stub's defines: dtypes, tables and derived sizes. Everything here is static.
+#pragma once
+
+#include "arch/arch.h"
+
+namespace mk {
+
+// Phases that multiply, in the order of jax_monokernel.plan.PHASES.
+enum Phase : int { kQkv, kO, kGateUp, kDown, kHead, kPhases };
+
+enum DType : int { kBF16, kF16, kF32 };
+
+struct Tiles {
+  int begin, count;
+};
+struct LayerRow {
+  int window;  // tokens; 0: all
+  int rope;    // -1: no positions
+};
+struct RopeRow {
+  int scaling;  // 0: the frequencies in the constants; 1: dynamic; 2: longrope
+  float theta, factor, original_max_position, attention_factor;
+  int inv_freq_row;
+};
+
+MK_CONSTANT const Tiles kTiles[kPhases * MK_UNITS] = MK_TILE_TABLE;
+MK_CONSTANT const LayerRow kLayers[MK_NUM_LAYERS] = MK_LAYER_TABLE;
+MK_CONSTANT const RopeRow kRopes[] = MK_ROPE_TABLE;
+
+constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
+constexpr int common_divisor(int a, int b) { return b == 0 ? a : common_divisor(b, a % b); }
+
+constexpr int kBatch = MK_BATCH;
+constexpr int kWaves = MK_WAVES;                 // stream waves
+constexpr int kServiceWaves = MK_SERVICE_WAVES;  // waves kWaves and up
+constexpr int kThreads = (kWaves + kServiceWaves) * arch::kWave;
+constexpr int kServiceLanes = kServiceWaves * arch::kWave;
+constexpr int kServiceGroup = 1;  // of group_sync
+
+constexpr int kWeightType = MK_WEIGHT_DTYPE;
+constexpr int kKvType = MK_KV_DTYPE;
+constexpr int kWeightBytes = kWeightType == kF32 ? 4 : 2;
+constexpr int kKvBytes = kKvType == kF32 ? 4 : 2;
+constexpr int kVector = 16 / kWeightBytes;  // weights that a lane loads at once
+
+constexpr int kTileRows = MK_TILE_ROWS;
+constexpr int kBlocks = arch::kWave / kTileRows;  // k blocks of an atom
+constexpr int kAtomCols = MK_ATOM_COLS;
+constexpr int kChunkCols = MK_CHUNK_COLS;
+constexpr int kChunkAtoms = kChunkCols / kAtomCols;
+constexpr int kSegmentTiles = MK_SEGMENT_TILES;
+static_assert(arch::kWave == MK_WAVE_SIZE, "the plan is for another wave size");
+static_assert(kBlocks * kVector == kAtomCols, "an atom is one vector a lane");
+
+constexpr int kHidden = MK_HIDDEN_SIZE;
+constexpr int kInner = MK_INTERMEDIATE_SIZE;
+constexpr int kHeadDim = MK_HEAD_DIM;
+constexpr int kHeads = MK_NUM_HEADS;
+constexpr int kKvHeads = MK_NUM_KV_HEADS;
+constexpr int kQSize = kHeads * kHeadDim;
+constexpr int kKvSize = kKvHeads * kHeadDim;
+constexpr int kQkvSize = kQSize + 2 * kKvSize;
+constexpr int kVocab = MK_VOCAB_SIZE;
+constexpr int kHalfRotary = MK_ROTARY_DIM / 2;
+constexpr bool kPostNorm = MK_POST_NORM != 0;
+constexpr bool kPreNorm = MK_PRE_NORM != 0;
+constexpr bool kGated = MK_GATED != 0;
+
+constexpr int kSplits = MK_SPLITS;
+constexpr int kTaskHeads = MK_TASK_HEADS;
+constexpr int kTasks = kBatch * (kHeads / kTaskHeads) * kSplits;
+
+// Columns of a phase's matrix, real and padded to whole atoms.
+constexpr int cols(int phase) { return phase == kO ? kQSize : phase == kDown ? kInner : kHidden; }
+constexpr int atoms(int phase) { return round_up(cols(phase), kAtomCols) / kAtomCols; }
+constexpr int padded_cols(int phase) { return atoms(phase) * kAtomCols; }
+constexpr int chunk_count(int phase) { return (atoms(phase) + kChunkAtoms - 1) / kChunkAtoms; }
+constexpr int kWidest = larger(larger(padded_cols(kQkv), padded_cols(kO)), padded_cols(kDown));
+
+// Atoms of chunk `chunk` of a phase that wave `wave` multiplies: begin within the row, and number.
+struct Run {
+  int begin, count;
+};
+constexpr Run run_of(int phase, int chunk, int wave) {
+  const int start = chunk * kChunkAtoms;
+  const int n = smaller(kChunkAtoms, atoms(phase) - start);
+  const int begin = n * wave / kWaves, end = n * (wave + 1) / kWaves;
+  return {start + begin, end - begin};
+}
+
+// Every run is a multiple of kGroup atoms, so that a wave looks for the end of a run only that often.
+constexpr int find_group() {
+  int group = 8;
+  for (int phase = 0; phase < kPhases; phase++) {
+    for (int chunk = 0; chunk < chunk_count(phase); chunk++) {
+      for (int wave = 0; wave < kWaves; wave++) group = common_divisor(group, run_of(phase, chunk, wave).count);
+    }
+  }
+  return group;
+}
+constexpr int kGroup = find_group();
+
+// ---- Shared memory ----
+
+// A request's activations. The rest of 64 modulo 128 bytes spreads the lanes' rows over all banks.
+constexpr int kResidentLimitBytes = kBatch == 1 ? 64 * 1024 : 64 * 1024;
+constexpr int row_bytes(int columns) { return round_up(columns * kWeightBytes, 128) + 64; }
+constexpr int find_resident() {  // chunks that are in shared memory at once
+  int chunks = (kWidest / kAtomCols + kChunkAtoms - 1) / kChunkAtoms;
+  const int limit = smaller(kResidentLimitBytes, MK_SHARED_BYTES / 3);
+  while (chunks > 1 && kBatch * row_bytes(chunks * kChunkCols) > limit) chunks--;
+  return chunks;
+}
+constexpr int kResident = find_resident();
+constexpr int kRowBytes = row_bytes(smaller(kResident * kChunkCols, kWidest));
+constexpr int kRowElems = kRowBytes / kWeightBytes;
+constexpr int fill_count(int phase) { return (chunk_count(phase) + kResident - 1) / kResident; }
+
+constexpr int most_tiles(int phase) {
+  constexpr Tiles table[kPhases * MK_UNITS] = MK_TILE_TABLE;
+  int most = 0;
+  for (int u = 0; u < MK_UNITS; u++) most = larger(most, table[phase * MK_UNITS + u].count);
+  return most;
+}
+constexpr int kOwnRows = most_tiles(kO) * kTileRows;  // of the residual stream, at most
+
+constexpr int kTaskVectors = kTaskHeads + 2;  // q heads, then k and v
+constexpr int kRopeRows = MK_NUM_ROPES > 0 ? MK_NUM_ROPES : 1;
+
+// Offsets in bytes. Lives for the whole launch unless said otherwise.
+struct SharedLayout {
+  int activations;  // weights' dtype [batch][kRowElems]
+  int products;     // f32 [2][kSegmentTiles][batch][kTileRows][kWaves]
+  int squares;      // f32 [2][batch][kServiceWaves]: partial sums of squares
+  int residual;     // f32 [batch][own rows], or with post-norms [batch][kHidden]
+  int attention;    // scratch of p2_attend and p2_combine
+  int angles;       // f32 [batch][ropes][2][kHalfRotary]: cosines, then sines
+  int sampling;     // scratch of p6 and p7
+  int control;      // struct Control
+  int barriers;
+  int ring;
+  int ring_slots;  // of each stream wave
+};
+
+constexpr int kAttentionFloats =
+    kTaskVectors * kHeadDim + kServiceWaves * kTaskHeads * (kHeadDim + 2) + 2 * kServiceWaves + 8;
+constexpr int kSamplingBytes = 16 * 1024;
+constexpr bool kResidualInShared = !kPostNorm || kBatch * kHidden * 4 <= 32 * 1024;
+
+constexpr SharedLayout make_shared_layout() {
+  SharedLayout s{};
+  int at = 0;
+  s.activations = at;
+  at += round_up(kBatch * kRowBytes, 128);
+  s.products = at;
+  at += round_up(2 * kSegmentTiles * kBatch * kTileRows * kWaves * 4, 128);
+  s.squares = at;
+  at += round_up(2 * kBatch * kServiceWaves * 4, 128);
+  s.residual = at;
+  at += round_up((kPostNorm ? (kResidualInShared ? kBatch * kHidden : 0) : kBatch * kOwnRows) * 4, 128);
+  s.attention = s.sampling = at;  // never in use at the same time
+  at += round_up(larger(kAttentionFloats * 4, kSamplingBytes), 128);
+  s.angles = at;
+  at += round_up(kBatch * kRopeRows * 2 * kHalfRotary * 4, 128);
+  s.control = at;
+  at += round_up(64 + kBatch * 64, 128);
+  s.barriers = at;
+  at += 1024;
+  s.ring = at;
+  s.ring_slots = (MK_SHARED_BYTES - at) / (kWaves * 8 * arch::kWave * 16);
+  return s;
+}
+constexpr SharedLayout kShared = make_shared_layout();
+#if !defined(MK_REGISTER_RING)
+static_assert(kShared.ring_slots >= 2, "too little shared memory for this batch: the plan's chunk_atoms must be smaller");
+#endif
+
+template <typename T>
+MK_DEVICE T* shared_at(int offset) {
+  return (T*)(arch::shared() + offset);
+}
+
+}  // namespace mk

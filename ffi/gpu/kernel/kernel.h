@@ -1,0 +1,99 @@
+// The entry: a whole decode in one launch. docs/kernel.md names the phases and hand-offs.
+#pragma once
+
+#include "phases/attention.h"
+#include "phases/head.h"
+
+namespace mk {
+
+// Copies what the caller gave for each request, by every unit for itself.
+MK_DEVICE void start_requests(Service& s) {
+  Control& c = s.control();
+  if (s.index < kBatch) {
+    const int r = s.index;
+    c.position[r] = s.args.position[r];
+    c.token[r] = s.args.last_token[r];
+    c.status[r] = s.args.status[r];
+    c.emitted[r] = 0;
+    const bool valid = c.position[r] >= 0 && c.token[r] >= 0 && c.token[r] < kVocab;
+    update_live(s, r);
+    if (!valid) {
+      // A request that is not running may hold anything; nothing of it is written back.
+      if (c.status[r] == kRunning && s.unit == owner_of(r) && arch::claim(s.at<u32>(kWorkspace.abort) + 1)) {
+        s.args.report->unit = (u32)r;
+        s.args.report->expected = (u32)c.position[r];
+        s.args.report->seen = (u32)c.token[r];
+        s.args.report->reason = kInvalid;
+      }
+      c.position[r] = 0;
+      c.token[r] = 0;
+      c.live[r] = 0;
+      c.status[r] = kInvalidRequest;
+    }
+  }
+  for (int request = 0; request < kBatch; request++) {
+    if (owner_of(request) != s.unit) continue;
+    for (int i = s.index; i < s.args.max_new_tokens; i += kServiceLanes) {
+      s.args.tokens[(i64)request * s.args.max_new_tokens + i] = -1;
+      if (s.args.log_probs != nullptr) s.args.log_probs[(i64)request * s.args.max_new_tokens + i] = 0.0f;
+    }
+  }
+  s.sync();
+}
+
+MK_DEVICE void finish_requests(Service& s, bool cancelled) {
+  const Control& c = s.control();
+  const int r = s.index;
+  if (r >= kBatch || owner_of(r) != s.unit) return;
+  s.args.lengths[r] = c.emitted[r];
+  if (c.status[r] != kInvalidRequest) {
+    s.args.position[r] = c.position[r];
+    s.args.last_token[r] = c.token[r];
+    s.args.status[r] = wants_more(s, r) && c.position[r] >= s.args.capacity ? kFull : c.status[r];
+  }
+  if (r == 0 && cancelled && arch::claim(s.at<u32>(kWorkspace.abort) + 1)) s.args.report->reason = kCancelled;
+}
+
+MK_DEVICE void serve(const Args& args) {
+  Service s(args);
+  start_requests(s);
+  bool cancelled = false;
+  for (;;) {
+    if (s.index == 0) {
+      Control& c = s.control();
+      bool any = false;
+      for (int r = 0; r < kBatch; r++) any |= c.live[r] != 0;
+      c.go = any && !cancelled && !s.waiter.aborted;
+    }
+    arch::unit_sync();  // T
+    if (s.control().go == 0) break;
+    s.waiter.deadline = arch::ticks() + args.timeout_ticks;
+    fill_angles(s);
+    start_residual(s);
+    for (int layer = 0; layer < MK_NUM_LAYERS; layer++) {
+      s.enter_layer(layer);
+      p1_norm_qkv(s, layer);
+      p2_attend(s, layer);
+      p2_combine(s, layer);
+      p3_project_out(s, layer);
+      p4_gate_up(s, layer);
+      p5_down(s, layer);
+      finish_layer(s, layer);
+    }
+    p6_head(s);
+    cancelled = !p7_sample(s);
+    s.token++;
+  }
+  finish_requests(s, cancelled);
+}
+
+}  // namespace mk
+
+MK_KERNEL(mk::kThreads) void monokernel(mk::Args args) {
+  if (mk::arch::wave() < mk::kWaves) {
+    mk::StreamWave stream;
+    stream.run(args);
+  } else {
+    mk::serve(args);
+  }
+}

@@ -1,0 +1,193 @@
+// Products of weights with up to 16 requests' activations, one atom at a time.
+//
+// The activations of an atom are read as 16-byte fragments: a lane's k block of the request (or requests) that it stands for.
+// Sums are f32. After the last atom of a run the lanes' sums go to shared memory: products [tile][batch][row][wave].
+#pragma once
+
+#include "config.h"
+
+namespace mk {
+
+MK_DEVICE float bf16_low(u32 pair) { return arch::as_f32(pair << 16); }
+MK_DEVICE float bf16_high(u32 pair) { return arch::as_f32(pair & 0xffff0000u); }
+
+// Round to nearest even; NaN stays NaN.
+MK_DEVICE u32 to_bf16(float v) {
+  const u32 bits = arch::as_u32(v);
+  return v == v ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : 0x7fc0u;
+}
+
+MK_DEVICE float from_f16(u32 half) {
+  const u32 sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
+  if (magnitude >= 0x7c00u) return arch::as_f32(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  // The exponent is put right by a multiplication, which is exact and handles subnormal numbers too.
+  return arch::as_f32(sign | arch::as_u32(arch::as_f32(magnitude << 13) * 0x1p112f));
+}
+
+MK_DEVICE u32 to_f16(float v) {
+  const u32 bits = arch::as_u32(v), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return 0x7e00u;
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and above
+  if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 rounds at 2^-24
+    return sign | (arch::as_u32(arch::as_f32(magnitude) + 0.5f) - 0x3f000000u);
+  }
+  return sign | ((magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13);
+}
+
+// The f32 value of a stored element, and the reverse.
+template <int type>
+MK_DEVICE u32 pack_pair(float low, float high) {
+  if constexpr (type == kBF16) return to_bf16(low) | to_bf16(high) << 16;
+  return to_f16(low) | to_f16(high) << 16;
+}
+template <int type>
+MK_DEVICE float low_of(u32 pair) {
+  if constexpr (type == kBF16) return bf16_low(pair);
+  return from_f16(pair & 0xffffu);
+}
+template <int type>
+MK_DEVICE float high_of(u32 pair) {
+  if constexpr (type == kBF16) return bf16_high(pair);
+  return from_f16(pair >> 16);
+}
+template <int type>
+MK_DEVICE float rounded(float v) {
+  if constexpr (type == kBF16) return arch::as_f32(to_bf16(v) << 16);
+  if constexpr (type == kF16) return from_f16(to_f16(v));
+  return v;
+}
+template <int type>
+MK_DEVICE void unpack(const Vec4& v, float (&out)[type == kF32 ? 4 : 8]) {
+  if constexpr (type == kF32) {
+    out[0] = arch::as_f32(v.x);
+    out[1] = arch::as_f32(v.y);
+    out[2] = arch::as_f32(v.z);
+    out[3] = arch::as_f32(v.w);
+  } else {
+    out[0] = low_of<type>(v.x);
+    out[1] = high_of<type>(v.x);
+    out[2] = low_of<type>(v.y);
+    out[3] = high_of<type>(v.y);
+    out[4] = low_of<type>(v.z);
+    out[5] = high_of<type>(v.z);
+    out[6] = low_of<type>(v.w);
+    out[7] = high_of<type>(v.w);
+  }
+}
+
+// Where a lane's weights stand in an atom.
+MK_DEVICE int lane_row(int lane) { return MK_ROW_MAJOR_ATOM ? lane / kBlocks : lane % kTileRows; }
+MK_DEVICE int lane_block(int lane) { return MK_ROW_MAJOR_ATOM ? lane % kBlocks : lane / kTileRows; }
+
+constexpr bool kMatrixUnit = kWeightType != kF32;
+// Requests that one matrix instruction takes, and how many fragments of activations an atom so needs.
+constexpr int kColumns = !kMatrixUnit ? 1 : arch::kWave == 32 ? 8 : 4;
+constexpr int kFragments = (kBatch + kColumns - 1) / kColumns;
+
+struct Fragments {
+  Vec4 x[kFragments];
+};
+
+MK_DEVICE Vec4 zero_vector() { return {0, 0, 0, 0}; }
+
+// Activations of this lane's k block of an atom whose first column is `column` of what is resident.
+MK_DEVICE Fragments load_fragments(const char* activations, int column, int lane) {
+  Fragments f;
+  const char* at = activations + (column + lane_block(lane) * kVector) * kWeightBytes;
+  MK_UNROLL
+  for (int i = 0; i < kFragments; i++) {
+    const int request = i * kColumns + (kMatrixUnit ? lane_row(lane) : 0);
+    f.x[i] = zero_vector();
+    if (request < kBatch) f.x[i] = *(const Vec4*)(at + request * kRowBytes);
+  }
+  return f;
+}
+
+// Sums of a lane. Two sets, used by turns, so that an instruction need not wait for the one before.
+#if MK_WAVE_SIZE == 32
+constexpr int kSums = kMatrixUnit ? 4 : kBatch;
+#else
+constexpr int kSums = kMatrixUnit ? 4 * kFragments : kBatch;
+#endif
+
+struct Sums {
+  float even[kSums], odd[kSums];
+};
+
+MK_DEVICE void clear(Sums& s) {
+  MK_UNROLL
+  for (int i = 0; i < kSums; i++) s.even[i] = s.odd[i] = 0.0f;
+}
+
+MK_DEVICE void multiply(Sums& s, const Vec4& w, const Fragments& f) {
+  if constexpr (!kMatrixUnit) {
+    MK_UNROLL
+    for (int b = 0; b < kBatch; b++) {
+      s.even[b] = arch::fma(arch::as_f32(w.x), arch::as_f32(f.x[b].x), s.even[b]);
+      s.odd[b] = arch::fma(arch::as_f32(w.y), arch::as_f32(f.x[b].y), s.odd[b]);
+      s.even[b] = arch::fma(arch::as_f32(w.z), arch::as_f32(f.x[b].z), s.even[b]);
+      s.odd[b] = arch::fma(arch::as_f32(w.w), arch::as_f32(f.x[b].w), s.odd[b]);
+    }
+  } else {
+#if MK_WAVE_SIZE == 32
+    // Any order of the columns will do, if it is the same for both operands: here lane block q holds columns 8q to 8q + 7,
+    // of which the first instruction takes four and the second the others.
+    const Vec4 top = f.x[0], bottom = kFragments > 1 ? f.x[kFragments - 1] : zero_vector();
+    const u32 first[4] = {top.x, bottom.x, top.y, bottom.y}, second[4] = {top.z, bottom.z, top.w, bottom.w};
+    arch::mma_16x8x16<kWeightType == kBF16>(s.even, first, w.x, w.y);
+    arch::mma_16x8x16<kWeightType == kBF16>(s.odd, second, w.z, w.w);
+#else
+    const u32 first[2] = {w.x, w.y}, second[2] = {w.z, w.w};
+    MK_UNROLL
+    for (int i = 0; i < kFragments; i++) {
+      const u32 x0[2] = {f.x[i].x, f.x[i].y}, x1[2] = {f.x[i].z, f.x[i].w};
+      arch::mfma_4x4x4<kWeightType == kBF16>(&s.even[4 * i], first, x0);
+      arch::mfma_4x4x4<kWeightType == kBF16>(&s.odd[4 * i], second, x1);
+    }
+#endif
+  }
+}
+
+// Adds a run's sums to products of `tile`, or starts them.
+MK_DEVICE void flush(const Sums& s, float* products, int tile, int wave, int lane, bool add) {
+  auto put = [&](int request, int row, float v) {
+    float* to = products + ((tile * kBatch + request) * kTileRows + row) * kWaves + wave;
+    *to = add ? *to + v : v;
+  };
+  if constexpr (!kMatrixUnit) {
+    MK_UNROLL
+    for (int b = 0; b < kBatch; b++) {
+      float v = s.even[b] + s.odd[b];
+      // The lanes of a row are neighbours, or a multiple of kTileRows apart.
+      MK_UNROLL
+      for (int i = 1; i < kBlocks; i *= 2) v += arch::shuffle_xor(v, MK_ROW_MAJOR_ATOM ? i : i * kTileRows);
+      if (lane_block(lane) == 0) put(b, lane_row(lane), v);
+    }
+  } else {
+#if MK_WAVE_SIZE == 32
+    const int request = lane / 4, row = lane % 4 * 2;
+    if (request < kBatch) {
+      put(request, row, s.even[0] + s.odd[0]);
+      put(request, row + 1, s.even[1] + s.odd[1]);
+    }
+    if (kBatch > 8 && request + 8 < kBatch) {
+      put(request + 8, row, s.even[2] + s.odd[2]);
+      put(request + 8, row + 1, s.even[3] + s.odd[3]);
+    }
+#else
+    // A lane has the 4 rows of its request, for its own k block.
+    MK_UNROLL
+    for (int i = 0; i < kFragments; i++) {
+      MK_UNROLL
+      for (int r = 0; r < 4; r++) {
+        float v = s.even[4 * i + r] + s.odd[4 * i + r];
+        MK_UNROLL
+        for (int step = 4; step < 64; step *= 2) v += arch::shuffle_xor(v, step);
+        if (lane < 4 && 4 * i + lane < kBatch) put(4 * i + lane, r, v);
+      }
+    }
+#endif
+  }
+}
+
+}  // namespace mk

@@ -1,0 +1,405 @@
+// p2_attend and p2_combine.
+//
+// A task is kTaskHeads query heads of one request that share a key/value head, over one part of the context. Blocks of
+// kSplitBlock positions are dealt to the parts by turns, so that a position belongs to the same unit for ever: nobody else
+// reads what it appends to the cache. Units that share a key/value head compute and write the same bits of it.
+#pragma once
+
+#include "service.h"
+
+namespace mk {
+
+constexpr int kSplitBlock = 64;
+constexpr int kGroupTasks = kHeads / kTaskHeads;  // of one request
+constexpr float kLowest = -1e30f;                 // of scores; finite, so that differences are no NaN
+
+constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
+
+constexpr int kKvVector = 16 / kKvBytes;  // elements that a lane loads at once
+constexpr int kPositionVectors = (kHeadDim + kKvVector - 1) / kKvVector;
+constexpr int kPositionLanes = smaller(arch::kWave, power_of_two(kPositionVectors));
+constexpr int kLaneVectors = (kPositionVectors + kPositionLanes - 1) / kPositionLanes;
+constexpr int kLaneElems = kLaneVectors * kKvVector;
+constexpr int kWavePositions = arch::kWave / kPositionLanes;  // that a wave looks at together
+constexpr int kUnroll = kLaneVectors > 1 ? 2 : 4;
+constexpr bool kKvAligned = kHeadDim * kKvBytes % 16 == 0;
+static_assert(kHeadDim % 2 == 0 || kKvType == kF32, "elements of 16 bits are stored in pairs");
+
+// Scratch in shared memory, in floats.
+struct AttentionScratch {
+  float* vectors;  // [kTaskHeads q, k, v][kHeadDim], rotated and rounded
+  float* parts;    // [wave][kTaskHeads][kHeadDim + 2]: sums, then maximum and sum of weights
+  float* squares;  // [2][kServiceWaves]
+};
+MK_DEVICE AttentionScratch attention_scratch() {
+  float* base = shared_at<float>(kShared.attention);
+  return {base, base + kTaskVectors * kHeadDim, base + kTaskVectors * kHeadDim + kServiceWaves * kTaskHeads * (kHeadDim + 2)};
+}
+
+// A layer's angles of a request: cosines, then sines.
+MK_DEVICE float* angles(int request, int rope) {
+  return shared_at<float>(kShared.angles) + (request * kRopeRows + rope) * 2 * kHalfRotary;
+}
+
+// For the positions of this token. Formulas: jax_monokernel/rope.py.
+MK_DEVICE void fill_angles(Service& s) {
+  if constexpr (kHalfRotary > 0) {
+    for (int i = s.index; i < kBatch * MK_NUM_ROPES * kHalfRotary; i += kServiceLanes) {
+      const int request = i / (MK_NUM_ROPES * kHalfRotary), r = i / kHalfRotary % MK_NUM_ROPES, pair = i % kHalfRotary;
+      const RopeRow rope = kRopes[r];
+      const float position = (float)s.control().position[request], length = position + 1.0f;
+      const bool beyond = length > rope.original_max_position;
+      const int row = rope.inv_freq_row + (rope.scaling == 2 && beyond ? 1 : 0);
+      float inverse = s.args.constants[MK_INV_FREQ + row * kHalfRotary + pair];
+      if (rope.scaling == 1 && beyond) {
+        const float stretch = rope.factor * length / rope.original_max_position - (rope.factor - 1.0f);
+        constexpr float dims = (float)MK_ROTARY_DIM / (float)(MK_ROTARY_DIM > 2 ? MK_ROTARY_DIM - 2 : 1);
+        const float growth = log_(stretch > 1.0f ? stretch : 1.0f) * dims;
+        inverse = inverse * exp_(-((float)pair / (float)kHalfRotary) * growth);
+      }
+      float sin, cos;
+      sin_cos(position * inverse, &sin, &cos);
+      float* to = angles(request, r);
+      to[pair] = cos * rope.attention_factor;
+      to[kHalfRotary + pair] = sin * rope.attention_factor;
+    }
+  }
+}
+
+// One head's `size` words, by one wave, to shared memory.
+template <int size>
+MK_DEVICE void fetch_head(Service& s, const Site& site, const u32* words, float* to) {
+  if constexpr (size % 4 == 0) {
+    constexpr int count = (size + arch::kWave * 4 - 1) / (arch::kWave * 4);
+    Vec4 v[count];
+    const int first = s.lane * 4;
+    wait_words<count>(s.waiter, site, words + first, arch::kWave * 4, v, [&](int i) { return size - (first + i * arch::kWave * 4); });
+    MK_UNROLL
+    for (int i = 0; i < count; i++) {
+      const int at = first + i * arch::kWave * 4;
+      if (at < size) {
+        const Float4 x = decode4(v[i]);
+        *(Vec4*)(to + at) = {arch::as_u32(x.v[0]), arch::as_u32(x.v[1]), arch::as_u32(x.v[2]), arch::as_u32(x.v[3])};
+      }
+    }
+  } else {
+    constexpr int count = (size + arch::kWave - 1) / arch::kWave;
+    u32 v[count];
+    wait_single_words<count>(s.waiter, site, words + s.lane, arch::kWave, v, [&](int i) { return s.lane + i * arch::kWave < size; });
+    MK_UNROLL
+    for (int i = 0; i < count; i++) {
+      if (s.lane + i * arch::kWave < size) to[s.lane + i * arch::kWave] = decode(v[i]);
+    }
+  }
+  arch::wave_sync();
+}
+
+// RMS norm of one head in shared memory, by one wave.
+MK_DEVICE void norm_head(const Service& s, float* x, const float* weights, float scale) {
+  for (int i = s.lane; i < kHeadDim; i += arch::kWave) x[i] = x[i] * scale * (MK_NORM_OFFSET + weights[i]);
+  arch::wave_sync();
+}
+
+MK_DEVICE float sum_squares(const Service& s, const float* x) {
+  float sum = 0.0f;
+  for (int i = s.lane; i < kHeadDim; i += arch::kWave) sum = arch::fma(x[i], x[i], sum);
+  return wave_sum(sum);
+}
+
+// The norm over all query (or key) heads needs all of them. Returns the scales of q and of k.
+MK_DEVICE void full_norm_scales(Service& s, const Site& site, int request, float* squares, float* q_scale, float* k_scale) {
+  const u32* row = site.words + request * line(kQkvSize);
+  float sums[2] = {0.0f, 0.0f};
+  for (int i = s.index; i - s.lane < kQSize + kKvSize; i += kServiceLanes) {
+    u32 v[1];
+    wait_single_words<1>(s.waiter, site, row + i, 0, v, [&](int) { return i < kQSize + kKvSize; });
+    const float x = i < kQSize + kKvSize ? decode(v[0]) : 0.0f;
+    if (i < kQSize) {
+      sums[0] = arch::fma(x, x, sums[0]);
+    } else {
+      sums[1] = arch::fma(x, x, sums[1]);
+    }
+  }
+  for (int i = 0; i < 2; i++) {
+    const float sum = wave_sum(sums[i]);
+    if (s.lane == 0) squares[i * kServiceWaves + s.wave] = sum;
+  }
+  s.sync();
+  for (int i = 0; i < 2; i++) {
+    float sum = 0.0f;
+    for (int w = 0; w < kServiceWaves; w++) sum += squares[i * kServiceWaves + w];
+    const float scale = 1.0f / arch::sqrt(sum / (float)(i == 0 ? kQSize : kKvSize) + MK_NORM_EPS);
+    (i == 0 ? *q_scale : *k_scale) = scale;
+  }
+}
+
+// Takes this task's heads from h1: norm, rotation, rounding; appends the key and value to the cache.
+MK_DEVICE void prepare_heads(Service& s, const Site& site, int layer, int request, int group, bool append) {
+  const AttentionScratch scratch = attention_scratch();
+  const int kv_head = group * kTaskHeads / (kHeads / kKvHeads), rope = kLayers[layer].rope;
+  const int position = s.control().position[request];
+  float q_scale = 1.0f, k_scale = 1.0f;
+  if constexpr (MK_QK_NORM == 2) full_norm_scales(s, site, request, scratch.squares, &q_scale, &k_scale);
+  for (int j = s.wave; j < kTaskVectors; j += kServiceWaves) {
+    const bool is_q = j < kTaskHeads, is_k = j == kTaskHeads;
+    const int from = is_q ? (group * kTaskHeads + j) * kHeadDim : kQSize + (is_k ? 0 : kKvSize) + kv_head * kHeadDim;
+    float* x = scratch.vectors + j * kHeadDim;
+    fetch_head<kHeadDim>(s, site, site.words + request * line(kQkvSize) + from, x);
+    if (is_q || is_k) {
+      if constexpr (MK_QK_NORM == 1) {
+        const float scale = 1.0f / arch::sqrt(sum_squares(s, x) / (float)kHeadDim + MK_NORM_EPS);
+        norm_head(s, x, s.constants + (is_q ? MK_Q_NORM : MK_K_NORM), scale);
+      }
+      if constexpr (MK_QK_NORM == 2) {
+        norm_head(s, x, s.constants + (is_q ? MK_Q_NORM + from : MK_K_NORM + from - kQSize), is_q ? q_scale : k_scale);
+      }
+      if (kHalfRotary > 0 && rope >= 0) {
+        const float *cos = angles(request, rope), *sin = cos + kHalfRotary;
+        for (int i = s.lane; i < kHalfRotary; i += arch::kWave) {
+          const float a = x[i], b = x[i + kHalfRotary];
+          x[i] = a * cos[i] - b * sin[i];
+          x[i + kHalfRotary] = b * cos[i] + a * sin[i];
+        }
+        arch::wave_sync();
+      }
+    }
+    const i64 row = (((i64)request * MK_NUM_LAYERS + layer) * kKvHeads + kv_head) * s.args.capacity + position;
+    u32* cache = (u32*)((char*)(is_k ? s.args.k_cache : s.args.v_cache) + row * kHeadDim * kKvBytes);
+    if constexpr (kKvType == kF32) {
+      for (int i = s.lane; i < kHeadDim; i += arch::kWave) {
+        if (!is_q && append) arch::store_word(cache + i, arch::as_u32(x[i]));
+      }
+    } else {
+      for (int i = s.lane; i < kHeadDim / 2; i += arch::kWave) {
+        const u32 pair = pack_pair<kKvType>(x[2 * i], x[2 * i + 1]);
+        x[2 * i] = low_of<kKvType>(pair);
+        x[2 * i + 1] = high_of<kKvType>(pair);
+        if (!is_q && append) arch::store_word(cache + i, pair);
+      }
+    }
+  }
+  s.sync();
+}
+
+// Elements of this lane of one position.
+MK_DEVICE void load_position(const char* row, int part, float (&out)[kLaneElems]) {
+  MK_UNROLL
+  for (int i = 0; i < kLaneVectors; i++) {
+    const int vector = part + i * kPositionLanes;
+    Vec4 v = zero_vector();
+    if constexpr (kKvAligned) {
+      if (vector < kPositionVectors) v = arch::load_words((const u32*)(row + vector * 16));
+    } else {
+      constexpr int words = kHeadDim * kKvBytes / 4;
+      const u32* p = (const u32*)row;
+      if (vector * 4 + 0 < words) v.x = arch::load_word(p + vector * 4 + 0);
+      if (vector * 4 + 1 < words) v.y = arch::load_word(p + vector * 4 + 1);
+      if (vector * 4 + 2 < words) v.z = arch::load_word(p + vector * 4 + 2);
+      if (vector * 4 + 3 < words) v.w = arch::load_word(p + vector * 4 + 3);
+    }
+    float x[kKvVector];
+    unpack<kKvType>(v, x);
+    MK_UNROLL
+    for (int e = 0; e < kKvVector; e++) out[i * kKvVector + e] = x[e];
+  }
+}
+
+MK_DEVICE void load_own(const float* x, int part, float (&out)[kLaneElems]) {
+  MK_UNROLL
+  for (int i = 0; i < kLaneVectors; i++) {
+    MK_UNROLL
+    for (int e = 0; e < kKvVector; e++) {
+      const int at = (part + i * kPositionLanes) * kKvVector + e;
+      out[i * kKvVector + e] = at < kHeadDim ? x[at] : 0.0f;
+    }
+  }
+}
+
+MK_DEVICE void attend(Service& s, int layer, int task) {
+  const int split = task % kSplits, group = task / kSplits % kGroupTasks, request = task / (kSplits * kGroupTasks);
+  const Site site = s.site(h1_qkv, kWorkspace.qkv, layer);
+  const bool live = s.control().live[request] != 0;
+  const int position = s.control().position[request];
+  const int window = kLayers[layer].window;
+  const int first = window > 0 && position + 1 > window ? position + 1 - window : 0;
+  const int last_block = position / kSplitBlock;
+  const bool owns_last = last_block % kSplits == split;
+  prepare_heads(s, site, layer, request, group, live && owns_last);
+
+  const AttentionScratch scratch = attention_scratch();
+  const int part = s.lane % kPositionLanes, sub = s.lane / kPositionLanes;
+  float q[kTaskHeads][kLaneElems], sums[kTaskHeads][kLaneElems], top[kTaskHeads], total[kTaskHeads];
+  MK_UNROLL
+  for (int h = 0; h < kTaskHeads; h++) {
+    load_own(scratch.vectors + h * kHeadDim, part, q[h]);
+    top[h] = kLowest;
+    total[h] = 0.0f;
+    MK_UNROLL
+    for (int e = 0; e < kLaneElems; e++) sums[h][e] = 0.0f;
+  }
+  const float *own_key = scratch.vectors + kTaskHeads * kHeadDim, *own_value = own_key + kHeadDim;
+  const i64 base = (((i64)request * MK_NUM_LAYERS + layer) * kKvHeads + group * kTaskHeads / (kHeads / kKvHeads)) * s.args.capacity;
+  const char* keys = (const char*)s.args.k_cache + base * kHeadDim * kKvBytes;
+  const char* values = (const char*)s.args.v_cache + base * kHeadDim * kKvBytes;
+
+  const int first_block = first / kSplitBlock;
+  const int begin_block = first_block + (split - first_block % kSplits + kSplits) % kSplits;
+  const int blocks = live && begin_block <= last_block ? (last_block - begin_block) / kSplits + 1 : 0;
+  constexpr int wave_step = kWavePositions * kUnroll;
+  for (int i = s.wave * wave_step; i < blocks * kSplitBlock; i += kServiceWaves * wave_step) {
+    float k[kUnroll][kLaneElems], v[kUnroll][kLaneElems];
+    bool seen[kUnroll];
+    MK_UNROLL
+    for (int u = 0; u < kUnroll; u++) {
+      const int at = i + u * kWavePositions + sub;
+      const int p = (begin_block + at / kSplitBlock * kSplits) * kSplitBlock + at % kSplitBlock;
+      seen[u] = at < blocks * kSplitBlock && p >= first && p <= position;
+      if (seen[u] && p < position) {
+        load_position(keys + (i64)p * kHeadDim * kKvBytes, part, k[u]);
+        load_position(values + (i64)p * kHeadDim * kKvBytes, part, v[u]);
+      } else {
+        load_own(own_key, part, k[u]);
+        load_own(own_value, part, v[u]);
+      }
+    }
+    MK_UNROLL
+    for (int h = 0; h < kTaskHeads; h++) {
+      float score[kUnroll];
+      MK_UNROLL
+      for (int u = 0; u < kUnroll; u++) {
+        score[u] = 0.0f;
+        MK_UNROLL
+        for (int e = 0; e < kLaneElems; e++) score[u] = arch::fma(q[h][e], k[u][e], score[u]);
+      }
+      MK_UNROLL
+      for (int step = 1; step < kPositionLanes; step *= 2) {
+        MK_UNROLL
+        for (int u = 0; u < kUnroll; u++) score[u] += arch::shuffle_xor(score[u], step);
+      }
+      float higher = top[h];
+      MK_UNROLL
+      for (int u = 0; u < kUnroll; u++) {
+        score[u] *= MK_ATTN_SCALE;
+        if constexpr (MK_ATTN_SOFTCAP > 0.0f) score[u] = soft_cap(score[u], MK_ATTN_SOFTCAP);
+        if (seen[u] && score[u] > higher) higher = score[u];
+      }
+      const float fade = exp_(top[h] - higher);
+      top[h] = higher;
+      total[h] *= fade;
+      MK_UNROLL
+      for (int e = 0; e < kLaneElems; e++) sums[h][e] *= fade;
+      MK_UNROLL
+      for (int u = 0; u < kUnroll; u++) {
+        const float weight = seen[u] ? exp_(score[u] - higher) : 0.0f;
+        total[h] += weight;
+        MK_UNROLL
+        for (int e = 0; e < kLaneElems; e++) sums[h][e] = arch::fma(weight, v[u][e], sums[h][e]);
+      }
+    }
+  }
+
+  // Positions of one wave, then those of all waves.
+  MK_UNROLL
+  for (int h = 0; h < kTaskHeads; h++) {
+    MK_UNROLL
+    for (int step = kPositionLanes; step < arch::kWave; step *= 2) {
+      const float other_top = arch::shuffle_xor(top[h], step), other_total = arch::shuffle_xor(total[h], step);
+      const float higher = other_top > top[h] ? other_top : top[h];
+      const float mine = exp_(top[h] - higher), theirs = exp_(other_top - higher);
+      top[h] = higher;
+      total[h] = total[h] * mine + other_total * theirs;
+      MK_UNROLL
+      for (int e = 0; e < kLaneElems; e++) {
+        sums[h][e] = sums[h][e] * mine + arch::shuffle_xor(sums[h][e], step) * theirs;
+      }
+    }
+    float* to = scratch.parts + (s.wave * kTaskHeads + h) * (kHeadDim + 2);
+    if (sub == 0) {
+      MK_UNROLL
+      for (int i = 0; i < kLaneVectors; i++) {
+        MK_UNROLL
+        for (int e = 0; e < kKvVector; e++) {
+          const int at = (part + i * kPositionLanes) * kKvVector + e;
+          if (at < kHeadDim) to[at] = sums[h][i * kKvVector + e];
+        }
+      }
+      if (part == 0) {
+        to[kHeadDim] = top[h];
+        to[kHeadDim + 1] = total[h];
+      }
+    }
+  }
+  s.sync();
+  for (int i = s.index; i < kTaskHeads * kHeadDim; i += kServiceLanes) {
+    const int h = i / kHeadDim, d = i % kHeadDim, head = group * kTaskHeads + h;
+    const float* from = scratch.parts + h * (kHeadDim + 2);
+    constexpr int stride = kTaskHeads * (kHeadDim + 2);
+    float highest = kLowest;
+    MK_UNROLL
+    for (int w = 0; w < kServiceWaves; w++) {
+      const float t = from[w * stride + kHeadDim];
+      highest = t > highest ? t : highest;
+    }
+    float sum = 0.0f, weights = 0.0f;
+    MK_UNROLL
+    for (int w = 0; w < kServiceWaves; w++) {
+      const float weight = exp_(from[w * stride + kHeadDim] - highest);
+      sum = arch::fma(weight, from[w * stride + d], sum);
+      weights = arch::fma(weight, from[w * stride + kHeadDim + 1], weights);
+    }
+    if constexpr (kSplits == 1) {
+      const float y = live ? sum / weights : 0.0f;
+      arch::store_word(s.at<u32>(kWorkspace.attended) + request * line(kQSize) + head * kHeadDim + d, encode(y, site.parity));
+    } else {
+      u32* to = s.at<u32>(kWorkspace.partial) + ((request * kHeads + head) * kSplits + split) * line(kHeadDim + 2);
+      arch::store_word(to + d, encode(sum, site.parity));
+      if (d == 0) {
+        arch::store_word(to + kHeadDim, encode(highest, site.parity));
+        arch::store_word(to + kHeadDim + 1, encode(weights, site.parity));
+      }
+    }
+  }
+  s.sync();  // the scratch is free
+}
+
+MK_DEVICE void p2_attend(Service& s, int layer) {
+  for (int task = s.unit; task < kTasks; task += MK_UNITS) attend(s, layer, task);
+}
+
+// Joins the parts of the context: one head of one request after the other, one lane per element.
+MK_DEVICE void p2_combine(Service& s, int layer) {
+  if constexpr (kSplits > 1) {
+    const Site site = s.site(h3_partial, kWorkspace.partial, layer);
+    constexpr int pieces = (kHeadDim + arch::kWave - 1) / arch::kWave;
+    constexpr int at_once = kSplits < 8 ? kSplits : 8;
+    for (int i = s.unit + MK_UNITS * s.wave; i < kBatch * kHeads * pieces; i += MK_UNITS * kServiceWaves) {
+      const int head = i / pieces, d = i % pieces * arch::kWave + s.lane;  // head: of all requests
+      const u32* words = site.words + head * kSplits * line(kHeadDim + 2);
+      float sum = 0.0f, weights = 0.0f, top = kLowest;
+      for (int split = 0; split < kSplits; split += at_once) {
+        u32 values[at_once], tops[at_once], totals[at_once];
+        const u32* from = words + split * line(kHeadDim + 2);
+        auto in_head = [&](int j) { return split + j < kSplits; };
+        wait_single_words<at_once>(s.waiter, site, from + (d < kHeadDim ? d : 0), line(kHeadDim + 2), values, in_head);
+        wait_single_words<at_once>(s.waiter, site, from + kHeadDim, line(kHeadDim + 2), tops, in_head);
+        wait_single_words<at_once>(s.waiter, site, from + kHeadDim + 1, line(kHeadDim + 2), totals, in_head);
+        MK_UNROLL
+        for (int j = 0; j < at_once; j++) {
+          if (!in_head(j)) continue;
+          const float t = decode(tops[j]), higher = t > top ? t : top;
+          const float fade = exp_(top - higher), weight = exp_(t - higher);
+          sum = sum * fade + decode(values[j]) * weight;
+          weights = weights * fade + decode(totals[j]) * weight;
+          top = higher;
+        }
+      }
+      const int request = head / kHeads;
+      const float y = s.control().live[request] != 0 ? sum / weights : 0.0f;
+      if (d < kHeadDim) {
+        arch::store_word(s.at<u32>(kWorkspace.attended) + request * line(kQSize) + head % kHeads * kHeadDim + d, encode(y, site.parity));
+      }
+    }
+  }
+}
+
+}  // namespace mk

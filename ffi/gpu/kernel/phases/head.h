@@ -1,0 +1,196 @@
+// p6_head and p7_sample: logits, the choice of a token, and the end of a request.
+#pragma once
+
+#include "phases/filters.h"
+#include "phases/layer.h"
+#include "phases/sampling.h"
+
+namespace mk {
+
+// The unit that chooses a request's token and writes its results.
+MK_DEVICE int owner_of(int request) { return request * MK_UNITS / kBatch; }
+
+constexpr int kPackedLanes = kServiceLanes / kTileRows;  // groups of lanes that look at the rows of one tile
+static_assert(kPackedCandidate < kCandidateWords, "one word is for flags");
+static_assert(kPackedLanes / kBatch <= arch::kWave, "a wave must hold all candidates of a request");
+
+enum Flags : u32 { kEmitted = 1, kStop = 2, kCancel = 4 };
+
+// A filtered request's logits, [vocab]: after penalties, bias and temperature; as they were computed.
+MK_DEVICE u32* adjusted_row(const Service& s, int request) {
+  return s.at<u32>(kWorkspace.adjusted) + (i64)request * line(kVocab);
+}
+MK_DEVICE u32* logits_row(const Service& s, int request) {
+  return s.at<u32>(kWorkspace.logits) + (i64)request * line(kVocab);
+}
+
+MK_DEVICE void merge_wave(Candidate& c) {
+  MK_UNROLL
+  for (int mask = 1; mask < arch::kWave; mask *= 2) merge_lanes(c, mask);
+}
+
+MK_DEVICE void p6_head(Service& s) {
+  const Site from = s.site(h6_residual, kWorkspace.residual, MK_NUM_LAYERS - 1);
+  const u32 parity = s.token_site(h7_candidate, kWorkspace.candidate).parity;
+  // Unit 0 passes a user's interrupt on to the owner of every request. Asked for now, it has come when it is needed.
+  const u32 flags = s.unit == 0 && s.lane == 0 && arch::load_host(s.args.cancel) != 0 ? kCancel : 0;
+  const int request = s.index % (kBatch * kTileRows) / kTileRows;
+  const RowOptions options = row_options(s.args, request, s.control().position[request]);
+  Candidate best = no_candidate();
+  run_phase<kHead>(
+      s, [&](int fill) { fill_residual<kHead, MK_FINAL_NORM % 4 == 0>(s, from, s.args.constants + MK_FINAL_NORM, fill); },
+      [&](const Tiles& deal, int segment) {
+        const float scale = products_scale<kHead>(s, kTileRows);
+        for_products<kTileRows>(s, deal, segment, [&](int, int token, int row, auto sum) {
+          if (token >= kVocab) return;
+          float raw = sum(row) * scale * MK_LOGIT_MULTIPLIER;
+          if constexpr (MK_LOGIT_SOFTCAP > 0.0f) raw = soft_cap(raw, MK_LOGIT_SOFTCAP);
+          const float z = adjust(options, s.args, request, token, raw);
+          offer(best, options, token, raw, z);
+          if (options.filtered) {
+            arch::store_word(adjusted_row(s, request) + token, arch::as_u32(z));
+            if (options.wants_log_prob) arch::store_word(logits_row(s, request) + token, arch::as_u32(raw));
+          }
+        });
+      });
+
+  // The lanes of a tile's rows, then all that have the same request.
+  MK_UNROLL
+  for (int mask = 1; mask < kTileRows; mask *= 2) merge_lanes(best, mask);
+  u32(*packed)[kPackedCandidate] = shared_at<u32[kPackedCandidate]>(kShared.sampling);
+  if (s.index % kTileRows == 0) {
+    pack(best, packed[s.index / kTileRows]);
+  }
+  s.sync();
+  constexpr int used = kServiceLanes / (kBatch * kTileRows);  // groups of each request
+  for (int r = s.wave; r < kBatch; r += kServiceWaves) {
+    Candidate c = no_candidate();
+    if (s.lane < used) c = unpack(packed[s.lane * kBatch + r]);
+    merge_wave(c);
+    u32 words[kPackedCandidate];
+    pack(c, words);
+    if (s.lane == 0) {
+      // Whoever owns a filtered request reads all adjusted logits.
+      if (row_options(s.args, r, 0).filtered) arch::release();
+      u32* to = s.at<u32>(kWorkspace.candidate) + (r * MK_UNITS + s.unit) * kCandidateWords;
+      MK_UNROLL
+      for (int i = 0; i < kPackedCandidate; i++) arch::store_word(to + i, encode_int(words[i], parity));
+      arch::store_word(to + kPackedCandidate, encode_int(flags, parity));
+      for (int i = kPackedCandidate + 1; i < kCandidateWords; i++) arch::store_word(to + i, encode_int(0, parity));
+    }
+  }
+  s.sync();
+}
+
+// By the owner: joins what the units found.
+MK_DEVICE Candidate gather_candidates(Service& s, int request, u32* flags) {
+  const Site site = s.token_site(h7_candidate, kWorkspace.candidate);
+  Candidate best = no_candidate();
+  *flags = 0;
+  for (int first = 0; first < MK_UNITS; first += arch::kWave) {
+    const int unit = first + s.lane;
+    Vec4 v[2];
+    wait_words<2>(s.waiter, site, site.words + (request * MK_UNITS + (unit < MK_UNITS ? unit : 0)) * kCandidateWords, 4, v,
+                  [&](int) { return 4; });
+    const u32 words[kPackedCandidate] = {decode_int(v[0].x), decode_int(v[0].y), decode_int(v[0].z),
+                                         decode_int(v[0].w), decode_int(v[1].x), decode_int(v[1].y)};
+    if (unit < MK_UNITS) {
+      merge(best, unpack(words));
+      *flags |= decode_int(v[1].z);
+    }
+  }
+  merge_wave(best);
+  return best;
+}
+
+// By the service waves of the owner.
+MK_DEVICE void choose(Service& s, int request) {
+  const Control& control = s.control();
+  const bool live = control.live[request] != 0;
+  const RowOptions options = row_options(s.args, request, control.position[request]);
+  Candidate best = no_candidate();
+  u32 flags = 0;
+  Candidate* shared_best = shared_at<Candidate>(kShared.sampling);
+  if (s.wave == 0) {
+    best = gather_candidates(s, request, &flags);
+    if (s.lane == 0) *shared_best = best;
+  }
+  if (options.filtered && live) {
+    s.sync();
+    arch::acquire();
+    best = *shared_best;
+    s.sync();  // the scratch is free
+    best.best.token = sample_filtered<kServiceGroup>(options, best, (const float*)adjusted_row(s, request),
+                                                     shared_at<char>(kShared.sampling), s.index);
+    if (options.wants_log_prob) best.raw = arch::as_f32(arch::load_word(logits_row(s, request) + best.best.token));
+    s.sync();
+  }
+  if (s.wave == 0 && s.lane == 0) {
+    const u32 parity = s.token_site(h8_token, kWorkspace.token).parity;
+    i32 token = best.best.token;
+    token = token >= 0 && token < kVocab ? token : 0;  // after an aborted wait it may be anything
+    if (live && !s.waiter.aborted) {
+      flags |= kEmitted;
+      if (is_eos(s.args, request, token)) flags |= kStop;
+      const i64 place = (i64)request * s.args.max_new_tokens + control.emitted[request];
+      s.args.tokens[place] = token;
+      if (s.args.log_probs != nullptr) s.args.log_probs[place] = log_prob(best.raw, best.top, best.sum);
+    }
+    u32* to = s.at<u32>(kWorkspace.token) + request * line(kTokenWords);
+    arch::store_word(to, encode_int((u32)token, parity));
+    arch::store_word(to + 1, encode_int(flags, parity));
+    arch::store_word(to + 2, encode_int(0, parity));
+    arch::store_word(to + 3, encode_int(0, parity));
+  }
+  s.sync();
+}
+
+MK_DEVICE void mark_seen(const Service& s, int request, int token) {
+  const Tiles head = kTiles[kHead * MK_UNITS + s.unit];
+  const int tile = token / kTileRows;
+  if (tile < head.begin || tile >= head.begin + head.count) return;
+  u8* at = s.args.seen + (i64)request * kVocab + token;
+  *at = (u8)(load_seen(s.args, request, token) | 2u);
+}
+
+MK_DEVICE bool wants_more(const Service& s, int request) {
+  const Control& c = s.control();
+  return c.status[request] == kRunning && c.emitted[request] < s.args.max_new_tokens &&
+         c.emitted[request] < s.args.row_max_new_tokens[request];
+}
+
+MK_DEVICE void update_live(const Service& s, int request) {
+  Control& c = s.control();
+  c.live[request] = wants_more(s, request) && c.position[request] < s.args.capacity;
+}
+
+// Chooses, and lets every unit know. Returns false if the user wants the launch to end.
+MK_DEVICE bool p7_sample(Service& s) {
+  for (int request = 0; request < kBatch; request++) {
+    if (owner_of(request) == s.unit) choose(s, request);
+  }
+  const Site site = s.token_site(h8_token, kWorkspace.token);
+  bool cancelled = false;
+  if (s.wave == 0) {
+    const int request = s.lane < kBatch ? s.lane : 0;
+    Vec4 v[1];
+    wait_words<1>(s.waiter, site, site.words + request * line(kTokenWords), 4, v, [](int) { return 4; });
+    const int token = (int)decode_int(v[0].x);
+    const u32 flags = decode_int(v[0].y);
+    cancelled = arch::any((flags & kCancel) != 0);
+    if (s.lane < kBatch && !s.waiter.aborted) {
+      Control& c = s.control();
+      if (flags & kEmitted) {
+        mark_seen(s, request, token);
+        c.position[request]++;
+        c.emitted[request]++;
+        c.token[request] = token;
+        if (flags & kStop) c.status[request] = kStopped;
+      }
+      update_live(s, request);
+    }
+  }
+  return !cancelled;
+}
+
+}  // namespace mk

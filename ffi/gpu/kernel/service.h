@@ -1,0 +1,320 @@
+// The service waves: what a decode step does besides multiplying by weights. State that outlives a phase, and the parts that
+// phases share.
+#pragma once
+
+#include "math/elementary.h"
+#include "stream.h"
+#include "sync/words.h"
+
+namespace mk {
+
+constexpr Workspace kWorkspace = make_workspace({kBatch, MK_UNITS, kSplits, kHidden, kInner, kQSize, kQkvSize, kHeads, kVocab,
+                                                 kPostNorm && !kResidualInShared ? kBatch * kHidden : 0});
+
+// Requests are dealt to teams of service waves.
+constexpr int kTeamWaves = larger(1, kServiceWaves / kBatch);
+constexpr int kTeams = kServiceWaves / kTeamWaves;
+constexpr int kTeamLanes = kTeamWaves * arch::kWave;
+static_assert(kServiceLanes >= kBatch * kTileRows, "a service lane must have one request only: more service waves are needed");
+
+// f16 has too small a range for values that are scaled only after the multiplication.
+constexpr bool kScaleAfter = kWeightType != kF16;
+
+struct Service {
+  const Args& args;
+  Waiter waiter;
+  int unit, wave, lane, index;  // index: of the lane among the service lanes; wave: among the service waves
+  int team, team_wave, team_lane;
+  int token;  // of this launch
+  int squares_set;  // which half of the partial sums of squares is in use
+  const float* constants;  // of the layer
+
+  MK_METHOD explicit Service(const Args& a) : args(a) {
+    unit = arch::unit();
+    wave = arch::wave() - kWaves;
+    lane = arch::lane();
+    index = wave * arch::kWave + lane;
+    team = wave / kTeamWaves;
+    team_wave = wave % kTeamWaves;
+    team_lane = team_wave * arch::kWave + lane;
+    token = 0;
+    squares_set = 0;
+    constants = nullptr;
+    waiter = {&a, at<u32>(kWorkspace.abort), 0, false};
+  }
+
+  template <typename T>
+  MK_METHOD T* at(i64 offset) const {
+    return (T*)((char*)args.workspace + offset);
+  }
+  MK_METHOD Control& control() const { return *shared_at<Control>(kShared.control); }
+  MK_METHOD void sync() const { arch::group_sync<kServiceGroup, kServiceWaves>(); }
+
+  MK_METHOD void enter_layer(int layer) {
+    constants = args.constants + MK_LAYER_CONSTANTS_OFFSET + (i64)layer * MK_LAYER_CONSTANTS;
+  }
+  // Uses of a layer's hand-offs are counted over all tokens.
+  MK_METHOD Site site(HandOff handoff, i64 offset, int layer) const {
+    return {at<u32>(offset), handoff, (u32)layer, (u32)token, (u32)(token * MK_NUM_LAYERS + layer + 1) & 1u};
+  }
+  MK_METHOD Site token_site(HandOff handoff, i64 offset) const {
+    return {at<u32>(offset), handoff, 0, (u32)token, (u32)(token + 1) & 1u};
+  }
+
+  // The f32 residual stream: of the unit's own rows, or all of it where there are post-norms.
+  MK_METHOD float* residual(int request) const {
+    if constexpr (!kPostNorm) return shared_at<float>(kShared.residual) + request * kOwnRows;
+    if constexpr (kResidualInShared) return shared_at<float>(kShared.residual) + request * kHidden;
+    return at<float>(kWorkspace.own_residual) + (i64)unit * round_up(kBatch * kHidden, 32) + request * kHidden;
+  }
+
+  MK_METHOD float* squares(int request) const {
+    return shared_at<float>(kShared.squares) + (squares_set * kBatch + request) * kServiceWaves;
+  }
+  // 1 / RMS of a request's last gathered vector of `size` elements.
+  MK_METHOD float norm_scale(int request, int size) const {
+    float sum = 0.0f;
+    for (int i = 0; i < kTeamWaves; i++) sum += squares(request)[i];
+    return 1.0f / arch::sqrt(sum / (float)size + MK_NORM_EPS);
+  }
+};
+
+MK_DEVICE float wave_sum(float v) {
+  MK_UNROLL
+  for (int step = 1; step < arch::kWave; step *= 2) v += arch::shuffle_xor(v, step);
+  return v;
+}
+
+MK_DEVICE float soft_cap(float x, float cap) { return cap * tanh_(x / cap); }
+
+struct Float4 {
+  float v[4];
+};
+
+MK_DEVICE Float4 decode4(const Vec4& w) { return {{decode(w.x), decode(w.y), decode(w.z), decode(w.w)}}; }
+
+// Four neighbouring constants of a layer or the model, the first `count` of them.
+template <bool aligned>
+MK_DEVICE Float4 load_constants(const float* p, int count) {
+  if (aligned && count >= 4) {
+    const Vec4 v = arch::load_once(p);
+    return {{arch::as_f32(v.x), arch::as_f32(v.y), arch::as_f32(v.z), arch::as_f32(v.w)}};
+  }
+  Float4 f;
+  MK_UNROLL
+  for (int i = 0; i < 4; i++) f.v[i] = i < count ? p[i] : 0.0f;
+  return f;
+}
+constexpr bool aligned_in_layer(int offset) {
+  return offset % 4 == 0 && MK_LAYER_CONSTANTS_OFFSET % 4 == 0 && MK_LAYER_CONSTANTS % 4 == 0;
+}
+
+// Writes four activations, rounded to the weights' dtype.
+MK_DEVICE void store_activations(char* row, int column, const Float4& x) {
+  char* to = row + column * kWeightBytes;
+  if constexpr (kWeightType == kF32) {
+    *(Vec4*)to = {arch::as_u32(x.v[0]), arch::as_u32(x.v[1]), arch::as_u32(x.v[2]), arch::as_u32(x.v[3])};
+  } else {
+    struct alignas(8) Pair {
+      u32 low, high;
+    };
+    *(Pair*)to = {pack_pair<kWeightType>(x.v[0], x.v[1]), pack_pair<kWeightType>(x.v[2], x.v[3])};
+  }
+}
+
+// ---- Embedding ----
+
+// Row `token` of a tied embedding, inside the head's tiles.
+struct HeadRow {
+  const char* unit_stream;
+  int tile, row, tiles_of_segment, unit;
+};
+
+MK_DEVICE int wave_atoms(int phase, int wave) {
+  int n = 0;
+  for (int c = 0; c < StreamWave::chunk_count_of(phase); c++) {
+    const int size = smaller(kChunkAtoms, StreamWave::atoms_of(phase) - c * kChunkAtoms);
+    n += size * (wave + 1) / kWaves - size * wave / kWaves;
+  }
+  return n;
+}
+
+MK_DEVICE HeadRow find_head_row(const Args& args, int token) {
+  const int tile = token / kTileRows;
+  int low = 0, high = MK_UNITS - 1;  // the last unit that begins at or before the tile and is not empty
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (kTiles[kHead * MK_UNITS + middle].begin <= tile) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  HeadRow r;
+  const Tiles t = kTiles[kHead * MK_UNITS + low];
+  r.unit = low;
+  r.tile = tile - t.begin;
+  r.row = token % kTileRows;
+  r.tiles_of_segment = smaller(kSegmentTiles, t.count - r.tile / kSegmentTiles * kSegmentTiles);
+  r.unit_stream = (const char*)args.streams + (i64)low * MK_UNIT_ELEMS * kWeightBytes;
+  return r;
+}
+
+// Four neighbouring elements of that row as raw bits, 16 or 32 bits each.
+MK_DEVICE Vec4 load_head_row(const HeadRow& r, int column) {
+  const int atom = column / kAtomCols, chunk = atom / kChunkAtoms, in_chunk = atom % kChunkAtoms;
+  const int n = smaller(kChunkAtoms, atoms(kHead) - chunk * kChunkAtoms);
+  const int wave = ((in_chunk + 1) * kWaves - 1) / n;
+  const int begin = n * wave / kWaves, count = n * (wave + 1) / kWaves - begin;
+  int before = 0;  // atoms of the wave that stand before
+  for (int p = 0; p < kHead; p++) before += wave_atoms(p, wave) * kTiles[p * MK_UNITS + r.unit].count;
+  before *= MK_NUM_LAYERS;
+  before += r.tile / kSegmentTiles * kSegmentTiles * wave_atoms(kHead, wave);
+  for (int c = 0; c < chunk; c++) {
+    const int size = smaller(kChunkAtoms, atoms(kHead) - c * kChunkAtoms);
+    before += r.tiles_of_segment * (size * (wave + 1) / kWaves - size * wave / kWaves);
+  }
+  before += r.tile % kSegmentTiles * count + in_chunk - begin;
+  const int block = column % kAtomCols / kVector, element = column % kVector;
+  const int place = (MK_ROW_MAJOR_ATOM ? r.row * kBlocks + block : block * kTileRows + r.row) * kVector + element;
+  const char* p = r.unit_stream + ((i64)wave * MK_WAVE_ELEMS + (i64)before * arch::kWave * kVector + place) * kWeightBytes;
+  if constexpr (kWeightType == kF32) return *(const Vec4*)p;
+  const u32* pair = (const u32*)p;
+  return {pair[0], pair[1], 0, 0};
+}
+
+MK_DEVICE Float4 embedding4(const Service& s, int token, const HeadRow& head_row, int column) {
+  Float4 f;
+  if constexpr (MK_TIED_HEAD) {
+    const Vec4 v = load_head_row(head_row, column);
+    if constexpr (kWeightType == kF32) {
+      f = {{arch::as_f32(v.x), arch::as_f32(v.y), arch::as_f32(v.z), arch::as_f32(v.w)}};
+    } else {
+      f = {{low_of<kWeightType>(v.x), high_of<kWeightType>(v.x), low_of<kWeightType>(v.y), high_of<kWeightType>(v.y)}};
+    }
+  } else {
+    MK_UNROLL
+    for (int i = 0; i < 4; i++) {
+      const i64 place = (i64)token * kHidden + column + i;
+      f.v[i] = 0.0f;
+      if (column + i < kHidden) {
+        if constexpr (kWeightType == kF32) {
+          f.v[i] = ((const float*)s.args.embedding)[place];
+        } else {
+          const u32 bits = ((const u16*)s.args.embedding)[place];
+          f.v[i] = low_of<kWeightType>(bits);
+        }
+      }
+    }
+  }
+  MK_UNROLL
+  for (int i = 0; i < 4; i++) f.v[i] *= MK_EMBEDDING_MULTIPLIER;
+  return f;
+}
+
+// ---- Activations ----
+
+// Calls use(column, value) for the columns [begin, end) of a request that fall to this lane; the words come from a hand-off
+// whose rows have `size` of them.
+template <int size, typename Before, typename Use>
+MK_DEVICE void gather_words(Service& s, const Site& site, int request, int begin, int end, Before before, Use use) {
+  constexpr int step = kTeamLanes * 4;
+  constexpr int most = (size + step - 1) / step;
+  constexpr int count = most < 4 ? most : 4;
+  const u32* row = site.words + request * line(size);
+  for (int column = begin + s.team_lane * 4; column - s.team_lane * 4 < end; column += count * step) {
+    Vec4 v[count];
+    decltype(before(0)) extra[count];
+    MK_UNROLL
+    for (int i = 0; i < count; i++) extra[i] = before(column + i * step);
+    wait_words<count>(s.waiter, site, row + column, step, v, [&](int i) { return smaller(end, size) - (column + i * step); });
+    MK_UNROLL
+    for (int i = 0; i < count; i++) {
+      if (column + i * step < end) use(column + i * step, decode4(v[i]), extra[i]);
+    }
+  }
+}
+
+template <typename Use>
+MK_DEVICE void for_team_requests(const Service& s, Use use) {
+  for (int request = s.team; request < kBatch; request += kTeams) {
+    if (s.team < kTeams) use(request);
+  }
+}
+
+struct Nothing {};
+
+// What a phase multiplies: columns of fill `fill` into shared memory. source(request, begin, end, use) delivers them.
+template <int phase, bool norm, typename Source>
+MK_DEVICE void fill_activations(Service& s, int fill, Source source) {
+  const int begin = fill * kResident * kChunkCols;
+  const int end = smaller(padded_cols(phase), begin + kResident * kChunkCols);
+  char* activations = shared_at<char>(kShared.activations);
+  for_team_requests(s, [&](int request) {
+    char* row = activations + request * kRowBytes;
+    float sum = 0.0f;
+    source(request, begin, end, [&](int column, Float4 x, const Float4& weight) {
+      if constexpr (norm) {
+        MK_UNROLL
+        for (int i = 0; i < 4; i++) {
+          sum = arch::fma(x.v[i], x.v[i], sum);
+          x.v[i] *= weight.v[i];
+        }
+      }
+      store_activations(row, column - begin, x);
+    });
+    if constexpr (norm && kScaleAfter) {
+      sum = wave_sum(sum);
+      if (s.lane == 0) {
+        float* to = s.squares(request) + s.team_wave;
+        *to = fill > 0 ? *to + sum : sum;
+      }
+    }
+  });
+}
+
+// One phase's multiplications: fills, barriers, and use(...) for what comes out (see for_products).
+template <int phase, typename Fill, typename Use>
+MK_DEVICE void run_phase(Service& s, Fill fill, Use use) {
+  const Tiles deal = kTiles[phase * MK_UNITS + s.unit];
+  if (deal.count == 0) return;
+  s.squares_set ^= 1;
+  const int segments = segment_count(deal);
+  constexpr int fills = fill_count(phase);
+  for (int segment = 0; segment < segments; segment++) {
+    for (int f = 0; f < fills; f++) {
+      if (fills > 1 || segment == 0) {
+        fill(f);
+        arch::unit_sync();  // A
+      }
+      arch::unit_sync();  // B
+    }
+    // What comes next is in place already: let the stream waves go on before looking at what came out.
+    if (fills == 1 && segment + 1 < segments) arch::unit_sync();  // A
+    use(deal, segment);
+  }
+}
+
+// Calls use(request, row, sum) for the outputs of a segment that fall to this lane; a lane always has the same request.
+// rows: outputs of a tile. sum(r) is the product of row r of the tile.
+template <int rows, typename Use>
+MK_DEVICE void for_products(const Service& s, const Tiles& deal, int segment, Use use) {
+  constexpr int per_tile = kBatch * rows;
+  constexpr int active = kServiceLanes / per_tile * per_tile;
+  const float* products = shared_at<float>(kShared.products) + (segment & 1) * kSegmentTiles * kBatch * kTileRows * kWaves;
+  const int tiles = smaller(kSegmentTiles, deal.count - segment * kSegmentTiles);
+  if (s.index >= active) return;
+  for (int i = s.index; i < tiles * per_tile; i += active) {
+    const int tile = i / per_tile, request = i % per_tile / rows, row = i % rows;
+    auto sum = [&](int r) {
+      const float* p = products + ((tile * kBatch + request) * kTileRows + r) * kWaves;
+      float v = p[0];
+      MK_UNROLL
+      for (int w = 1; w < kWaves; w++) v += p[w];
+      return v;
+    };
+    use(request, (deal.begin + segment * kSegmentTiles + tile) * rows + row, row, sum);
+  }
+}
+
+}  // namespace mk

@@ -1,0 +1,185 @@
+// The stream waves: they multiply what comes along on their stream, phase after phase.
+#pragma once
+
+#include "math/matrix.h"
+
+namespace mk {
+
+// Written by the service waves before the barrier that starts a token.
+struct Control {
+  int go;  // 0: the launch is over
+  int position[kBatch];
+  int token[kBatch];
+  int status[kBatch];
+  int live[kBatch];
+  int emitted[kBatch];
+};
+
+enum Status : int { kRunning, kStopped, kFull, kInvalidRequest /* inside the kernel only */ };
+
+MK_DEVICE int segment_count(const Tiles& t) { return (t.count + kSegmentTiles - 1) / kSegmentTiles; }
+
+#if !defined(MK_REGISTER_RING)
+using Ring = arch::Ring<kShared.ring_slots>;
+#else
+using Ring = arch::Ring;
+#endif
+
+// Walks the stream: what the next atoms of this wave are. The order is that of jax_monokernel/_gpu_tape.py.
+struct StreamWave {
+  Ring ring;
+  Sums sums;
+  int wave, lane;
+  int left;    // atoms of this run
+  int column;  // of what is resident, where the run goes on
+
+  int layer, phase, segment, fill, chunk, tile;
+  int tiles;  // of this segment
+  Tiles deal;
+  bool padding;  // the atoms at the end of the stream
+  int total;     // atoms of a token that are no padding
+
+  MK_METHOD float* products() { return shared_at<float>(kShared.products) + (segment & 1) * kSegmentTiles * kBatch * kTileRows * kWaves; }
+  MK_METHOD int chunks() { return chunk_count_of(phase); }
+  static MK_METHOD int chunk_count_of(int p) {
+    return p == kO ? chunk_count(kO) : p == kDown ? chunk_count(kDown) : chunk_count(kQkv);
+  }
+  static MK_METHOD int atoms_of(int p) { return p == kO ? atoms(kO) : p == kDown ? atoms(kDown) : atoms(kQkv); }
+
+  MK_METHOD void enter_run() {
+    const int start = chunk * kChunkAtoms;
+    const int n = smaller(kChunkAtoms, atoms_of(phase) - start);
+    const int begin = n * wave / kWaves;
+    left = n * (wave + 1) / kWaves - begin;
+    column = (start + begin - fill * kResident * kChunkAtoms) * kAtomCols;
+    clear(sums);
+  }
+
+  MK_METHOD void enter_segment() {
+    tiles = smaller(kSegmentTiles, deal.count - segment * kSegmentTiles);
+    chunk = fill * kResident;
+    tile = 0;
+    arch::unit_sync();  // A: activations are in place, products are free
+    enter_run();
+  }
+
+  // Goes to the first phase at or after this one in which the unit has tiles. False at the end of a token.
+  MK_METHOD bool enter_phase() {
+    for (;;) {
+      if (phase == kHead && layer < MK_NUM_LAYERS - 1) {
+        phase = kQkv;
+        layer++;
+      }
+      if (phase == kPhases) return false;
+      deal = kTiles[phase * MK_UNITS + arch::unit()];
+      if (deal.count > 0) break;
+      phase++;
+    }
+    segment = fill = 0;
+    enter_segment();
+    return true;
+  }
+
+  // Returns false when the launch is over.
+  MK_METHOD bool start_token() {
+    arch::unit_sync();  // T: control is set
+    if (shared_at<Control>(kShared.control)->go == 0) return false;
+    layer = 0;
+    phase = kQkv;
+    padding = false;
+    if (!enter_phase()) start_padding();
+    return true;
+  }
+
+  MK_METHOD void start_padding() {
+    padding = true;
+    constexpr int per_slot = Ring::kSlotAtoms;
+    left = (per_slot - total % per_slot) % per_slot;
+  }
+
+  // After the last atom of a run, until there is one to multiply. False when the launch is over.
+  MK_METHOD bool advance() {
+    while (left == 0) {
+      if (padding) {
+        if (!start_token()) return false;
+        continue;
+      }
+      flush(sums, products(), tile, wave, lane, chunk > 0);
+      if (++tile < tiles) {
+        enter_run();
+        continue;
+      }
+      tile = 0;
+      if (++chunk < smaller(chunks(), (fill + 1) * kResident)) {
+        enter_run();
+        continue;
+      }
+      arch::unit_sync();  // B: products are in place
+      if (chunk < chunks()) {
+        fill++;
+        enter_segment();
+        continue;
+      }
+      fill = 0;
+      if (++segment < segment_count(deal)) {
+        enter_segment();
+        continue;
+      }
+      phase++;
+      if (!enter_phase()) start_padding();
+    }
+    return true;
+  }
+
+  // Atoms of one token.
+  MK_METHOD int count_atoms() {
+    int sum = 0;
+    for (int p = 0; p < kPhases; p++) {
+      int n = 0;
+      for (int c = 0; c < chunk_count_of(p); c++) {
+        const int size = smaller(kChunkAtoms, atoms_of(p) - c * kChunkAtoms);
+        n += size * (wave + 1) / kWaves - size * wave / kWaves;
+      }
+      sum += n * kTiles[p * MK_UNITS + arch::unit()].count * (p == kHead ? 1 : MK_NUM_LAYERS);
+    }
+    return sum;
+  }
+
+  MK_METHOD void run(const Args& args) {
+    wave = arch::wave();
+    lane = arch::lane();
+    total = count_atoms();
+    const int slots = (total + Ring::kSlotAtoms - 1) / Ring::kSlotAtoms;
+    const i64 stream = (i64)(arch::unit() * kWaves + wave) * MK_WAVE_ELEMS * kWeightBytes;
+    constexpr u64 slot_bytes = Ring::kSlotAtoms * arch::kWave * 16;
+    ring.start(shared_at<char>(kShared.ring) + wave * Ring::kBytes, shared_at<char>(kShared.barriers) + wave * Ring::kBarrierBytes,
+               (const char*)args.streams + stream, (slots == 0 ? 1 : slots) * slot_bytes);
+    const char* activations = shared_at<char>(kShared.activations);
+    if (start_token() && advance()) {
+      for (bool running = true; running;) {
+        ring.wait();
+        MK_UNROLL
+        for (int atom = 0; atom < Ring::kSlotAtoms; atom += kGroup) {
+          Vec4 w[kGroup];
+          ring.template read<kGroup>(atom, w);
+          if (running) {
+            if (!padding) {
+              MK_UNROLL
+              for (int i = 0; i < kGroup; i++) {
+                multiply(sums, w[i], load_fragments(activations, column + i * kAtomCols, lane));
+              }
+            }
+            column += kGroup * kAtomCols;
+            left -= kGroup;
+            running = advance();
+          }
+          ring.template done<kGroup>(atom);
+        }
+        ring.next();
+      }
+    }
+    ring.drain();
+  }
+};
+
+}  // namespace mk

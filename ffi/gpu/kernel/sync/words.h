@@ -1,0 +1,117 @@
+// Hand-offs between units: words that carry 31 bits of data and one bit of readiness (docs/kernel.md).
+#pragma once
+
+#include "config.h"
+#include "layout/workspace.h"
+
+namespace mk {
+
+enum HandOff : u32 {
+  h1_qkv = 1,
+  h2_attended,
+  h3_partial,
+  h4_projected,
+  h5_inner,
+  h6_residual,
+  h7_candidate,
+  h8_token,
+};
+
+constexpr int line(int words) { return round_up(words, 32); }
+
+// The context of a wait, for reports.
+struct Site {
+  const u32* words;  // the hand-off's first
+  u32 handoff, layer, token, parity;
+};
+
+struct Waiter {
+  const Args* args;
+  u32* abort;  // in the workspace; not 0: nobody waits any more
+  u64 deadline;  // of the token
+  bool aborted;
+};
+
+MK_DEVICE u32 encode(float value, u32 parity) {
+  const u32 bits = value == value ? arch::as_u32(value) : 0x7fc00000u;
+  return ((bits + ((bits >> 1) & 1u)) & ~1u) | parity;
+}
+MK_DEVICE float decode(u32 word) { return arch::as_f32(word & ~1u); }
+MK_DEVICE u32 encode_int(u32 value, u32 parity) { return value << 1 | parity; }
+MK_DEVICE u32 decode_int(u32 word) { return word >> 1; }
+
+MK_DEVICE bool ready(const Vec4& v, u32 parity) {
+  return (((v.x ^ parity) | (v.y ^ parity) | (v.z ^ parity) | (v.w ^ parity)) & 1u) == 0u;
+}
+
+// Called now and then by a wave that waits. Returns true when there is no use in waiting.
+MK_DEVICE bool give_up(Waiter& waiter, const Site& site, u32 word, u32 seen) {
+  if (waiter.aborted) return true;
+  if (arch::load_word(waiter.abort) != 0) {
+    waiter.aborted = true;
+  } else if (arch::ticks() > waiter.deadline) {
+    waiter.aborted = true;
+    if (arch::lane() == 0 && arch::claim(waiter.abort)) {
+      Report& r = *waiter.args->report;
+      r.handoff = site.handoff;
+      r.layer = site.layer;
+      r.token = site.token;
+      r.unit = (u32)arch::unit();
+      r.word = word;
+      r.expected = site.parity;
+      r.seen = seen;
+      r.reason = kTimeout;
+    }
+  }
+  waiter.aborted = arch::any(waiter.aborted);
+  return waiter.aborted;
+}
+
+constexpr int kSpinsBetweenLooks = 256;
+
+// Loads `count` vectors of four words, vector i of this lane at p + i * step words, until all are ready. Only the first
+// words_of(i) words of vector i are waited for; the others come out as 0.
+template <int count, typename WordsOf>
+MK_DEVICE void wait_words(Waiter& waiter, const Site& site, const u32* p, int step, Vec4 (&v)[count], WordsOf words_of) {
+  auto load = [&] {
+    bool missing = false;
+    MK_UNROLL
+    for (int i = 0; i < count; i++) {
+      v[i] = {site.parity, site.parity, site.parity, site.parity};
+      if (words_of(i) > 0) v[i] = arch::load_words(p + i * step);
+    }
+    MK_UNROLL
+    for (int i = 0; i < count; i++) {
+      if (words_of(i) < 4) v[i].w = site.parity;
+      if (words_of(i) < 3) v[i].z = site.parity;
+      if (words_of(i) < 2) v[i].y = site.parity;
+      missing |= !ready(v[i], site.parity);
+    }
+    return missing;
+  };
+  bool missing = load();
+  for (int spins = 1; arch::any(missing); spins++) {
+    if (missing) missing = load();
+    if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, (u32)(p - site.words), v[0].x)) return;
+  }
+}
+
+// One word per lane and i, at p + i * step; of those only wanted(i).
+template <int count, typename Wanted>
+MK_DEVICE void wait_single_words(Waiter& waiter, const Site& site, const u32* p, int step, u32 (&v)[count], Wanted wanted) {
+  auto load = [&] {
+    bool missing = false;
+    MK_UNROLL
+    for (int i = 0; i < count; i++) v[i] = wanted(i) ? arch::load_word(p + i * step) : site.parity;
+    MK_UNROLL
+    for (int i = 0; i < count; i++) missing |= ((v[i] ^ site.parity) & 1u) != 0;
+    return missing;
+  };
+  bool missing = load();
+  for (int spins = 1; arch::any(missing); spins++) {
+    if (missing) missing = load();
+    if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, (u32)(p - site.words), v[0])) return;
+  }
+}
+
+}  // namespace mk
