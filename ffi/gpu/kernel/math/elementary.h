@@ -1,6 +1,6 @@
-// Elementary functions that give the same bits on every machine: only +, -, *, / and explicit fma, each correctly rounded.
-// Compile without contraction. NaN in gives NaN out. The errors in units in the last place (ulp) are measured in
-// tests/test_gpu_math.py; polynomials are minimax fits unless said otherwise.
+// Elementary functions that give the same bits on every machine: only +, -, *, / and explicit fma, each correctly
+// rounded. Compile without contraction. NaN in gives NaN out. The errors in units in the last place (ulp) are measured
+// in tests/test_gpu_math.py; polynomials are minimax fits unless said otherwise.
 #pragma once
 
 #include "arch/arch.h"

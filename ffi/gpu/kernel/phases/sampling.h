@@ -1,5 +1,5 @@
-// Between a raw logit and the chosen token: options, penalties, noise and the running best. docs/sampling.md is followed to
-// the letter; phases/filters.h has top-k, top-p and min-p.
+// Between a raw logit and the chosen token: options, penalties, noise and the running best, as docs/sampling.md has
+// them. Top-k, top-p and min-p are in phases/filters.h.
 #pragma once
 
 #include "arch/arch.h"
@@ -8,7 +8,7 @@
 
 namespace mk {
 
-constexpr float kInf = __builtin_huge_valf();
+constexpr float kInf = __builtin_bit_cast(float, 0x7f800000u);
 constexpr float kLargest = 3.40282347e38f;
 constexpr float kSmallestNormal = 1.17549435e-38f;
 constexpr float kMinTemperature = 1e-6f;
