@@ -27,6 +27,8 @@ FAMILIES = {
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
 }
+# Nearly all of the time here is XLA's compiler and Python's imports.
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -125,7 +127,9 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     arguments = ["--shapes", "tiny", "--prompt", "8", "--new-tokens", "8", "--repeats", "1", "--threads", "1"]
     peers = ["ours", "jax_loop", "probe"]
-    run.main([*arguments, "--dtype", "float32", "--output", str(folder), "--peers", *peers])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # as quick_compiles, for the peers' processes
+        run.main([*arguments, "--dtype", "float32", "--output", str(folder), "--peers", *peers])
     return folder
 
 
