@@ -1,0 +1,243 @@
+// A CPU that runs the kernel for tests: every lane is a fiber of one thread (tests/native/gpu_host has the executor).
+//
+// Lanes of a wave meet at every function that takes a whole wave; the executor checks that all of them do. At every
+// operation that other units can notice, it may let another wave go on, and it delays stores as a GPU may.
+#pragma once
+
+#include "args.h"
+
+#define MK_DEVICE [[maybe_unused]] static inline
+#define MK_METHOD inline
+#define MK_CONSTANT [[maybe_unused]] static
+#define MK_KERNEL(threads) extern "C" __attribute__((visibility("hidden")))
+#define MK_UNROLL
+
+namespace mk {
+
+struct alignas(16) Vec4 {
+  u32 x, y, z, w;
+};
+
+#pragma GCC visibility push(hidden)
+namespace host {
+
+// Where in the kernel's source a lane is.
+struct Where {
+  const char* file;
+  int line;
+};
+constexpr Where here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+
+struct Place {
+  u32 unit, wave, lane;
+};
+extern Place* current;  // the lane that runs
+
+struct Matrices {  // one lane's registers of a matrix instruction
+  float* c;        // [4], in and out
+  u32 a[4], b[2];
+};
+
+char* shared_memory();
+void wave_sync(Where);
+void barrier(u32 id, u32 waves, Where);  // id 0: all waves
+u32 shuffle(u32 value, u32 from, Where);
+bool any(bool, Where);
+void mma_16x8x16(bool bf16, Matrices&, Where);
+void mfma_4x4x4(bool bf16, Matrices&, Where);
+u32 load_word(const u32*, Where);
+Vec4 load_words(const u32*, Where);
+void store_word(u32*, u32, Where);
+Vec4 load_data(const void*, bool once, Where);
+u32 load_host(const u32*, Where);
+bool claim(u32*, Where);
+u32 shared_add(u32*, u32, Where);
+void release(Where);
+void acquire(Where);
+u64 ticks(Where);
+void ring_meet(const char* what, Where);  // all lanes of a wave
+void ring_open(int change);               // +1 started, -1 drained
+[[noreturn]] void fail(Where, const char* format, ...);
+
+// What the stub was compiled for, for the executor.
+struct Geometry {
+  u32 units, waves, wave_size, shared_bytes, checked;
+};
+extern const Geometry geometry;
+constexpr u32 kUnwritten = 0x7fc0dead;  // a NaN
+
+}  // namespace host
+#pragma GCC visibility pop
+}  // namespace mk
+
+// The executor includes what is above.
+#if defined(MK_WAVE_SIZE)
+namespace mk {
+namespace arch {
+
+constexpr int kWave = MK_WAVE_SIZE;
+static_assert(kWave == 32 || kWave == 64, "a wave has 32 or 64 lanes");
+
+MK_DEVICE int unit() { return (int)host::current->unit; }
+MK_DEVICE int wave() { return (int)host::current->wave; }
+MK_DEVICE int lane() { return (int)host::current->lane; }
+MK_DEVICE char* shared() { return host::shared_memory(); }
+
+MK_DEVICE void unit_sync(host::Where at = host::here()) { host::barrier(0, host::geometry.waves, at); }
+template <int id, int waves>
+MK_DEVICE void group_sync(host::Where at = host::here()) {
+  static_assert(1 <= id && id <= 7 && 1 <= waves && waves <= MK_WAVES + MK_SERVICE_WAVES);
+  host::barrier(id, waves, at);
+}
+MK_DEVICE void wave_sync(host::Where at = host::here()) { host::wave_sync(at); }
+
+MK_DEVICE u32 as_u32(float v) { return __builtin_bit_cast(u32, v); }
+MK_DEVICE float as_f32(u32 v) { return __builtin_bit_cast(float, v); }
+MK_DEVICE u32 shuffle(u32 v, int from, host::Where at = host::here()) { return host::shuffle(v, (u32)from, at); }
+MK_DEVICE float shuffle(float v, int from, host::Where at = host::here()) {
+  return as_f32(host::shuffle(as_u32(v), (u32)from, at));
+}
+MK_DEVICE u32 shuffle_xor(u32 v, int mask, host::Where at = host::here()) {
+  return host::shuffle(v, (u32)(lane() ^ mask), at);
+}
+MK_DEVICE float shuffle_xor(float v, int mask, host::Where at = host::here()) {
+  return as_f32(host::shuffle(as_u32(v), (u32)(lane() ^ mask), at));
+}
+MK_DEVICE bool any(bool v, host::Where at = host::here()) { return host::any(v, at); }
+
+MK_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+MK_DEVICE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+MK_DEVICE float sqrt(float v) { return __builtin_sqrtf(v); }
+MK_DEVICE double sqrt(double v) { return __builtin_sqrt(v); }
+
+MK_DEVICE u32 load_word(const u32* p, host::Where at = host::here()) { return host::load_word(p, at); }
+MK_DEVICE Vec4 load_words(const u32* p, host::Where at = host::here()) { return host::load_words(p, at); }
+MK_DEVICE void store_word(u32* p, u32 v, host::Where at = host::here()) { host::store_word(p, v, at); }
+MK_DEVICE Vec4 load_shared_data(const void* p, host::Where at = host::here()) { return host::load_data(p, false, at); }
+MK_DEVICE Vec4 load_once(const void* p, host::Where at = host::here()) { return host::load_data(p, true, at); }
+MK_DEVICE void release(host::Where at = host::here()) { host::release(at); }
+MK_DEVICE void acquire(host::Where at = host::here()) { host::acquire(at); }
+MK_DEVICE u32 load_host(const u32* p, host::Where at = host::here()) { return host::load_host(p, at); }
+MK_DEVICE bool claim(u32* p, host::Where at = host::here()) { return host::claim(p, at); }
+MK_DEVICE u32 shared_add(u32* p, u32 v, host::Where at = host::here()) { return host::shared_add(p, v, at); }
+MK_DEVICE u64 ticks(host::Where at = host::here()) { return host::ticks(at); }
+
+template <bool bf16>
+MK_DEVICE void mma_16x8x16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, host::Where at = host::here()) {
+  static_assert(kWave == (bf16 ? 32 : 32), "an instruction of waves of 32 lanes");
+  host::Matrices m{c, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+  host::mma_16x8x16(bf16, m, at);
+}
+template <bool bf16>
+MK_DEVICE void mfma_4x4x4(float* c, const u32 (&a)[2], const u32 (&b)[2], host::Where at = host::here()) {
+  static_assert(kWave == (bf16 ? 64 : 64), "an instruction of waves of 64 lanes");
+  host::Matrices m{c, {a[0], a[1]}, {b[0], b[1]}};
+  host::mfma_4x4x4(bf16, m, at);
+}
+
+// One wave's stream through a ring in shared memory. Each lane keeps its own part of a slot: it appears in wait(), and
+// done() destroys it.
+template <int slots>
+struct Ring {
+  static constexpr int kSlotAtoms = 8;
+  static constexpr int kSlotBytes = kSlotAtoms * kWave * 16;
+  static constexpr int kBytes = slots * kSlotBytes;  // of shared memory
+  static constexpr int kBarrierBytes = slots * 8;
+
+  char* memory;
+  const char *begin, *end, *at;  // at: the current slot's atoms
+  int slot;
+  bool waited, open;
+  u32 used;  // bit i: atom i is done
+
+  MK_METHOD void start(char* ring, char*, const void* stream, u64 bytes, host::Where where = host::here()) {
+    if (bytes == 0 || bytes % kSlotBytes != 0) {
+      host::fail(where, "the stream has %llu bytes, which is no whole number of slots of %d", bytes, kSlotBytes);
+    }
+    memory = ring;
+    begin = at = (const char*)stream;
+    end = begin + bytes;
+    slot = 0;
+    waited = false;
+    open = true;
+    used = 0;
+    for (slot = slots - 1; slot > 0; slot--) forget(0, kSlotAtoms);
+    forget(0, kSlotAtoms);
+    host::ring_meet("Ring::start", where);
+    host::ring_open(1);
+  }
+
+  MK_METHOD void wait(host::Where where = host::here()) {
+    if (!open) host::fail(where, "Ring::wait after drain");
+    host::ring_meet("Ring::wait", where);
+    if (waited) return;
+    waited = true;
+    for (int i = 0; i < kSlotAtoms; i++) *part(i) = host::load_data(at + (i * kWave + lane()) * 16, true, where);
+  }
+
+  template <int n>
+  MK_METHOD void read(int atom, Vec4 (&w)[n], host::Where where = host::here()) {
+    const u32 bits = range<n>(atom, where);
+    if (!waited) host::fail(where, "Ring::read of a slot that was not waited for");
+    if (used & bits) host::fail(where, "Ring::read of atom %d or one after it, which is done", atom);
+    for (int i = 0; i < n; i++) w[i] = *part(atom + i);
+  }
+
+  template <int n>
+  MK_METHOD void done(int atom, host::Where where = host::here()) {
+    const u32 bits = range<n>(atom, where);
+    if (!waited) host::fail(where, "Ring::done of a slot that was not waited for");
+    if (used & bits) host::fail(where, "Ring::done of atom %d or one after it for the second time", atom);
+    used |= bits;
+    forget(atom, n);
+  }
+
+  MK_METHOD void next(host::Where where = host::here()) {
+    if (!waited) host::fail(where, "Ring::next of a slot that was not waited for");
+    if (used != (1u << kSlotAtoms) - 1) host::fail(where, "Ring::next of a slot whose atoms are not all done: %#x", used);
+    host::ring_meet("Ring::next", where);
+    at += kSlotBytes;
+    if (at == end) at = begin;
+    slot = slot + 1 == slots ? 0 : slot + 1;
+    waited = false;
+    used = 0;
+  }
+
+  MK_METHOD void drain(host::Where where = host::here()) {
+    if (!open) host::fail(where, "Ring::drain for the second time");
+    host::ring_meet("Ring::drain", where);
+    open = false;
+    host::ring_open(-1);
+  }
+
+ private:
+  MK_METHOD Vec4* part(int atom) { return (Vec4*)(memory + slot * kSlotBytes + (atom * kWave + lane()) * 16); }
+
+  MK_METHOD void forget(int atom, int n) {
+    constexpr u32 no = host::kUnwritten;
+    for (int i = 0; i < n; i++) *part(atom + i) = {no, no, no, no};
+  }
+
+  template <int n>
+  MK_METHOD u32 range(int atom, host::Where where) {
+    static_assert(1 <= n && n <= kSlotAtoms);
+    if (atom < 0 || atom + n > kSlotAtoms) {
+      host::fail(where, "atoms %d to %d of a slot of %d", atom, atom + n - 1, kSlotAtoms);
+    }
+    return ((1u << n) - 1) << atom;
+  }
+};
+
+}  // namespace arch
+
+#if defined(__SANITIZE_THREAD__)
+#define MK_CHECKED 1
+#elif defined(__has_feature)
+#define MK_CHECKED __has_feature(thread_sanitizer)
+#else
+#define MK_CHECKED 0
+#endif
+constexpr host::Geometry host::geometry{MK_UNITS, MK_WAVES + MK_SERVICE_WAVES, MK_WAVE_SIZE, MK_SHARED_BYTES, MK_CHECKED};
+
+}  // namespace mk
+#endif  // MK_WAVE_SIZE
