@@ -14,6 +14,8 @@
 #include "cpu/read_bandwidth.h"
 #include "cpu/sampling_binding.h"
 #include "cpu/settings.h"
+#include "gpu/binding.h"
+#include "gpu/settings.h"
 
 namespace py = pybind11;
 namespace ffi = xla::ffi;
@@ -105,7 +107,10 @@ PYBIND11_MODULE(_native, m) {
   m.attr("MAX_BATCH") = cpu::kMaxBatch;
 
   cpu::read_environment();
-  m.def("read_environment", &cpu::read_environment, "Reads MONOKERNEL_THREADS and MONOKERNEL_ISA, as the import did.");
+  m.def("read_environment", [] {
+    cpu::read_environment();
+    monokernel::gpu::read_environment();
+  }, "Reads the MONOKERNEL_* variables, as the import did.");
   m.def("available_cpus", &cpu::available_cpus, "CPUs of the affinity mask and the cgroup quota.");
   m.def("quota_cpus", &cpu::quota_cpus, py::arg("folder"), "CPUs that a cgroup file system's quota is worth; 0: no quota.");
   m.def("cancel", &cpu::cancel_all, "Cancels every decode that runs or waits in this process.");
@@ -120,6 +125,7 @@ PYBIND11_MODULE(_native, m) {
     if (std::string error = cpu::set_isa(name); !error.empty()) throw std::invalid_argument(error);
   }, py::arg("name"), "Forces a build of the CPU kernel by name; '' goes back to the best one.");
   cpu::bind_sampling(m);
+  monokernel::gpu::bind(m);
   m.def("read_bandwidth", &cpu::read_bandwidth, py::arg("bytes"), py::arg("threads"), py::arg("repeats"),
         py::call_guard<py::gil_scoped_release>(),
         "Bytes per second of each of `repeats` reads of a buffer of `bytes`, every thread reading its own contiguous part.");

@@ -1,3 +1,8 @@
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
 INT_FIELDS: list[str]
 FLOAT_FIELDS: list[str]
 MAX_BATCH: int
@@ -11,3 +16,47 @@ def read_environment() -> None: ...
 def available_cpus() -> int: ...
 def quota_cpus(folder: str) -> int: ...
 def read_bandwidth(bytes: int, threads: int, repeats: int) -> list[float]: ...
+def gpu_registrations() -> dict[str, dict[str, object]]: ...
+def gpu_test_registrations() -> dict[str, dict[str, object]]: ...
+def gpu_library_dirs(dirs: list[str]) -> None: ...
+def gpu_headers() -> dict[str, str]: ...
+def gpu_stub(
+    ints: NDArray[np.int64],
+    floats: NDArray[np.float32],
+    layers: NDArray[np.int64],
+    ropes: NDArray[np.float64],
+    tiles: NDArray[np.int64],
+    *,
+    batch: int,
+    splits: int,
+    task_heads: int,
+    shared_bytes: int,
+    trace: bool = ...,
+) -> str: ...
+def gpu_workspace_bytes(
+    ints: NDArray[np.int64],
+    floats: NDArray[np.float32],
+    layers: NDArray[np.int64],
+    ropes: NDArray[np.float64],
+    tiles: NDArray[np.int64],
+    *,
+    batch: int,
+    splits: int,
+    task_heads: int,
+) -> int: ...
+def gpu_compile(
+    ints: NDArray[np.int64],
+    floats: NDArray[np.float32],
+    layers: NDArray[np.int64],
+    ropes: NDArray[np.float64],
+    tiles: NDArray[np.int64],
+    *,
+    batch: int,
+    splits: int,
+    task_heads: int,
+    arch: str,
+    trace: bool = ...,
+) -> dict[str, Any]: ...
+def gpu_shared_bytes(arch: str) -> int: ...
+def gpu_devices(platform: str) -> list[dict[str, Any]]: ...
+def gpu_compiler(platform: str) -> tuple[str, str]: ...

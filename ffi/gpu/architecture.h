@@ -1,0 +1,22 @@
+// GPU architectures that the kernel is built for.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "gpu/driver.h"
+
+namespace monokernel::gpu {
+
+struct Architecture {
+  Vendor vendor;
+  std::string name;      // sm_90, gfx942: what users say
+  std::string target;    // sm_90a, gfx942: what the compiler is told
+  int wave_size;
+  int64_t shared_bytes;  // of a unit: all that a work-group can have
+};
+
+// From a name such as sm_90, sm_90a or gfx942. Throws Failure: invalid or unsupported.
+Architecture architecture(const std::string& name);
+
+}  // namespace monokernel::gpu

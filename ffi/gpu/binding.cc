@@ -1,0 +1,139 @@
+#include "gpu/binding.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "gpu/build.h"
+#include "gpu/compiler.h"
+#include "gpu/device.h"
+#include "gpu/failure.h"
+#include "gpu/handler.h"
+#include "gpu/headers.h"
+#include "gpu/request.h"
+#include "gpu/settings.h"
+
+namespace py = pybind11;
+
+namespace monokernel::gpu {
+namespace {
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;  // arrays of another dtype are refused, not converted
+
+constexpr const char* kTarget = "jax_monokernel_decode";
+
+Attributes attributes(const Array<int64_t>& ints, const Array<float>& floats, const Array<int64_t>& layers,
+                      const Array<double>& ropes, const Array<int64_t>& tiles) {
+  const auto span = [](const auto& array) { return std::span(array.data(), static_cast<size_t>(array.size())); };
+  return {span(ints), span(floats), span(layers), span(ropes), span(tiles)};
+}
+
+Vendor vendor_of(const std::string& platform) {
+  if (platform == "cuda") return Vendor::kCuda;
+  if (platform == "rocm") return Vendor::kRocm;
+  throw std::invalid_argument("platform is \"" + platform + "\"; expected cuda or rocm");
+}
+
+py::dict handlers(XLA_FFI_Handler* (*handler)(Vendor)) {
+  py::dict platforms;
+  for (const auto& [name, vendor] : {std::pair("CUDA", Vendor::kCuda), std::pair("ROCM", Vendor::kRocm)}) {
+    py::dict targets;
+    targets[kTarget] = py::capsule(reinterpret_cast<void*>(handler(vendor)));
+    platforms[name] = targets;
+  }
+  return platforms;
+}
+
+py::list devices(const std::string& platform) {
+  const Vendor vendor = vendor_of(platform);
+  int count = 0;
+  driver(vendor).check(driver(vendor).device_count(&count), "count its devices");
+  py::list all;
+  for (int i = 0; i < count; i++) {
+    const Device& device = Device::get(vendor, i);
+    py::dict d;
+    d["name"] = device.name();
+    d["arch"] = device.architecture().name;
+    d["units"] = device.multiprocessors();
+    all.append(d);
+  }
+  return all;
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+  read_environment();
+  py::register_local_exception_translator([](std::exception_ptr e) {
+    try {
+      if (e) std::rethrow_exception(e);
+    } catch (const Failure& failure) {
+      const bool value = failure.code == Code::kInvalid || failure.code == Code::kUnsupported;
+      py::set_error(value ? PyExc_ValueError : PyExc_RuntimeError, failure.what());
+    }
+  });
+
+  m.def("gpu_registrations", [] { return handlers(decode_handler); },
+        "XLA FFI handlers by platform (CUDA, ROCM) and custom call target.");
+  m.def("gpu_test_registrations", [] { return handlers(decode_handler_for_tests); },
+        "The same handlers for XLA's platform cpu: they need a stand-in for the driver that works on host memory.");
+  m.def("gpu_library_dirs", &set_library_dirs, py::arg("dirs"), "Sets where drivers and compilers are looked for first.");
+  m.def("gpu_headers", [] {
+    py::dict all;
+    for (const Header& header : headers()) all[header.name] = header.text;
+    return all;
+  }, "The kernel's headers by path.");
+
+#define PROGRAM py::arg("ints"), py::arg("floats"), py::arg("layers"), py::arg("ropes"), py::arg("tiles")
+  m.def("gpu_stub",
+        [](const Array<int64_t>& ints, const Array<float>& floats, const Array<int64_t>& layers, const Array<double>& ropes,
+           const Array<int64_t>& tiles, int64_t batch, int64_t splits, int64_t task_heads, int64_t shared_bytes, bool trace) {
+          Request request = read_request(attributes(ints, floats, layers, ropes, tiles), batch, splits, task_heads);
+          request.trace = trace;
+          return stub(request, shared_bytes);
+        },
+        PROGRAM, py::kw_only(), py::arg("batch"), py::arg("splits"), py::arg("task_heads"), py::arg("shared_bytes"),
+        py::arg("trace") = false, "The source that is compiled for a program (docs/kernel.md).");
+  m.def("gpu_workspace_bytes",
+        [](const Array<int64_t>& ints, const Array<float>& floats, const Array<int64_t>& layers, const Array<double>& ropes,
+           const Array<int64_t>& tiles, int64_t batch, int64_t splits, int64_t task_heads) {
+          return workspace_size(read_request(attributes(ints, floats, layers, ropes, tiles), batch, splits, task_heads)).bytes;
+        },
+        PROGRAM, py::kw_only(), py::arg("batch"), py::arg("splits"), py::arg("task_heads"),
+        "Size of the custom call's last result.");
+  m.def("gpu_compile",
+        [](const Array<int64_t>& ints, const Array<float>& floats, const Array<int64_t>& layers, const Array<double>& ropes,
+           const Array<int64_t>& tiles, int64_t batch, int64_t splits, int64_t task_heads, const std::string& arch, bool trace) {
+          const Architecture a = architecture(arch);
+          Request request = read_request(attributes(ints, floats, layers, ropes, tiles), batch, splits, task_heads);
+          request.trace = trace;
+          if (request.program.platform != static_cast<int64_t>(a.vendor) || request.program.wave_size != a.wave_size) {
+            throw std::invalid_argument("the plan is not for " + a.name);
+          }
+          std::shared_ptr<const Built> built;
+          {
+            py::gil_scoped_release release;
+            built = build(a, request);
+          }
+          py::dict result;
+          result["code"] = py::bytes(built->code);
+          result["path"] = built->path;
+          result["seconds"] = built->seconds;
+          return result;
+        },
+        PROGRAM, py::kw_only(), py::arg("batch"), py::arg("splits"), py::arg("task_heads"), py::arg("arch"),
+        py::arg("trace") = false, "Compiles a program's kernel, or takes it from the cache: binary, file and seconds.");
+#undef PROGRAM
+  m.def("gpu_shared_bytes", [](const std::string& arch) { return architecture(arch).shared_bytes; }, py::arg("arch"),
+        "Shared memory of a unit on an architecture.");
+  m.def("gpu_devices", &devices, py::arg("platform"), "Name, architecture and number of units of each device.");
+  m.def("gpu_compiler", [](const std::string& platform) {
+    const Compiler& c = compiler(vendor_of(platform));
+    return py::make_tuple(c.version, c.path);
+  }, py::arg("platform"), "Version and library of the run-time compiler.");
+}
+
+}  // namespace monokernel::gpu

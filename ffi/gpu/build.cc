@@ -1,0 +1,95 @@
+#include "gpu/build.h"
+
+#include <chrono>
+#include <cstdio>
+#include <map>
+#include <mutex>
+#include <optional>
+
+#include "gpu/cache.h"
+#include "gpu/compiler.h"
+#include "gpu/failure.h"
+#include "gpu/headers.h"
+#include "gpu/settings.h"
+#include "gpu/sha256.h"
+
+namespace monokernel::gpu {
+namespace {
+
+struct Entry {
+  std::mutex mutex;  // held while building
+  std::shared_ptr<const Built> built;
+};
+
+std::shared_ptr<Entry> entry(const std::string& hash) {
+  static auto* mutex = new std::mutex;
+  static auto* entries = new std::map<std::string, std::shared_ptr<Entry>>;
+  std::lock_guard lock(*mutex);
+  auto& found = (*entries)[hash];
+  if (!found) found = std::make_shared<Entry>();
+  return found;
+}
+
+// Of everything but the compiler that the binary depends on.
+std::string hash_of(const Architecture& architecture, const std::string& source) {
+  std::string all;
+  const auto add = [&all](const std::string& part) { all += std::to_string(part.size()) + ":" + part; };
+  add(architecture.target);
+  add(compile_flags(architecture));
+  add(source);
+  for (const Header& header : headers()) {
+    add(header.name);
+    add(header.text);
+  }
+  return sha256(all);
+}
+
+Failure no_compile(const Architecture& a, const Request& request, const std::string& dir, const std::string& why) {
+  return Failure(Code::kMissing, "there is no compiled kernel for this model on " + a.name + " in the cache (" +
+                                     (dir.empty() ? "which has no folder" : dir) + "), and " + why +
+                                     ". To compile it ahead of time: jax-monokernel compile --model CHECKPOINT --batch " +
+                                     std::to_string(request.batch) + " --arch " + a.name);
+}
+
+Built build_now(const Architecture& a, const Request& request, const std::string& source, const std::string& hash) {
+  const Settings s = settings();
+  const Cache cache(s.cache_dir);
+  if (s.no_compile) {
+    if (auto code = cache.load(hash, "")) return {*code, "", 0};
+    throw no_compile(a, request, cache.dir(), "MONOKERNEL_NO_COMPILE forbids compiling");
+  }
+  const Compiler* with = nullptr;
+  try {
+    with = &compiler(a.vendor);
+  } catch (const Failure&) {  // what was compiled elsewhere does without
+    if (auto code = cache.load(hash, "")) return {*code, "", 0};
+    throw;
+  }
+  const std::string path = cache.dir() + "/" + hash + "-" + with->version;
+  if (auto code = cache.load(hash, with->version)) return {*code, path, 0};
+  const CompileLock lock(cache, hash);
+  if (auto code = cache.load(hash, with->version)) return {*code, path, 0};
+
+  const auto start = std::chrono::steady_clock::now();
+  std::fprintf(stderr, "jax_monokernel: compiling the kernel for this model, batch %d, on %s (%s)\n",
+               static_cast<int>(request.batch), a.name.c_str(), with->version.c_str());
+  Built built;
+  built.code = compile(a, source);
+  built.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  built.path = cache.store(hash, with->version, built.code);
+  std::fprintf(stderr, "jax_monokernel: compiled in %.1f s\n", built.seconds);
+  return built;
+}
+
+}  // namespace
+
+std::shared_ptr<const Built> build(const Architecture& a, const Request& request) {
+  const std::string source = stub(request, a.shared_bytes);
+  const std::string hash = hash_of(a, source);
+  const std::shared_ptr<Entry> e = entry(hash);
+  std::lock_guard lock(e->mutex);
+  if (!e->built) e->built = std::make_shared<const Built>(build_now(a, request, source, hash));
+  return e->built;
+}
+
+}  // namespace monokernel::gpu

@@ -1,0 +1,41 @@
+// Compiled kernels on disk, one file each: safe across threads, processes and crashes.
+#pragma once
+
+#include <optional>
+#include <string>
+
+namespace monokernel::gpu {
+
+// Entries are named by what they were compiled from (`hash`) and by the compiler's version, so that a machine without a compiler
+// finds what another one left.
+class Cache {
+ public:
+  explicit Cache(std::string dir) : dir_(std::move(dir)) {}
+
+  // The entry of one compiler; with version "" the newest of any. Damaged entries are reported on standard error and not given.
+  std::optional<std::string> load(const std::string& hash, const std::string& version) const;
+
+  // Written aside, synced and renamed: readers see all of it or nothing. A cache that cannot be written is reported on standard
+  // error and does no other harm. Returns the file's path, or "".
+  std::string store(const std::string& hash, const std::string& version, const std::string& code) const;
+
+  const std::string& dir() const { return dir_; }
+
+ private:
+  std::string dir_;  // "": no cache
+};
+
+// Held while one process compiles an entry, so that others wait for its result instead of compiling the same. Waiting ends after
+// some minutes or where the file system has no locks; compiling twice is then harmless.
+class CompileLock {
+ public:
+  CompileLock(const Cache& cache, const std::string& hash);
+  ~CompileLock();
+  CompileLock(const CompileLock&) = delete;
+  CompileLock& operator=(const CompileLock&) = delete;
+
+ private:
+  int file_ = -1;
+};
+
+}  // namespace monokernel::gpu

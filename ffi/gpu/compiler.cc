@@ -1,0 +1,144 @@
+#include "gpu/compiler.h"
+
+#include <memory>
+#include <mutex>
+#include <sstream>
+#include <type_traits>
+#include <vector>
+
+#include "gpu/failure.h"
+#include "gpu/headers.h"
+#include "gpu/library.h"
+#include "gpu/settings.h"
+
+namespace monokernel::gpu {
+namespace {
+
+// X(member, type, NVRTC's name, hipRTC's name)
+#define COMPILER_FUNCTIONS(X)                                                                                         \
+  X(version, int(int*, int*), "nvrtcVersion", "hiprtcVersion")                                                        \
+  X(error_text, const char*(int), "nvrtcGetErrorString", "hiprtcGetErrorString")                                      \
+  X(create, int(void**, const char*, const char*, int, const char* const*, const char* const*), "nvrtcCreateProgram", \
+    "hiprtcCreateProgram")                                                                                            \
+  X(compile, int(void*, int, const char* const*), "nvrtcCompileProgram", "hiprtcCompileProgram")                      \
+  X(log_size, int(void*, size_t*), "nvrtcGetProgramLogSize", "hiprtcGetProgramLogSize")                               \
+  X(log, int(void*, char*), "nvrtcGetProgramLog", "hiprtcGetProgramLog")                                              \
+  X(code_size, int(void*, size_t*), "nvrtcGetCUBINSize", "hiprtcGetCodeSize")                                         \
+  X(code, int(void*, char*), "nvrtcGetCUBIN", "hiprtcGetCode")                                                        \
+  X(destroy, int(void**), "nvrtcDestroyProgram", "hiprtcDestroyProgram")
+
+struct Functions : Compiler {
+#define X(member, type, nvrtc, hiprtc) std::type_identity_t<type>* member##_fn = nullptr;
+  COMPILER_FUNCTIONS(X)
+#undef X
+};
+
+Wanted wanted_compiler(Vendor vendor) {
+  const Settings s = settings();
+  std::vector<std::string> dirs = s.library_dirs;
+  if (vendor == Vendor::kCuda) {
+    for (const char* dir : {"/usr/local/cuda/lib64", "/usr/local/cuda/targets/x86_64-linux/lib"}) dirs.push_back(dir);
+    const int driver = driver_version(vendor);
+    return {.name = "libnvrtc.so",
+            .sonames = {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"},
+            .dirs = dirs,
+            .only = s.nvrtc_library,
+            .variable = "MONOKERNEL_NVRTC_LIBRARY",
+            .install = "Install NVIDIA's run-time compiler: pip install nvidia-cuda-nvrtc (nvidia-cuda-nvrtc-cu12 with a "
+                       "driver for CUDA 12)",
+            .newest = driver > 0 ? driver / 1000 : 1 << 30};  // a driver does not load binaries of a later major version
+  }
+  dirs.push_back("/opt/rocm/lib");
+  return {.name = "libhiprtc.so",
+          .sonames = {"libhiprtc.so.7", "libhiprtc.so.6", "libhiprtc.so"},
+          .dirs = dirs,
+          .only = s.hiprtc_library,
+          .variable = "MONOKERNEL_HIPRTC_LIBRARY",
+          .install = "Install AMD's run-time compiler, a part of ROCm 6 and later (its system packages, or the ROCm wheels: "
+                     "pip install 'rocm[libraries]')"};
+}
+
+std::unique_ptr<Functions> open_compiler(Vendor vendor) {
+  const Library library = open_library(wanted_compiler(vendor));
+  auto c = std::make_unique<Functions>();
+  c->vendor = vendor;
+  c->path = library.path;
+#define X(member, type, nvrtc, hiprtc)                                     \
+  c->member##_fn = reinterpret_cast<std::type_identity_t<type>*>(          \
+      find_function(library, vendor == Vendor::kCuda ? nvrtc : hiprtc));
+  COMPILER_FUNCTIONS(X)
+#undef X
+  int major = 0, minor = 0;
+  if (c->version_fn(&major, &minor) != 0) {
+    throw Failure(Code::kInternal, library.path + " does not tell its version");
+  }
+  c->version = (vendor == Vendor::kCuda ? "nvrtc-" : "hiprtc-") + std::to_string(major) + "." + std::to_string(minor);
+  return c;
+}
+
+const Functions& functions(Vendor vendor) {
+  struct Opened {
+    std::mutex mutex;
+    std::unique_ptr<Functions> compiler;
+  };
+  static Opened* all = new Opened[2];  // never closed, as the driver
+  Opened& opened = all[vendor == Vendor::kCuda ? 0 : 1];
+  std::lock_guard lock(opened.mutex);
+  if (!opened.compiler) opened.compiler = open_compiler(vendor);
+  return *opened.compiler;
+}
+
+}  // namespace
+
+const Compiler& compiler(Vendor vendor) { return functions(vendor); }
+
+std::string compile_flags(const Architecture& a) {
+  // Products and sums are fused where the source says so and nowhere else: results must not depend on the compiler.
+  if (a.vendor == Vendor::kCuda) {
+    return "--gpu-architecture=" + a.target + " --std=c++17 -default-device -fmad=false -lineinfo";
+  }
+  return "--offload-arch=" + a.target + " -std=c++17 -O3 -ffp-contract=off";
+}
+
+std::string compile(const Architecture& a, const std::string& source) {
+  const Functions& c = functions(a.vendor);
+  std::vector<const char*> texts, names;
+  for (const Header& header : headers()) {
+    texts.push_back(header.text);
+    names.push_back(header.name);
+  }
+  std::istringstream flags(compile_flags(a));
+  std::vector<std::string> options;
+  for (std::string flag; flags >> flag;) options.push_back(flag);
+  std::vector<const char*> option_texts;
+  for (const std::string& option : options) option_texts.push_back(option.c_str());
+
+  const auto check = [&](int error, const std::string& what) {
+    if (error == 0) return;
+    throw Failure(Code::kInternal, c.version + " (" + c.path + ") could not " + what + ": " + c.error_text_fn(error));
+  };
+  void* program = nullptr;
+  check(c.create_fn(&program, source.c_str(), "monokernel.cu", static_cast<int>(names.size()), texts.data(), names.data()),
+        "read the kernel");
+  const auto destroy = [&c](void* p) { c.destroy_fn(&p); };
+  const std::unique_ptr<void, decltype(destroy)> owner(program, destroy);
+
+  const int error = c.compile_fn(program, static_cast<int>(option_texts.size()), option_texts.data());
+  if (error != 0) {
+    size_t size = 0;
+    std::string log;
+    if (c.log_size_fn(program, &size) == 0 && size > 1) {
+      log.resize(size);
+      if (c.log_fn(program, log.data()) != 0) log.clear();
+      log = log.c_str();  // up to the terminating zero
+    }
+    check(error, "compile the kernel for " + a.target + ":\n" + log + "\n");
+  }
+  size_t size = 0;
+  check(c.code_size_fn(program, &size), "give the binary");
+  std::string code(size, '\0');
+  check(c.code_fn(program, code.data()), "give the binary");
+  return code;
+}
+
+}  // namespace monokernel::gpu

@@ -1,0 +1,96 @@
+// One device of one vendor: what it is, the kernels loaded on it, and the memory that a launch reports through.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+
+#include "gpu/architecture.h"
+#include "gpu/driver.h"
+#include "gpu/kernel/args.h"
+#include "gpu/request.h"
+
+namespace monokernel::gpu {
+
+struct Kernel {
+  void* function = nullptr;
+  int threads = 0;
+  unsigned units = 0;
+  unsigned shared_bytes = 0;
+  int registers = 0, local_bytes = 0;  // of a thread
+};
+
+// Host memory that the device reads and writes too, and its counterpart on the device. Used by one launch at a time.
+struct Exchange {
+  struct Host {
+    uint32_t cancel;  // the kernel looks at it once per token
+    alignas(64) mk::Report report;
+  };
+  Host* host = nullptr;
+  void* host_on_device = nullptr;  // the same memory, as the device addresses it
+  void* report = nullptr;          // mk::Report in device memory, because all units may write it
+  void* event = nullptr;
+};
+
+class Device {
+ public:
+  // The device with the driver's number `ordinal`; made at the first call and kept for the life of the process. Throws Failure.
+  static Device& get(Vendor vendor, int ordinal);
+
+  Device(Vendor vendor, int ordinal);
+
+  // Makes the device current for the calling thread while it lives.
+  class Current {
+   public:
+    explicit Current(const Device& device);
+    ~Current();
+    Current(const Current&) = delete;
+    Current& operator=(const Current&) = delete;
+
+   private:
+    const Device& device_;
+    int previous_ = -1;
+  };
+
+  // Built, loaded and checked to fit on the device as a whole. The device must be current. Throws Failure.
+  std::shared_ptr<const Kernel> kernel(const std::string& key, const Request& request);
+
+  const Driver& api() const { return api_; }
+  const Architecture& architecture() const { return architecture_; }
+  const std::string& name() const { return name_; }
+  int multiprocessors() const { return multiprocessors_; }
+  uint64_t ticks(double seconds) const { return static_cast<uint64_t>(seconds * 1e3 * clock_khz_); }
+
+  // Held from launch to end: a launch owns every multiprocessor, so two cannot run side by side. Guards `exchange`.
+  std::timed_mutex& launching() { return launching_; }
+  Exchange& exchange() { return exchange_; }
+
+ private:
+  struct Slot {
+    std::mutex mutex;  // held while loading
+    std::shared_ptr<const Kernel> kernel;
+  };
+
+  int attribute(int number, const char* what) const;
+  std::string architecture_name() const;
+  std::shared_ptr<const Kernel> load(const Request& request);
+  void make_exchange();
+
+  const Driver& api_;
+  int ordinal_;
+  int handle_ = 0;
+  void* context_ = nullptr;  // CUDA: the primary context, which is XLA's too
+  std::string name_;
+  Architecture architecture_;
+  int multiprocessors_ = 0;
+  int clock_khz_ = 0;
+  std::timed_mutex launching_;
+  Exchange exchange_;
+  std::mutex slots_mutex_;
+  std::unordered_map<std::string, std::shared_ptr<Slot>> slots_;
+};
+
+}  // namespace monokernel::gpu

@@ -1,0 +1,11 @@
+# Usage: cmake -DDIR=... -DOUT=... -P embed_headers.cmake: writes the headers below DIR into a C++ file.
+file(GLOB_RECURSE paths RELATIVE "${DIR}" "${DIR}/*.h")
+list(SORT paths)
+set(source "#include \"gpu/headers.h\"\n\nnamespace monokernel::gpu {\n\n")
+string(APPEND source "const std::vector<Header>& headers() {\n  static const std::vector<Header> all = {\n")
+foreach(path IN LISTS paths)
+  file(READ "${DIR}/${path}" text)
+  string(APPEND source "{\"${path}\", R\"MONOKERNEL(${text})MONOKERNEL\"},\n")
+endforeach()
+string(APPEND source "  };\n  return all;\n}\n\n}  // namespace monokernel::gpu\n")
+file(WRITE "${OUT}" "${source}")

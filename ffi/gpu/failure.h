@@ -1,0 +1,25 @@
+// Errors of the GPU run time. They are thrown inside and turned into an ffi::Error, or a Python exception, at the border.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace monokernel::gpu {
+
+enum class Code {
+  kInvalid,        // an argument is wrong
+  kUnsupported,    // not on this device
+  kMissing,        // a library, or a kernel that may not be compiled
+  kExhausted,      // no memory, or the kernel does not fit on the device
+  kInternal,       // what a driver or compiler said
+  kCancelled,
+  kTimeout,        // a wait inside the kernel
+};
+
+class Failure : public std::runtime_error {
+ public:
+  Failure(Code code, const std::string& message) : std::runtime_error("jax_monokernel: " + message), code(code) {}
+  const Code code;
+};
+
+}  // namespace monokernel::gpu

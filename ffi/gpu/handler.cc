@@ -1,0 +1,249 @@
+#include "gpu/handler.h"
+
+#include <algorithm>
+#include <exception>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "gpu/failure.h"
+#include "gpu/request.h"
+#include "gpu/run.h"
+
+namespace monokernel::gpu {
+namespace {
+
+namespace ffi = xla::ffi;
+using ffi::AnyBuffer;
+using ffi::DataType;
+
+// Operands and results in the order in which jax_monokernel/decode.py passes them. Those that are carried come last and in the
+// same order on both sides; they are followed by the workspace.
+enum Operand {
+  kStreams, kConstants, kEmbedding, kTemperature, kTopK, kTopP, kMinP, kRepetitionPenalty, kPresencePenalty, kMaxNewTokens,
+  kEosTokenId, kLogitBias, kKeyData, kKCache, kVCache, kPosition, kLastToken, kStatus, kSeen, kOperands
+};
+enum Outcome {
+  kTokens, kLengths, kLogProbs, kKCacheOut, kVCacheOut, kPositionOut, kLastTokenOut, kStatusOut, kSeenOut, kWorkspace, kOutcomes
+};
+
+struct Field {
+  const char* name;
+  DataType dtype;
+  std::vector<int64_t> shape;
+};
+
+std::string text(DataType dtype, const std::vector<int64_t>& shape) {
+  std::string s;
+  switch (dtype) {
+    case DataType::U8: s = "u8"; break;
+    case DataType::S32: s = "s32"; break;
+    case DataType::U32: s = "u32"; break;
+    case DataType::F16: s = "f16"; break;
+    case DataType::BF16: s = "bf16"; break;
+    case DataType::F32: s = "f32"; break;
+    default: s = "dtype " + std::to_string(static_cast<int>(dtype));
+  }
+  s += "[";
+  for (size_t i = 0; i < shape.size(); i++) s += (i ? "," : "") + std::to_string(shape[i]);
+  return s + "]";
+}
+
+void check_field(const AnyBuffer& buffer, const Field& field) {
+  const auto dims = buffer.dimensions();
+  const std::vector<int64_t> shape(dims.begin(), dims.end());
+  if (buffer.element_type() == field.dtype && shape == field.shape) return;
+  throw Failure(Code::kInvalid, std::string(field.name) + " is " + text(buffer.element_type(), shape) + "; expected " +
+                                    text(field.dtype, field.shape));
+}
+
+DataType xla_type(int64_t dtype) { return dtype == kBF16 ? DataType::BF16 : dtype == kF16 ? DataType::F16 : DataType::F32; }
+
+template <typename T>
+T* pointer(const AnyBuffer& buffer) {
+  return buffer.element_count() > 0 ? static_cast<T*>(buffer.untyped_data()) : nullptr;
+}
+
+Call make_call(const std::vector<AnyBuffer>& in, const std::vector<AnyBuffer>& out, const Attributes& attributes, int64_t splits,
+               int64_t task_heads) {
+  const auto invalid = [](const std::string& message) { return Failure(Code::kInvalid, message); };
+  if (in[kKCache].dimensions().size() != 5 || in[kEosTokenId].dimensions().size() != 2 ||
+      out[kTokens].dimensions().size() != 2 || in[kLogitBias].dimensions().size() != 2 ||
+      out[kLogProbs].dimensions().size() != 2) {
+    throw invalid("k_cache, eos_token_id, tokens, logit_bias or log_probs has the wrong rank");
+  }
+  const int64_t batch = in[kKCache].dimensions()[0], capacity = in[kKCache].dimensions()[3];
+  const int64_t steps = out[kTokens].dimensions()[1], eos_count = in[kEosTokenId].dimensions()[1];
+  const int64_t bias = in[kLogitBias].dimensions()[1], log_probs = out[kLogProbs].dimensions()[1];
+  Call call{.attributes = attributes, .request = read_request(attributes, batch, splits, task_heads), .args = {}, .copies = {}};
+  const Program& p = call.request.program;
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  if (capacity >= kMost || steps > kMost / kMaxBatch || eos_count > kMost / kMaxBatch) {
+    throw invalid("the KV cache's capacity, max_new_tokens or the number of end tokens is out of range");
+  }
+  if (bias != 0 && bias != p.vocab_size) throw invalid("logit_bias has the wrong shape; expected [batch, vocab_size]");
+  if (log_probs != 0 && log_probs != steps) throw invalid("log_probs has the wrong shape");
+
+  const DataType weights = xla_type(p.weight_dtype), kv = xla_type(p.kv_dtype);
+  const std::vector<int64_t> cache = {batch, p.num_layers, p.num_kv_heads, capacity, p.head_dim};
+  const std::vector<int64_t> embedding =
+      p.tied_head ? std::vector<int64_t>{0, 0} : std::vector<int64_t>{p.vocab_size, p.hidden_size};
+  const Field operands[kOperands] = {
+      {"streams", weights, {p.units, p.unit_elems}},
+      {"constants", DataType::F32, {p.constants}},
+      {"embedding", weights, embedding},
+      {"temperature", DataType::F32, {batch}},
+      {"top_k", DataType::S32, {batch}},
+      {"top_p", DataType::F32, {batch}},
+      {"min_p", DataType::F32, {batch}},
+      {"repetition_penalty", DataType::F32, {batch}},
+      {"presence_penalty", DataType::F32, {batch}},
+      {"max_new_tokens", DataType::S32, {batch}},
+      {"eos_token_id", DataType::S32, {batch, eos_count}},
+      {"logit_bias", DataType::F32, {batch, bias}},
+      {"key_data", DataType::U32, {batch, 2}},
+      {"k_cache", kv, cache},
+      {"v_cache", kv, cache},
+      {"position", DataType::S32, {batch}},
+      {"last_token", DataType::S32, {batch}},
+      {"status", DataType::S32, {batch}},
+      {"seen", DataType::U8, {batch, p.vocab_size}},
+  };
+  const WorkspaceSize workspace = workspace_size(call.request);
+  const Field outcomes[kOutcomes] = {
+      {"tokens", DataType::S32, {batch, steps}},
+      {"lengths", DataType::S32, {batch}},
+      {"log_probs", DataType::F32, {batch, log_probs}},
+      operands[kKCache],
+      operands[kVCache],
+      operands[kPosition],
+      operands[kLastToken],
+      operands[kStatus],
+      operands[kSeen],
+      {"workspace", DataType::U8, {workspace.bytes}},
+  };
+  for (int i = 0; i < kOperands; i++) check_field(in[i], operands[i]);
+  for (int i = 0; i < kOutcomes; i++) check_field(out[i], outcomes[i]);
+  // XLA gives an aliased result its operand's memory. Where it could not, the operand's contents are brought along.
+  for (int i = kKCache; i < kOperands; i++) {
+    const AnyBuffer &from = in[i], &to = out[i - kKCache + kKCacheOut];
+    if (from.untyped_data() != to.untyped_data() && from.size_bytes() > 0) {
+      call.copies.push_back({to.untyped_data(), from.untyped_data(), from.size_bytes()});
+    }
+  }
+
+  mk::Args& args = call.args;
+  args.streams = pointer<void>(in[kStreams]);
+  args.constants = pointer<float>(in[kConstants]);
+  args.embedding = pointer<void>(in[kEmbedding]);
+  args.temperature = pointer<float>(in[kTemperature]);
+  args.top_k = pointer<int32_t>(in[kTopK]);
+  args.top_p = pointer<float>(in[kTopP]);
+  args.min_p = pointer<float>(in[kMinP]);
+  args.repetition_penalty = pointer<float>(in[kRepetitionPenalty]);
+  args.presence_penalty = pointer<float>(in[kPresencePenalty]);
+  args.row_max_new_tokens = pointer<int32_t>(in[kMaxNewTokens]);
+  args.eos_token_id = pointer<int32_t>(in[kEosTokenId]);
+  args.logit_bias = pointer<float>(in[kLogitBias]);
+  args.key_data = pointer<uint32_t>(in[kKeyData]);
+  args.k_cache = pointer<void>(out[kKCacheOut]);
+  args.v_cache = pointer<void>(out[kVCacheOut]);
+  args.position = pointer<int32_t>(out[kPositionOut]);
+  args.last_token = pointer<int32_t>(out[kLastTokenOut]);
+  args.status = pointer<int32_t>(out[kStatusOut]);
+  args.seen = pointer<unsigned char>(out[kSeenOut]);
+  args.tokens = pointer<int32_t>(out[kTokens]);
+  args.lengths = pointer<int32_t>(out[kLengths]);
+  args.log_probs = pointer<float>(out[kLogProbs]);
+  args.workspace = pointer<void>(out[kWorkspace]);
+  args.capacity = capacity;
+  args.max_new_tokens = static_cast<int32_t>(steps);
+  args.eos_count = static_cast<int32_t>(eos_count);
+  return call;
+}
+
+ffi::ErrorCode error_code(Code code) {
+  switch (code) {
+    case Code::kInvalid: return ffi::ErrorCode::kInvalidArgument;
+    case Code::kUnsupported: return ffi::ErrorCode::kUnimplemented;
+    case Code::kMissing: return ffi::ErrorCode::kFailedPrecondition;
+    case Code::kExhausted: return ffi::ErrorCode::kResourceExhausted;
+    case Code::kCancelled: return ffi::ErrorCode::kCancelled;
+    case Code::kTimeout: return ffi::ErrorCode::kDeadlineExceeded;
+    case Code::kInternal: break;
+  }
+  return ffi::ErrorCode::kInternal;
+}
+
+using Ints = ffi::Span<const int64_t>;
+using Floats = ffi::Span<const float>;
+using Doubles = ffi::Span<const double>;
+
+ffi::Error decode(Vendor vendor, void* stream, int32_t ordinal, ffi::RemainingArgs args, ffi::RemainingRets rets, Ints ints,
+                  Floats floats, Ints layers, Doubles ropes, Ints tiles, int64_t splits, int64_t task_heads) {
+  try {
+    if (args.size() != kOperands || rets.size() != kOutcomes) {
+      throw Failure(Code::kInvalid, "the call has " + std::to_string(args.size()) + " operands and " +
+                                        std::to_string(rets.size()) + " results; it was made by another version of "
+                                        "jax_monokernel: trace or export it again");
+    }
+    std::vector<AnyBuffer> in, out;
+    for (size_t i = 0; i < args.size(); i++) {
+      auto buffer = args.get<AnyBuffer>(i);
+      if (!buffer.has_value()) return buffer.error();
+      in.push_back(*buffer);
+    }
+    for (size_t i = 0; i < rets.size(); i++) {
+      auto buffer = rets.get<AnyBuffer>(i);
+      if (!buffer.has_value()) return buffer.error();
+      out.push_back(**buffer);
+    }
+    const auto span = [](auto s) { return std::span(s.begin(), s.size()); };
+    const Attributes attributes{span(ints), span(floats), span(layers), span(ropes), span(tiles)};
+    run(vendor, ordinal, stream, make_call(in, out, attributes, splits, task_heads));
+    return ffi::Error::Success();
+  } catch (const Failure& failure) {
+    return ffi::Error(error_code(failure.code), failure.what());
+  } catch (const std::exception& e) {  // no memory
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string("jax_monokernel: ") + e.what());
+  }
+}
+
+template <Vendor vendor>
+ffi::Error on_stream(void* stream, int32_t ordinal, ffi::RemainingArgs args, ffi::RemainingRets rets, Ints ints, Floats floats,
+                     Ints layers, Doubles ropes, Ints tiles, int64_t splits, int64_t task_heads) {
+  return decode(vendor, stream, ordinal, args, rets, ints, floats, layers, ropes, tiles, splits, task_heads);
+}
+
+template <Vendor vendor>
+ffi::Error on_no_stream(ffi::RemainingArgs args, ffi::RemainingRets rets, Ints ints, Floats floats, Ints layers, Doubles ropes,
+                        Ints tiles, int64_t splits, int64_t task_heads) {
+  return decode(vendor, nullptr, 0, args, rets, ints, floats, layers, ropes, tiles, splits, task_heads);
+}
+
+#define WITH_OPERANDS                    \
+  .RemainingArgs()                       \
+      .RemainingRets()                   \
+      .Attr<Ints>("ints")                \
+      .Attr<Floats>("floats")            \
+      .Attr<Ints>("layers")              \
+      .Attr<Doubles>("ropes")            \
+      .Attr<Ints>("tiles")               \
+      .Attr<int64_t>("splits")           \
+      .Attr<int64_t>("task_heads")
+
+// Not compatible with command buffers: the handler waits for the kernel.
+#define ON_STREAM ffi::Ffi::Bind().Ctx<ffi::PlatformStream<void*>>().Ctx<ffi::DeviceOrdinal>() WITH_OPERANDS
+
+XLA_FFI_DEFINE_HANDLER(kOnCuda, on_stream<Vendor::kCuda>, ON_STREAM);
+XLA_FFI_DEFINE_HANDLER(kOnRocm, on_stream<Vendor::kRocm>, ON_STREAM);
+XLA_FFI_DEFINE_HANDLER(kOnFakeCuda, on_no_stream<Vendor::kCuda>, ffi::Ffi::Bind() WITH_OPERANDS);
+XLA_FFI_DEFINE_HANDLER(kOnFakeRocm, on_no_stream<Vendor::kRocm>, ffi::Ffi::Bind() WITH_OPERANDS);
+
+}  // namespace
+
+XLA_FFI_Handler* decode_handler(Vendor vendor) { return vendor == Vendor::kCuda ? kOnCuda : kOnRocm; }
+
+XLA_FFI_Handler* decode_handler_for_tests(Vendor vendor) { return vendor == Vendor::kCuda ? kOnFakeCuda : kOnFakeRocm; }
+
+}  // namespace monokernel::gpu

@@ -1,0 +1,56 @@
+// What a kernel is built for: the program of the custom call's attributes, and what the call adds to it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+
+#include "gpu/driver.h"
+#include "program.h"
+
+namespace monokernel::gpu {
+
+// As XLA or Python passes them; the tables are those of program.h.
+struct Attributes {
+  std::span<const int64_t> ints;
+  std::span<const float> floats;
+  std::span<const int64_t> layers;
+  std::span<const double> ropes;
+  std::span<const int64_t> tiles;
+};
+
+struct Request {
+  Program program;     // points into the attributes
+  int64_t batch = 0;
+  int64_t splits = 0;      // parts of the context that are attended to separately
+  int64_t task_heads = 0;  // query heads of one attention task
+  bool trace = false;
+
+  int threads() const { return static_cast<int>((program.waves + program.service_waves) * program.wave_size); }
+};
+
+constexpr int64_t kMaxBatch = 16;
+constexpr int64_t kMaxSplits = 4096;
+
+// Checks everything that leads to an address, because an exported program may have been changed on its way here. Throws
+// Failure kInvalid.
+Request read_request(const Attributes& attributes, int64_t batch, int64_t splits, int64_t task_heads);
+
+// The bytes that requests differ in: a key for kernels that are loaded.
+std::string request_key(const Attributes& attributes, const Request& request);
+
+// The source that is compiled (docs/kernel.md).
+std::string stub(const Request& request, int64_t shared_bytes);
+
+struct WorkspaceSize {
+  int64_t bytes;
+  int64_t exchange_bytes;  // at its start, zeroed before every launch
+};
+
+WorkspaceSize workspace_size(const Request& request);
+
+// Bytes of the timeline that a MK_TRACE build writes.
+int64_t trace_bytes(const Request& request);
+
+}  // namespace monokernel::gpu

@@ -1,0 +1,128 @@
+#include "gpu/run.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <iterator>
+#include <string>
+#include <thread>
+
+#include "cpu/interrupt.h"
+#include "gpu/device.h"
+#include "gpu/failure.h"
+#include "gpu/settings.h"
+#include "gpu/trace.h"
+
+namespace monokernel::gpu {
+namespace {
+
+using std::chrono::microseconds;
+using Clock = std::chrono::steady_clock;
+
+Failure cancelled() {
+  return Failure(Code::kCancelled,
+                 "decode was cancelled, by Ctrl-C or jax_monokernel.cancel(). Its tokens are lost. The state that it was given "
+                 "is as before if it was not donated: call decode with it again. A donated state is gone: make a new one with "
+                 "prefill");
+}
+
+std::string hex(uint32_t value) {
+  char text[16];
+  std::snprintf(text, sizeof(text), "0x%08x", value);
+  return text;
+}
+
+// What a report says, in the words of docs/kernel.md.
+Failure reported(const mk::Report& r, double timeout_s) {
+  constexpr const char* kHandoffs[] = {"h1_qkv",     "h2_attended", "h3_partial",   "h4_projected",
+                                       "h5_inner",   "h6_residual", "h7_candidate", "h8_token"};
+  if (r.reason == mk::kCancelled) return cancelled();
+  if (r.reason != mk::kTimeout) {
+    return Failure(Code::kInternal, "the kernel ended for an unknown reason (" + std::to_string(r.reason) + ")");
+  }
+  const std::string handoff = r.handoff >= 1 && r.handoff <= std::size(kHandoffs) ? kHandoffs[r.handoff - 1]
+                                                                                  : "hand-off " + std::to_string(r.handoff);
+  char seconds[32];
+  std::snprintf(seconds, sizeof(seconds), "%g", timeout_s);
+  return Failure(Code::kTimeout,
+                 "a wait inside the kernel took more than " + std::string(seconds) + " s, and decode ended early. Unit " +
+                     std::to_string(r.unit) + " waited in layer " + std::to_string(r.layer) + " of token " +
+                     std::to_string(r.token) + " for word " + std::to_string(r.word) + " of " + handoff + ": expected parity " +
+                     std::to_string(r.expected) + ", saw " + hex(r.seen) +
+                     ". The device can be used further. If it is shared or runs under a debugger, allow longer waits with "
+                     "MONOKERNEL_TIMEOUT (seconds); otherwise please report this");
+}
+
+// Sleeps a small part of the time waited so far, so that short calls return at once and long ones leave the CPU to others.
+void pause(Clock::time_point start) {
+  const auto waited = std::chrono::duration_cast<microseconds>(Clock::now() - start);
+  if (waited < microseconds(500)) {
+    std::this_thread::yield();
+  } else {
+    std::this_thread::sleep_for(std::min(waited / 128, microseconds(50)));
+  }
+}
+
+}  // namespace
+
+void run(Vendor vendor, int ordinal, void* stream, const Call& call) {
+  const uint64_t cancel_at_start = __atomic_load_n(cpu::cancel_epoch(), __ATOMIC_RELAXED);
+  const auto is_cancelled = [&] { return __atomic_load_n(cpu::cancel_epoch(), __ATOMIC_RELAXED) != cancel_at_start; };
+  const cpu::InterruptScope interrupts;
+
+  Device& device = Device::get(vendor, ordinal);
+  const Device::Current current(device);
+  const Driver& api = device.api();
+  const Settings s = settings();
+  Request request = call.request;
+  request.trace = !s.trace.empty();
+  const std::shared_ptr<const Kernel> kernel = device.kernel(request_key(call.attributes, request), request);
+  const WorkspaceSize workspace = workspace_size(request);
+
+  std::unique_lock<std::timed_mutex> lock(device.launching(), std::defer_lock);
+  while (!lock.try_lock_for(std::chrono::milliseconds(1))) {
+    if (is_cancelled()) throw cancelled();
+  }
+  if (is_cancelled()) throw cancelled();
+  Exchange& exchange = device.exchange();
+  std::atomic_ref<uint32_t> cancel(exchange.host->cancel);
+  cancel.store(0);
+  exchange.host->report = {};
+  Trace trace(device, request, s.trace);
+
+  mk::Args args = call.args;
+  args.report = static_cast<mk::Report*>(exchange.report);
+  args.cancel = static_cast<const uint32_t*>(exchange.host_on_device);
+  args.trace = trace.buffer();
+  args.timeout_ticks = device.ticks(s.timeout_s);
+  void* parameters[] = {&args};
+
+  try {
+    api.check(api.set_async(exchange.report, 0, sizeof(mk::Report), stream), "clear the report");
+    api.check(api.set_async(args.workspace, 0, static_cast<size_t>(workspace.exchange_bytes), stream), "clear the workspace");
+    for (const Copy& copy : call.copies) {
+      api.check(api.copy_async(copy.to, const_cast<void*>(copy.from), copy.bytes, stream), "copy the state");
+    }
+    trace.clear(stream);
+    api.check(api.launch_cooperative(kernel->function, kernel->units, 1, 1, static_cast<unsigned>(kernel->threads), 1, 1,
+                                     kernel->shared_bytes, stream, parameters),
+              "launch the kernel");
+    api.check(api.copy_out_async(&exchange.host->report, exchange.report, sizeof(mk::Report), stream), "read the report");
+    api.check(api.event_record(exchange.event, stream), "record an event");
+  } catch (const Failure&) {
+    api.stream_wait(stream);  // the next call must not find this one's work under way
+    throw;
+  }
+  const Clock::time_point start = Clock::now();
+  int state;
+  while ((state = api.event_query(exchange.event)) == kNotReady) {
+    if (is_cancelled()) cancel.store(1);
+    pause(start);
+  }
+  api.check(state, "run the kernel");
+  trace.save(stream);
+  if (exchange.host->report.reason != mk::kOk) throw reported(exchange.host->report, s.timeout_s);
+}
+
+}  // namespace monokernel::gpu

@@ -1,0 +1,52 @@
+#include "gpu/settings.h"
+
+#include <cstdlib>
+#include <mutex>
+
+namespace monokernel::gpu {
+namespace {
+
+std::mutex g_mutex;
+Settings g_settings;
+
+std::string variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value ? value : "";
+}
+
+std::string cache_dir() {
+  if (std::string own = variable("MONOKERNEL_CACHE_DIR"); !own.empty()) return own;
+  if (std::string xdg = variable("XDG_CACHE_HOME"); !xdg.empty()) return xdg + "/jax_monokernel";
+  if (std::string home = variable("HOME"); !home.empty()) return home + "/.cache/jax_monokernel";
+  return "";
+}
+
+}  // namespace
+
+void read_environment() {
+  Settings s;
+  s.cache_dir = cache_dir();
+  const std::string no_compile = variable("MONOKERNEL_NO_COMPILE"), timeout = variable("MONOKERNEL_TIMEOUT");
+  s.no_compile = !no_compile.empty() && no_compile != "0";
+  s.trace = variable("MONOKERNEL_TRACE");
+  if (const double seconds = std::strtod(timeout.c_str(), nullptr); seconds > 0 && seconds < 1e6) s.timeout_s = seconds;
+  s.cuda_library = variable("MONOKERNEL_CUDA_LIBRARY");
+  s.nvrtc_library = variable("MONOKERNEL_NVRTC_LIBRARY");
+  s.hip_library = variable("MONOKERNEL_HIP_LIBRARY");
+  s.hiprtc_library = variable("MONOKERNEL_HIPRTC_LIBRARY");
+  std::lock_guard lock(g_mutex);
+  s.library_dirs = g_settings.library_dirs;
+  g_settings = s;
+}
+
+void set_library_dirs(const std::vector<std::string>& dirs) {
+  std::lock_guard lock(g_mutex);
+  g_settings.library_dirs = dirs;
+}
+
+Settings settings() {
+  std::lock_guard lock(g_mutex);
+  return g_settings;
+}
+
+}  // namespace monokernel::gpu

@@ -1,0 +1,28 @@
+#include "gpu/kernel/layout/workspace.h"
+
+#include "gpu/request.h"
+
+namespace monokernel::gpu {
+
+WorkspaceSize workspace_size(const Request& request) {
+  const Program& p = request.program;
+  mk::Dims dims{};
+  dims.batch = request.batch;
+  dims.units = p.units;
+  dims.splits = request.splits;
+  dims.hidden = p.hidden_size;
+  dims.inner = p.intermediate_size;
+  dims.q_size = p.q_size();
+  dims.qkv_size = p.q_size() + 2 * p.kv_size();
+  dims.heads = p.num_heads;
+  dims.vocab = p.vocab_size;
+  // What the kernel needs at most: it keeps small residuals in shared memory. They come last, so no offset depends on it.
+  dims.own_residual = p.post_norm ? request.batch * p.hidden_size : 0;
+  const mk::Workspace w = mk::make_workspace(dims);
+  return {w.bytes, w.exchange_bytes};
+}
+
+// Until the kernel has a timeline: room for 64 KiB of events of each unit.
+int64_t trace_bytes(const Request& request) { return request.trace ? request.program.units * 65536 : 0; }
+
+}  // namespace monokernel::gpu
