@@ -46,6 +46,7 @@ template <int group>
 struct Filter {
   static constexpr int kLanes = MK_SERVICE_WAVES * arch::kWave;
   static constexpr int kAhead = 8;  // vectors that a lane requests at once
+  static constexpr int kFewAhead = 2;  // where more would make the code too large
   static constexpr int kLaneGroups = kLanes * 4 <= kListSize ? 4 : kLanes * 2 <= kListSize ? 2 : 1;
   static constexpr int kGroups = kLanes * kLaneGroups;
   static_assert(kGroups <= kListSize, "too many service lanes");
@@ -62,10 +63,11 @@ struct Filter {
 
   // ---- Looks at the vocabulary ----
 
-  MK_METHOD void request(int first, Vec4 (&v)[kAhead]) const {
+  template <int ahead>
+  MK_METHOD void request(int first, Vec4 (&v)[ahead]) const {
     const u32 nothing = arch::as_u32(-kInf);
     MK_UNROLL
-    for (int i = 0; i < kAhead; i++) {
+    for (int i = 0; i < ahead; i++) {
       const int at = 4 * (first + i * kLanes);
       v[i] = {nothing, nothing, nothing, nothing};
       if (at < MK_VOCAB_SIZE) v[i] = arch::load_shared_data(logits + at);
@@ -73,18 +75,18 @@ struct Filter {
   }
 
   // use(token, z[4]) of four tokens at a time. Tokens beyond the vocabulary have -inf.
-  template <typename Use>
+  template <int ahead, typename Use>
   MK_METHOD void for_logits(Use use) const {
     const int vectors = (MK_VOCAB_SIZE + 3) / 4;
-    Vec4 next[kAhead];
+    Vec4 next[ahead];
     request(index, next);
-    for (int first = index; first < vectors; first += kAhead * kLanes) {
-      Vec4 now[kAhead];
+    for (int first = index; first < vectors; first += ahead * kLanes) {
+      Vec4 now[ahead];
       MK_UNROLL
-      for (int i = 0; i < kAhead; i++) now[i] = next[i];
-      request(first + kAhead * kLanes, next);
+      for (int i = 0; i < ahead; i++) now[i] = next[i];
+      request(first + ahead * kLanes, next);
       MK_UNROLL
-      for (int i = 0; i < kAhead; i++) {
+      for (int i = 0; i < ahead; i++) {
         const int token = 4 * (first + i * kLanes);
         float z[4] = {arch::as_f32(now[i].x), arch::as_f32(now[i].y), arch::as_f32(now[i].z), arch::as_f32(now[i].w)};
         if (MK_VOCAB_SIZE % 4 != 0) {
@@ -197,7 +199,7 @@ struct Filter {
     if (MK_VOCAB_SIZE <= kListSize || !(by_count ? options.top_k <= kGroups : by_mass)) return bound;
 
     float top[4] = {-kInf, -kInf, -kInf, -kInf};
-    for_logits([&](int, const float(&z)[4]) {
+    for_logits<kAhead>([&](int, const float(&z)[4]) {
       MK_UNROLL
       for (int c = 0; c < 4; c++) top[c % kLaneGroups] = larger_of(top[c % kLaneGroups], z[c]);
     });
@@ -218,7 +220,7 @@ struct Filter {
     if (index == 0) scratch.count = 0;
     sync();
     bool full = false;
-    for_logits([&](int token, const float(&z)[4]) {
+    for_logits<kAhead>([&](int token, const float(&z)[4]) {
       if (larger_of(larger_of(z[0], z[1]), larger_of(z[2], z[3])) < bound || full) return;
       MK_UNROLL
       for (int c = 0; c < 4; c++) {
@@ -283,6 +285,7 @@ struct Filter {
   // `lowest` do not count.
   template <bool by_mass>
   MK_METHOD float search(double amount, float lowest) const {
+    if (by_mass) lowest = larger_of(lowest, best - 27.75f);  // where masses are 0
     u32 low = order_key(lowest), high = order_key(best);
     double limit = amount;
     u64 above = 0;
@@ -291,7 +294,7 @@ struct Filter {
       while (((high - low) >> shift) >= (u32)kBins) shift++;
       for (int i = index; i < kBins; i += kLanes) scratch.bins[0][i] = scratch.bins[1][i] = 0;
       sync();
-      for_logits([&](int, const float(&z)[4]) {
+      for_logits<kFewAhead>([&](int, const float(&z)[4]) {
         MK_UNROLL
         for (int c = 0; c < 4; c++) {
           const u32 key = order_key(z[c]);
@@ -344,7 +347,7 @@ struct Filter {
     if (options.top_k < MK_VOCAB_SIZE) cut = search<false>((double)options.top_k, cut);
     if (options.top_p < 1.0f) cut = search<true>((double)options.top_p, cut);
     Race race = no_race();
-    for_logits([&](int token, const float(&z)[4]) {
+    for_logits<kFewAhead>([&](int token, const float(&z)[4]) {
       MK_UNROLL
       for (int c = 0; c < 4; c++) {
         if (z[c] >= cut && z[c] - best >= log_min_p) enter(race, options.step_key, token + c, z[c]);
