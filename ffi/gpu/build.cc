@@ -2,33 +2,19 @@
 
 #include <chrono>
 #include <cstdio>
-#include <map>
-#include <mutex>
 #include <optional>
+#include <utility>
 
 #include "gpu/cache.h"
 #include "gpu/compiler.h"
 #include "gpu/failure.h"
 #include "gpu/headers.h"
+#include "gpu/once_map.h"
 #include "gpu/settings.h"
 #include "gpu/sha256.h"
 
 namespace monokernel::gpu {
 namespace {
-
-struct Entry {
-  std::mutex mutex;  // held while building
-  std::shared_ptr<const Built> built;
-};
-
-std::shared_ptr<Entry> entry(const std::string& hash) {
-  static auto* mutex = new std::mutex;
-  static auto* entries = new std::map<std::string, std::shared_ptr<Entry>>;
-  std::lock_guard lock(*mutex);
-  auto& found = (*entries)[hash];
-  if (!found) found = std::make_shared<Entry>();
-  return found;
-}
 
 // Of everything but the compiler that the binary depends on.
 std::string hash_of(const Architecture& architecture, const std::string& source) {
@@ -86,10 +72,9 @@ Built build_now(const Architecture& a, const Request& request, const std::string
 std::shared_ptr<const Built> build(const Architecture& a, const Request& request) {
   const std::string source = stub(request, a.shared_bytes);
   const std::string hash = hash_of(a, source);
-  const std::shared_ptr<Entry> e = entry(hash);
-  std::lock_guard lock(e->mutex);
-  if (!e->built) e->built = std::make_shared<const Built>(build_now(a, request, source, hash));
-  return e->built;
+  static auto* all = new OnceMap<std::pair<std::string, std::string>, const Built>;
+  return all->get({hash, settings().cache_dir},
+                  [&] { return std::make_shared<const Built>(build_now(a, request, source, hash)); });
 }
 
 }  // namespace monokernel::gpu

@@ -1,14 +1,15 @@
 #include "gpu/compiler.h"
 
 #include <memory>
-#include <mutex>
 #include <sstream>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "gpu/failure.h"
 #include "gpu/headers.h"
 #include "gpu/library.h"
+#include "gpu/once_map.h"
 #include "gpu/settings.h"
 
 namespace monokernel::gpu {
@@ -58,9 +59,9 @@ Wanted wanted_compiler(Vendor vendor) {
                      "pip install 'rocm[libraries]')"};
 }
 
-std::unique_ptr<Functions> open_compiler(Vendor vendor) {
-  const Library library = open_library(wanted_compiler(vendor));
-  auto c = std::make_unique<Functions>();
+std::shared_ptr<Functions> open_compiler(Vendor vendor, const Wanted& wanted) {
+  const Library library = open_library(wanted);
+  auto c = std::make_shared<Functions>();
   c->vendor = vendor;
   c->path = library.path;
 #define X(member, type, nvrtc, hiprtc)                                     \
@@ -77,15 +78,10 @@ std::unique_ptr<Functions> open_compiler(Vendor vendor) {
 }
 
 const Functions& functions(Vendor vendor) {
-  struct Opened {
-    std::mutex mutex;
-    std::unique_ptr<Functions> compiler;
-  };
-  static Opened* all = new Opened[2];  // never closed, as the driver
-  Opened& opened = all[vendor == Vendor::kCuda ? 0 : 1];
-  std::lock_guard lock(opened.mutex);
-  if (!opened.compiler) opened.compiler = open_compiler(vendor);
-  return *opened.compiler;
+  // Never closed, as the driver.
+  static auto* compilers = new OnceMap<std::pair<Vendor, std::string>, Functions>;
+  const Wanted wanted = wanted_compiler(vendor);
+  return *compilers->get({vendor, wanted.only}, [&] { return open_compiler(vendor, wanted); });
 }
 
 }  // namespace

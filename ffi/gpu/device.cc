@@ -1,7 +1,6 @@
 #include "gpu/device.h"
 
 #include <cstring>
-#include <map>
 #include <utility>
 #include <vector>
 
@@ -11,29 +10,16 @@
 namespace monokernel::gpu {
 
 Device& Device::get(Vendor vendor, int ordinal) {
-  struct Slot {
-    std::mutex mutex;
-    std::unique_ptr<Device> device;
-  };
-  static auto* mutex = new std::mutex;
-  static auto* devices = new std::map<std::pair<Vendor, int>, std::unique_ptr<Slot>>;
-  Slot* slot;
-  {
-    std::lock_guard lock(*mutex);
-    auto& found = (*devices)[{vendor, ordinal}];
-    if (!found) found = std::make_unique<Slot>();
-    slot = found.get();
-  }
-  std::lock_guard lock(slot->mutex);
-  if (!slot->device) slot->device = std::make_unique<Device>(vendor, ordinal);
-  return *slot->device;
+  static auto* devices = new OnceMap<std::pair<const Driver*, int>, Device>;
+  const Driver& api = driver(vendor);
+  return *devices->get({&api, ordinal}, [&] { return std::make_shared<Device>(api, ordinal); });
 }
 
-Device::Device(Vendor vendor, int ordinal) : api_(driver(vendor)), ordinal_(ordinal) {
+Device::Device(const Driver& api, int ordinal) : api_(api) {
   int count = 0;
   api_.check(api_.device_count(&count), "count its devices");
   if (ordinal < 0 || ordinal >= count) {
-    throw Failure(Code::kInvalid, "there is no " + std::string(platform_name(vendor)) + " device " + std::to_string(ordinal) +
+    throw Failure(Code::kInvalid, "there is no " + std::string(platform_name(api_.vendor)) + " device " + std::to_string(ordinal) +
                                       "; the driver has " + std::to_string(count));
   }
   api_.check(api_.device_get(&handle_, ordinal), "find the device");
@@ -115,16 +101,7 @@ Device::Current::~Current() {
 }
 
 std::shared_ptr<const Kernel> Device::kernel(const std::string& key, const Request& request) {
-  std::shared_ptr<Slot> slot;
-  {
-    std::lock_guard lock(slots_mutex_);
-    auto& found = slots_[key];
-    if (!found) found = std::make_shared<Slot>();
-    slot = found;
-  }
-  std::lock_guard lock(slot->mutex);
-  if (!slot->kernel) slot->kernel = load(request);
-  return slot->kernel;
+  return kernels_.get(key, [&] { return load(request); });
 }
 
 std::shared_ptr<const Kernel> Device::load(const Request& request) {

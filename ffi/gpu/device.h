@@ -1,16 +1,15 @@
 // One device of one vendor: what it is, the kernels loaded on it, and the memory that a launch reports through.
 #pragma once
 
-#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <string>
-#include <unordered_map>
 
 #include "gpu/architecture.h"
 #include "gpu/driver.h"
 #include "gpu/kernel/args.h"
+#include "gpu/once_map.h"
 #include "gpu/request.h"
 
 namespace monokernel::gpu {
@@ -40,7 +39,7 @@ class Device {
   // The device with the driver's number `ordinal`; made at the first call and kept for the life of the process. Throws Failure.
   static Device& get(Vendor vendor, int ordinal);
 
-  Device(Vendor vendor, int ordinal);
+  Device(const Driver& api, int ordinal);
 
   // Makes the device current for the calling thread while it lives.
   class Current {
@@ -69,18 +68,12 @@ class Device {
   Exchange& exchange() { return exchange_; }
 
  private:
-  struct Slot {
-    std::mutex mutex;  // held while loading
-    std::shared_ptr<const Kernel> kernel;
-  };
-
   int attribute(int number, const char* what) const;
   std::string architecture_name() const;
   std::shared_ptr<const Kernel> load(const Request& request);
   void make_exchange();
 
   const Driver& api_;
-  int ordinal_;
   int handle_ = 0;
   void* context_ = nullptr;  // CUDA: the primary context, which is XLA's too
   std::string name_;
@@ -89,8 +82,7 @@ class Device {
   int clock_khz_ = 0;
   std::timed_mutex launching_;
   Exchange exchange_;
-  std::mutex slots_mutex_;
-  std::unordered_map<std::string, std::shared_ptr<Slot>> slots_;
+  OnceMap<std::string, const Kernel> kernels_;
 };
 
 }  // namespace monokernel::gpu

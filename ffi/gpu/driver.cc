@@ -1,11 +1,12 @@
 #include "gpu/driver.h"
 
 #include <memory>
-#include <mutex>
 #include <type_traits>
+#include <utility>
 
 #include "gpu/failure.h"
 #include "gpu/library.h"
+#include "gpu/once_map.h"
 #include "gpu/settings.h"
 
 namespace monokernel::gpu {
@@ -33,9 +34,9 @@ Wanted wanted_driver(Vendor vendor) {
           .install = "Install ROCm 6 or later (its system packages, or the ROCm wheels: pip install 'rocm[libraries]')"};
 }
 
-std::unique_ptr<Driver> open_driver(Vendor vendor) {
-  const Library library = open_library(wanted_driver(vendor));
-  auto d = std::make_unique<Driver>();
+std::shared_ptr<Driver> open_driver(Vendor vendor, const Wanted& wanted) {
+  const Library library = open_library(wanted);
+  auto d = std::make_shared<Driver>();
   d->vendor = vendor;
   d->path = library.path;
 #define X(member, type, cuda, hip)                                                              \
@@ -58,16 +59,6 @@ std::unique_ptr<Driver> open_driver(Vendor vendor) {
   return d;
 }
 
-struct Opened {
-  std::mutex mutex;
-  std::unique_ptr<Driver> driver;  // never closed: XLA's own use of the driver ends with the process too
-};
-
-Opened& opened(Vendor vendor) {
-  static Opened* all = new Opened[2];
-  return all[vendor == Vendor::kCuda ? 0 : 1];
-}
-
 }  // namespace
 
 void Driver::check(int error, const char* what) const {
@@ -80,10 +71,10 @@ void Driver::check(int error, const char* what) const {
 }
 
 const Driver& driver(Vendor vendor) {
-  Opened& o = opened(vendor);
-  std::lock_guard lock(o.mutex);
-  if (!o.driver) o.driver = open_driver(vendor);
-  return *o.driver;
+  // Never closed: XLA's own use of the driver ends with the process too.
+  static auto* drivers = new OnceMap<std::pair<Vendor, std::string>, Driver>;
+  const Wanted wanted = wanted_driver(vendor);
+  return *drivers->get({vendor, wanted.only}, [&] { return open_driver(vendor, wanted); });
 }
 
 int driver_version(Vendor vendor) {

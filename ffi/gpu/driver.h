@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 namespace monokernel::gpu {
 
@@ -75,7 +76,8 @@ constexpr int kLocalBytes = 3;
 constexpr int kRegisters = 4;
 constexpr int kDynamicSharedBytes = 8;     // set_function_attribute
 
-// Opens and initializes the vendor's driver at the first call; later calls give the same table. Throws Failure.
+// Opens and initializes the vendor's driver at the first call; later calls give the same table, unless the settings name another
+// library meanwhile. Throws Failure.
 const Driver& driver(Vendor vendor);
 
 // The driver's version if it can be opened, else 0.

@@ -216,9 +216,9 @@ ffi::Error on_stream(void* stream, int32_t ordinal, ffi::RemainingArgs args, ffi
 }
 
 template <Vendor vendor>
-ffi::Error on_no_stream(ffi::RemainingArgs args, ffi::RemainingRets rets, Ints ints, Floats floats, Ints layers, Doubles ropes,
+ffi::Error on_no_stream(int32_t ordinal, ffi::RemainingArgs args, ffi::RemainingRets rets, Ints ints, Floats floats, Ints layers, Doubles ropes,
                         Ints tiles, int64_t splits, int64_t task_heads) {
-  return decode(vendor, nullptr, 0, args, rets, ints, floats, layers, ropes, tiles, splits, task_heads);
+  return decode(vendor, nullptr, ordinal, args, rets, ints, floats, layers, ropes, tiles, splits, task_heads);
 }
 
 #define WITH_OPERANDS                    \
@@ -233,12 +233,13 @@ ffi::Error on_no_stream(ffi::RemainingArgs args, ffi::RemainingRets rets, Ints i
       .Attr<int64_t>("task_heads")
 
 // Not compatible with command buffers: the handler waits for the kernel.
+#define ON_NO_STREAM ffi::Ffi::Bind().Ctx<ffi::DeviceOrdinal>() WITH_OPERANDS
 #define ON_STREAM ffi::Ffi::Bind().Ctx<ffi::PlatformStream<void*>>().Ctx<ffi::DeviceOrdinal>() WITH_OPERANDS
 
 XLA_FFI_DEFINE_HANDLER(kOnCuda, on_stream<Vendor::kCuda>, ON_STREAM);
 XLA_FFI_DEFINE_HANDLER(kOnRocm, on_stream<Vendor::kRocm>, ON_STREAM);
-XLA_FFI_DEFINE_HANDLER(kOnFakeCuda, on_no_stream<Vendor::kCuda>, ffi::Ffi::Bind() WITH_OPERANDS);
-XLA_FFI_DEFINE_HANDLER(kOnFakeRocm, on_no_stream<Vendor::kRocm>, ffi::Ffi::Bind() WITH_OPERANDS);
+XLA_FFI_DEFINE_HANDLER(kOnFakeCuda, on_no_stream<Vendor::kCuda>, ON_NO_STREAM);
+XLA_FFI_DEFINE_HANDLER(kOnFakeRocm, on_no_stream<Vendor::kRocm>, ON_NO_STREAM);
 
 }  // namespace
 

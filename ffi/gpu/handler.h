@@ -9,7 +9,7 @@ namespace monokernel::gpu {
 // Handlers for the platforms CUDA and ROCM.
 XLA_FFI_Handler* decode_handler(Vendor vendor);
 
-// The same for the platform cpu, without a stream, on device 0: for tests with a driver that is a stand-in.
+// The same for the platform cpu, without a stream: for tests with a stand-in for the driver.
 XLA_FFI_Handler* decode_handler_for_tests(Vendor vendor);
 
 }  // namespace monokernel::gpu
