@@ -151,13 +151,11 @@ def run(
         regions.append(_Region(name.encode(), operand.address, split, operand.writable, 0))
     options.regions = (_Region * len(regions))(*regions)
     options.region_count = len(regions)
-    if "workspace" in operands:
-        options.workspace = operands["workspace"].address
-        options.workspace_bytes = operands["workspace"].bytes if exchange_bytes is None else exchange_bytes
     options.seed, options.max_steps, options.cancel_step, options.unit = seed, max_steps, cancel_step, unit
     options.policy, options.stores = POLICIES.index(policy), STORES.index(stores)
     if fault is not None:
-        options.fault = _Fault(FAULTS.index(fault.kind), fault.nth, fault.begin, fault.end)
+        start = operands["workspace"].address
+        options.fault = _Fault(FAULTS.index(fault.kind), fault.nth, start + fault.begin, start + fault.end)
     message = ctypes.create_string_buffer(16384)
     failed = loaded.mk_host_run(ctypes.byref(options), ctypes.byref(statistics), message, len(message))
     if failed:
@@ -310,8 +308,8 @@ class _Fault(ctypes.Structure):
     _fields_ = (
         ("kind", ctypes.c_uint32),
         ("nth", ctypes.c_uint32),
-        ("begin", ctypes.c_uint64),
-        ("end", ctypes.c_uint64),
+        ("begin", ctypes.c_void_p),
+        ("end", ctypes.c_void_p),
     )
 
 
@@ -320,8 +318,6 @@ class _Options(ctypes.Structure):
         ("args", _Args),
         ("regions", ctypes.POINTER(_Region)),
         ("region_count", ctypes.c_uint64),
-        ("workspace", ctypes.c_void_p),
-        ("workspace_bytes", ctypes.c_uint64),
         ("seed", ctypes.c_uint64),
         ("max_steps", ctypes.c_uint64),
         ("cancel_step", ctypes.c_uint64),

@@ -316,8 +316,8 @@ MISTAKES = {
         "while (arch::load_word((u32*)args.workspace) == 0) {}",
         r"no end after 30000 steps:\nunit 0, wave 0: lanes 0-\d+ were last at",
     ),
-    "a word that is none": ("arch::load_word((u32*)args.k_cache);", r"is no word of the workspace"),
-    "a word outside": ("arch::store_word((u32*)args.workspace + 32, 1);", r"is no word of the workspace"),
+    "a word that is none": ("arch::load_word((u32*)args.streams);", r"is no word of an operand"),
+    "a word outside": ("arch::store_word((u32*)args.workspace + 64, 1);", r"is no word of an operand"),
     "a misaligned load": ("arch::load_words((u32*)args.workspace + 1);", r"is no multiple of 16 bytes"),
     "a read beyond an operand": (
         "arch::load_once((const char*)args.streams + 8192);",

@@ -4,16 +4,34 @@
 
 namespace mk::host {
 
+Clocks::Clocks(size_t waves)
+    : waves_(waves),
+      known_(waves * waves, 0),
+      heard_(waves * waves, 0),
+      released_(waves, 0),
+      tales_(waves, 0),
+      teller_(1, 0),
+      last_told_(waves, 0),
+      last_heard_(waves * waves, 0) {
+  for (size_t i = 0; i < waves; i++) advance(i);
+}
+
+void Clocks::advance(size_t wave) {
+  heard_[wave * waves_ + wave] = ++known_[wave * waves_ + wave];
+  last_told_[wave] = 0;
+}
+
 void Clocks::join(size_t first, u64 members) {
-  std::vector<u32> most(waves_, 0);
-  for (u64 left = members; left; left &= left - 1) {
-    const size_t wave = first + static_cast<size_t>(__builtin_ctzll(left));
-    advance(wave);
-    for (size_t of = 0; of < waves_; of++) most[of] = std::max(most[of], known(wave, of));
-  }
-  for (u64 left = members; left; left &= left - 1) {
-    const size_t wave = first + static_cast<size_t>(__builtin_ctzll(left));
-    std::copy(most.begin(), most.end(), known_.begin() + static_cast<i64>(wave * waves_));
+  for (u64 left = members; left; left &= left - 1) advance(first + static_cast<size_t>(__builtin_ctzll(left)));
+  for (std::vector<u32>* table : {&known_, &heard_}) {
+    std::vector<u32> most(waves_, 0);
+    for (u64 left = members; left; left &= left - 1) {
+      const u32* row = &(*table)[(first + static_cast<size_t>(__builtin_ctzll(left))) * waves_];
+      for (size_t of = 0; of < waves_; of++) most[of] = std::max(most[of], row[of]);
+    }
+    for (u64 left = members; left; left &= left - 1) {
+      std::copy(most.begin(), most.end(), &(*table)[(first + static_cast<size_t>(__builtin_ctzll(left))) * waves_]);
+    }
   }
 }
 
@@ -24,9 +42,33 @@ void Clocks::release(size_t wave) {
 
 void Clocks::acquire(size_t wave) {
   for (size_t of = 0; of < waves_; of++) {
-    u32& known = known_[wave * waves_ + of];
-    if (of != wave) known = std::max(known, released_[of]);
+    if (of == wave) continue;
+    u32 &known = known_[wave * waves_ + of], &heard = heard_[wave * waves_ + of];
+    known = std::max(known, released_[of]);
+    heard = std::max(heard, known);
   }
+  last_told_[wave] = 0;
+}
+
+u32 Clocks::tell(size_t wave) {
+  if (last_told_[wave] == 0) {
+    last_told_[wave] = static_cast<u32>(teller_.size());
+    teller_.push_back(static_cast<u32>(wave));
+    tales_.resize(tales_.size() + waves_);
+    std::copy_n(&heard_[wave * waves_], waves_, tales_.end() - static_cast<i64>(waves_));
+  }
+  return last_told_[wave];
+}
+
+void Clocks::hear(size_t wave, u32 tale) {
+  u32& last = last_heard_[wave * waves_ + teller_[tale]];
+  if (last >= tale) return;
+  last = tale;
+  for (size_t of = 0; of < waves_; of++) {
+    u32& heard = heard_[wave * waves_ + of];
+    if (of != wave) heard = std::max(heard, tales_[tale * waves_ + of]);
+  }
+  last_told_[wave] = 0;
 }
 
 Words::Words(const Options& options, size_t units, size_t waves, Clocks& clocks, Random& random, Statistics& statistics)
@@ -34,15 +76,23 @@ Words::Words(const Options& options, size_t units, size_t waves, Clocks& clocks,
       clocks_(clocks),
       random_(random),
       statistics_(statistics),
-      count_(options.workspace_bytes / 4),
       waiting_(units),
-      acquired_(waves, 0),
-      views_(zeroed<View>(units * count_)),
-      versions_(zeroed<u32>(units * count_)),
-      words_(zeroed<Word>(count_)) {}
+      acquired_(waves, 0) {
+  for (u64 i = 0; i < options.region_count; i++) {
+    const Region& region = options.regions[i];
+    if (!region.writable) continue;
+    const u64 words = (region.bytes + 3) / 4;  // the last one may have some bytes of what follows
+    areas_.push_back({region.begin, region.begin + 4 * words, count_});
+    count_ += words;
+  }
+  if (areas_.empty()) areas_.push_back({});
+  last_ = areas_.data();
+  views_ = zeroed<View>(units * count_);
+  versions_ = zeroed<u32>(units * count_);
+  words_ = zeroed<Word>(count_);
+}
 
-u32 Words::load(const u32* p, size_t unit, size_t wave) {
-  const size_t i = index(p);
+u32 Words::load(const u32* p, size_t i, size_t unit, size_t wave) {
   const View& view = views_[unit * count_ + i];
   if (view.waiting) return view.value;
   const Word& word = words_[i];
@@ -58,15 +108,16 @@ u32 Words::load(const u32* p, size_t unit, size_t wave) {
     }
     seen = word.version;
   }
+  if (word.tale) clocks_.hear(wave, word.tale);
   return *p;
 }
 
-void Words::store(u32* p, u32 value, size_t unit, size_t wave) {
-  const size_t i = index(p);
+void Words::store(u32* p, size_t i, u32 value, size_t unit, size_t wave) {
   statistics_.stores++;
   u64 due = delay();
   const Fault& fault = options_.fault;
-  if (fault.kind != FaultKind::kNone && i * 4 >= fault.begin && i * 4 < fault.end && fault_count_++ == fault.nth) {
+  const char* at = reinterpret_cast<const char*>(p);
+  if (fault.kind != FaultKind::kNone && at >= fault.begin && at < fault.end && fault_count_++ == fault.nth) {
     statistics_.faults++;
     if (fault.kind == FaultKind::kDrop) return;
     if (fault.kind == FaultKind::kHold) due = kHeld;
@@ -74,7 +125,7 @@ void Words::store(u32* p, u32 value, size_t unit, size_t wave) {
   }
   View& view = views_[unit * count_ + i];
   if (view.waiting) due = std::max(due, view.last_due);
-  const Store store{due, i, value, static_cast<u32>(wave), clocks_.now(wave)};
+  const Store store{due, p, i, value, static_cast<u32>(wave), clocks_.now(wave), geometry.checked ? clocks_.tell(wave) : 0};
   if (due <= statistics_.steps && !view.waiting) {
     make_visible(unit, store);
     return;
@@ -100,21 +151,19 @@ u64 Words::delay() {
   return statistics_.steps + (kind < 2 ? 0 : kind < 7 ? random_.below(32) : random_.below(512));
 }
 
-bool Words::claim(u32* p) {
+bool Words::claim(u32* p, size_t i) {
   if (*p != 0) return false;
-  const size_t i = index(p);
-  words_[i] = {statistics_.steps, 0, words_[i].version + 1};
+  words_[i] = {statistics_.steps, 0, words_[i].version + 1, 0};
   *p = 1;
   news_++;
   return true;
 }
 
 void Words::make_visible(size_t unit, const Store& store) {
-  u32* p = reinterpret_cast<u32*>(options_.workspace) + store.word;
   Word& word = words_[store.word];
-  word = {statistics_.steps, *p, word.version + 1};
+  word = {statistics_.steps, *store.p, word.version + 1, store.tale};
   versions_[unit * count_ + store.word] = word.version;
-  *p = store.value;
+  *store.p = store.value;
   news_++;
 }
 

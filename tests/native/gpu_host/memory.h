@@ -11,26 +11,33 @@
 
 namespace mk::host {
 
-// Which accesses happen before which. A wave's clock advances at every point that orders its lanes; what wave a knows of wave
-// b is the last clock of b that a synchronisation has made it wait for.
+// Which accesses happen before which. A wave's clock advances at every point that orders its lanes. What wave a knows of wave b
+// is the last clock of b that a synchronisation has made it wait for; what it has heard of b is the last one that a word it
+// read tells of. The latter does not make b's data visible, but what b read before, it has read.
 class Clocks {
  public:
-  explicit Clocks(size_t waves) : waves_(waves), known_(waves * waves, 0), released_(waves, 0) {
-    for (size_t i = 0; i < waves; i++) known_[i * waves + i] = 1;
-  }
+  explicit Clocks(size_t waves);
   u32 now(size_t wave) const { return known(wave, wave); }
   u32 known(size_t wave, size_t of) const { return known_[wave * waves_ + of]; }
-  void advance(size_t wave) { known_[wave * waves_ + wave]++; }
+  u32 heard(size_t wave, size_t of) const { return heard_[wave * waves_ + of]; }
+  void advance(size_t wave);
   // The waves of `members` (bit i: wave first + i) meet.
   void join(size_t first, u64 members);
   // What `wave` has done and knows of becomes visible to those who acquire later.
   void release(size_t wave);
   void acquire(size_t wave);
+  // A number for all that `wave` has heard, which a word carries to those who read it.
+  u32 tell(size_t wave);
+  void hear(size_t wave, u32 tale);
 
  private:
   size_t waves_;
-  std::vector<u32> known_;     // [wave][of]
-  std::vector<u32> released_;  // [of]
+  std::vector<u32> known_, heard_;    // [wave][of]
+  std::vector<u32> released_;         // [of]
+  std::vector<u32> tales_;            // [tale][of]
+  std::vector<u32> teller_;           // [tale]
+  std::vector<u32> last_told_;        // [wave]; 0: the wave has heard something since
+  std::vector<u32> last_heard_;       // [wave][teller]
 };
 
 struct Free {
@@ -45,15 +52,28 @@ Zeroed<T> zeroed(size_t count) {
   return Zeroed<T>(static_cast<T*>(p));
 }
 
-// The words of the workspace. A unit sees its own stores at once, the others later: addresses in any order, one address in
-// the order of its stores.
+// Words of all operands that the kernel may change. A unit sees its own stores at once, the others later: addresses in any
+// order, one address in the order of its stores.
 class Words {
  public:
   Words(const Options& options, size_t units, size_t waves, Clocks& clocks, Random& random, Statistics& statistics);
 
-  u32 load(const u32* p, size_t unit, size_t wave);
-  void store(u32* p, u32 value, size_t unit, size_t wave);
-  bool claim(u32* p);
+  static constexpr size_t kNone = ~size_t{0};
+
+  // Number of the word at `p`, or kNone where there is none. The next words have the next numbers.
+  size_t find(const void* p, u64 bytes) {
+    const char* at = static_cast<const char*>(p);
+    if (at < last_->begin || at + bytes > last_->end) {
+      for (last_ = areas_.data(); at < last_->begin || at + bytes > last_->end; last_++) {
+        if (last_ == &areas_.back()) return kNone;
+      }
+    }
+    return last_->first + static_cast<size_t>(at - last_->begin) / 4;
+  }
+  // In the following, i is the number of the word at p.
+  u32 load(const u32* p, size_t i, size_t unit, size_t wave);
+  void store(u32* p, size_t i, u32 value, size_t unit, size_t wave);
+  bool claim(u32* p, size_t i);
   void release(size_t unit, size_t wave);
   void acquire(size_t wave) { acquired_[wave] = statistics_.steps; }
   void join(size_t first, u64 members);  // waves meet, as in Clocks
@@ -66,19 +86,21 @@ class Words {
   void settle_all();
   u64 news() const { return news_; }  // how often something became visible
 
-  bool holds(const void* p) const {
-    return p >= options_.workspace && static_cast<const char*>(p) < options_.workspace + options_.workspace_bytes;
-  }
-
  private:
   static constexpr u64 kNever = ~u64{0};
   static constexpr u64 kHeld = kNever - 1;  // by a fault: not even a release helps
 
+  struct Area {
+    const char *begin, *end;
+    size_t first;
+  };
   struct Store {
     u64 due;
+    u32* p;
     size_t word;
     u32 value;
     u32 wave, clock;
+    u32 tale;
   };
   struct View {  // of a word by the unit that stores it
     u64 last_due;
@@ -89,20 +111,22 @@ class Words {
     u64 step;  // when it became visible
     u32 previous;
     u32 version;
+    u32 tale;
   };
 
   void settle_due();
   template <bool in_order, typename Due>
   void settle_unit(size_t unit, Due due);
   void make_visible(size_t unit, const Store& store);
-  size_t index(const u32* p) const { return static_cast<size_t>(reinterpret_cast<const char*>(p) - options_.workspace) / 4; }
   u64 delay();
 
   const Options& options_;
   Clocks& clocks_;
   Random& random_;
   Statistics& statistics_;
-  size_t count_;
+  std::vector<Area> areas_;
+  Area* last_;  // of find()
+  size_t count_ = 0;
   std::vector<std::vector<Store>> waiting_;  // [unit], in the order of the stores
   std::vector<u64> acquired_;                // [wave], step
   Zeroed<View> views_;                       // [unit][word]

@@ -31,40 +31,45 @@ void watch(const void* p, u64 bytes, Kind kind, const void* pc, Where where) {
   if (kind != Kind::kRead && !last->writable) fail(where, "%s is only to be read", last->name);
 }
 
-void check_word(const void* p, u64 bytes, Where where) {
-  if (!machine->words.holds(p)) fail(where, "%p is no word of the workspace", p);
+// The number of the word at `p`, the first of `bytes`.
+size_t word_at(const void* p, u64 bytes, Kind kind, const void* pc, Where where) {
+  const size_t i = machine->words.find(p, bytes);
+  if (i == Words::kNone) fail(where, "%p is no word of an operand that the kernel may change", p);
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail(where, "%p is no multiple of %llu bytes", p, bytes);
+  if (machine->races) {
+    machine->lane().where = where;
+    machine->races->access(p, bytes, kind, pc);
+  }
+  return i;
 }
 
 }  // namespace
 
 u32 load_word(const u32* p, Where where) {
   const Lane& me = machine->lane();
-  check_word(p, 4, where);
-  const u32 value = machine->words.load(p, me.unit, me.home->index);
+  const u32 value = machine->words.load(p, word_at(p, 4, Kind::kAtomicRead, __builtin_return_address(0), where), me.unit, me.home->index);
   machine->pass(where, false);
   return value;
 }
 
 Vec4 load_words(const u32* p, Where where) {
-  const Lane& me = machine->lane();
-  check_word(p, 16, where);
-  const Vec4 value{machine->words.load(p, me.unit, me.home->index), machine->words.load(p + 1, me.unit, me.home->index),
-                   machine->words.load(p + 2, me.unit, me.home->index), machine->words.load(p + 3, me.unit, me.home->index)};
+  const size_t unit = machine->lane().unit, wave = machine->lane().home->index;
+  const size_t i = word_at(p, 16, Kind::kAtomicRead, __builtin_return_address(0), where);
+  Words& words = machine->words;
+  const Vec4 value{words.load(p, i, unit, wave), words.load(p + 1, i + 1, unit, wave), words.load(p + 2, i + 2, unit, wave),
+                   words.load(p + 3, i + 3, unit, wave)};
   machine->pass(where, false);
   return value;
 }
 
 void store_word(u32* p, u32 value, Where where) {
   const Lane& me = machine->lane();
-  check_word(p, 4, where);
-  machine->words.store(p, value, me.unit, me.home->index);
+  machine->words.store(p, word_at(p, 4, Kind::kAtomicWrite, __builtin_return_address(0), where), value, me.unit, me.home->index);
   machine->pass(where, true);
 }
 
 bool claim(u32* p, Where where) {
-  check_word(p, 4, where);
-  const bool first = machine->words.claim(p);
+  const bool first = machine->words.claim(p, word_at(p, 4, Kind::kAtomicWrite, __builtin_return_address(0), where));
   machine->pass(where, true);
   return first;
 }
@@ -88,7 +93,7 @@ u32 shared_add(u32* p, u32 value, Where where) {
   const char* begin = shared_memory();
   const char* at = reinterpret_cast<const char*>(p);
   if (at < begin || at + 4 > begin + geometry.shared_bytes) fail(where, "shared_add outside shared memory");
-  if (machine->races) machine->races->access(p, 4, Kind::kAtomic, __builtin_return_address(0));
+  if (machine->races) machine->races->access(p, 4, Kind::kAtomicWrite, __builtin_return_address(0));
   const u32 before = *p;
   *p += value;
   machine->pass(where, true);

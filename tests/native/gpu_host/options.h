@@ -32,19 +32,17 @@ enum class Stores : u32 {
 
 enum class FaultKind : u32 { kNone, kDrop, kHold, kFlip };
 
-// What goes wrong with the nth store_word (from 0) to these bytes of the workspace.
+// What goes wrong with the nth store_word (from 0) between these addresses.
 struct Fault {
   FaultKind kind;
   u32 nth;
-  u64 begin, end;
+  const char *begin, *end;
 };
 
 struct Options {
   Args args;
   const Region* regions;
   u64 region_count;
-  char* workspace;  // where the words are
-  u64 workspace_bytes;
   u64 seed;
   u64 max_steps;    // a kernel that needs more is taken to be stuck
   u64 cancel_step;  // when *args.cancel becomes 1; 0: never

@@ -43,11 +43,11 @@ Races::Races(Machine& machine, const Options& options) : machine_(machine) {
   image_end_ = image.end;
   for (u64 i = 0; i < options.region_count; i++) {
     const Region& r = options.regions[i];
-    ranges_.push_back({r.name, r.begin, r.bytes, r.writable != 0, r.blank != 0, r.writable ? zeroed<Cell>(r.bytes) : nullptr});
+    ranges_.push_back({r.name, r.begin, r.bytes, r.writable != 0, r.blank != 0, false, r.writable ? zeroed<Cell>(r.bytes + 3) : nullptr});
   }
   for (const Unit& unit : machine.units) {
-    ranges_.push_back({"shared memory of unit " + std::to_string(unit.index), unit.shared, geometry.shared_bytes, true, true,
-                       zeroed<Cell>(geometry.shared_bytes)});
+    ranges_.push_back({"shared memory of unit " + std::to_string(unit.index), unit.shared, geometry.shared_bytes, true, true, true,
+                       zeroed<Cell>(geometry.shared_bytes + 3)});
   }
 }
 
@@ -68,6 +68,12 @@ bool Races::ordered(const Event& event) const {
   return event.clock < machine_.clocks.known(me.home->index, (event.lane - 1) / geometry.wave_size);
 }
 
+bool Races::read_before(const Event& event) const {
+  if (ordered(event)) return true;
+  const Lane &me = machine_.lane(), &other = machine_.lanes[event.lane - 1];
+  return other.unit != me.unit && event.clock < machine_.clocks.heard(me.home->index, other.home->index);
+}
+
 void Races::access(const void* p, u64 bytes, Kind kind, const void* pc) {
   Lane& me = machine_.lane();
   if (machine_.in_stack(me, p) || (p >= &me && p < &me + 1)) return;  // the latter: unit(), wave() and lane()
@@ -82,32 +88,33 @@ void Races::access(const void* p, u64 bytes, Kind kind, const void* pc) {
     machine_.fail(me.where, text + place(pc));
   }
   const u64 offset = static_cast<u64>(static_cast<const char*>(p) - r->begin);
-  if (offset + bytes > r->bytes) report(*r, offset, "beyond the end", kind, pc, nullptr);
+  // A word may have some bytes of what follows.
+  if (offset + bytes > (kind == Kind::kAtomicRead ? (r->bytes + 3) / 4 * 4 : r->bytes)) report(*r, offset, "beyond the end", kind, pc, nullptr);
   if (bytes <= 16 && (bytes & (bytes - 1)) == 0 && reinterpret_cast<uintptr_t>(p) % bytes != 0) {
     report(*r, offset, "an address that is no multiple of its size", kind, pc, nullptr);
   }
   if (!r->writable) {
-    if (kind != Kind::kRead) report(*r, offset, "only to be read", kind, pc, nullptr);
+    if (kind == Kind::kWrite || kind == Kind::kAtomicWrite) report(*r, offset, "only to be read", kind, pc, nullptr);
     return;
   }
-  const Event now{me.index + 1, machine_.clocks.now(me.home->index), static_cast<u32>(static_cast<const char*>(pc) - image_begin_),
-                  kind == Kind::kAtomic};
+  const bool atomic = kind == Kind::kAtomicRead || kind == Kind::kAtomicWrite, reads = kind == Kind::kRead || kind == Kind::kAtomicRead;
+  const Event now{me.index + 1, machine_.clocks.now(me.home->index),
+                  static_cast<u32>(static_cast<const char*>(pc) - image_begin_), atomic};
   for (u64 i = 0; i < bytes; i++) {
     Cell& cell = r->cells[offset + i];
-    if (cell.write.lane == 0 && kind != Kind::kWrite && r->blank) {
+    // A vector of the workspace may reach beyond what is there.
+    if (cell.write.lane == 0 && reads && r->blank && (i == 0 || bytes < 16 || r->shared)) {
       report(*r, offset + i, "not written before", kind, pc, nullptr);
     }
-    if (!ordered(cell.write) && !(kind == Kind::kAtomic && cell.write.atomic)) {
+    if (!(atomic && cell.write.atomic) && !ordered(cell.write)) {
       report(*r, offset + i, "a race with a write by", kind, pc, &cell.write);
     }
-    if (kind == Kind::kRead) {
+    if (reads) {
       // Two readers are remembered; one that everybody has waited for is forgotten first.
-      Event* slot = &cell.reads[1];
-      if (ordered(cell.reads[0])) slot = &cell.reads[0];
-      *slot = now;
+      cell.reads[ordered(cell.reads[0]) ? 0 : 1] = now;
     } else {
       for (const Event& read : cell.reads) {
-        if (!ordered(read)) report(*r, offset + i, "a race with a read by", kind, pc, &read);
+        if (!(atomic && read.atomic) && !read_before(read)) report(*r, offset + i, "a race with a read by", kind, pc, &read);
       }
       cell.write = now;
     }
@@ -115,7 +122,7 @@ void Races::access(const void* p, u64 bytes, Kind kind, const void* pc) {
 }
 
 void Races::report(const Range& range, u64 offset, const char* what, Kind kind, const void* pc, const Event* other) {
-  std::string text = std::string(kind == Kind::kRead ? "reads" : kind == Kind::kWrite ? "writes" : "adds to") + " byte " +
+  std::string text = std::string(kind == Kind::kRead || kind == Kind::kAtomicRead ? "reads" : "writes") + " byte " +
                      std::to_string(offset) + " of " + std::to_string(range.bytes) + " of " + range.name + place(pc) + ": " + what;
   if (other) {
     const Lane& lane = machine_.lanes[other->lane - 1];

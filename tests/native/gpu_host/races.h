@@ -15,8 +15,8 @@ class Races {
  public:
   Races(Machine& machine, const Options& options);
 
-  // shared_add: orders nothing, but does not race with itself.
-  enum class Kind { kRead, kWrite, kAtomic };
+  // Atomic accesses order nothing, but they do not race with each other.
+  enum class Kind { kRead, kWrite, kAtomicRead, kAtomicWrite };
   void access(const void* p, u64 bytes, Kind kind, const void* pc);
 
  private:
@@ -33,13 +33,14 @@ class Races {
     std::string name;
     const char* begin;
     u64 bytes;
-    bool writable, blank;
+    bool writable, blank, shared;
     Zeroed<Cell> cells;  // only if writable
   };
 
   bool in_own_stack(const void* p) const;
   Range* range(const void* p);
   bool ordered(const Event& event) const;
+  bool read_before(const Event& event) const;  // the event is a read that has been made
   [[noreturn]] void report(const Range& range, u64 offset, const char* what, Kind kind, const void* pc, const Event* other);
   std::string place(const void* pc) const;
 

@@ -1,0 +1,115 @@
+"""decode with the GPU kernel's source on this CPU: a call as jax_monokernel.decode takes it, run by gpu_host."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import re
+from pathlib import Path
+
+import gpu_host
+import jax
+import jax.numpy as jnp
+import numpy as np
+from decoding import numpy_in_place_of_jax, weights_of
+
+from jax_monokernel import DecoderSpec, DecodeState, SamplingParams, _gpu_tape, _native
+from jax_monokernel._program import program
+from jax_monokernel.plan import Plan
+from jax_monokernel.state import DecodeResult
+from jax_monokernel.tape import Tape, pack
+
+_WORKSPACE = 'extern const __attribute__((visibility("default"))) mk::Workspace mk_workspace{mk::kWorkspace};\n'
+
+
+def gpu_plan(spec: DecoderSpec, wave_size: int, units: int, **options: int) -> Plan:
+    """A plan with small units, so that there are not too many lanes."""
+    defaults = {"waves": 2, "service_waves": 2, "chunk_atoms": 4, "segment_tiles": 2}
+    return Plan(platform="cuda" if wave_size == 32 else "rocm", units=units, wave_size=wave_size, **defaults | options)
+
+
+@functools.cache
+def gpu_tape_of(spec: DecoderSpec, plan: Plan) -> Tape:
+    with numpy_in_place_of_jax():
+        return pack(spec, jax.tree.map(np.asarray, weights_of(spec)), plan)
+
+
+@functools.cache
+def kernel_of(
+    spec: DecoderSpec,
+    plan: Plan,
+    batch: int,
+    *,
+    splits: int = 1,
+    task_heads: int = 1,
+    shared_bytes: int = 96 * 1024,
+    sanitize: bool = False,
+) -> Path:
+    """The library of a kernel, compiled if need be."""
+    stub = _native.gpu_stub(
+        **program(spec, plan), batch=batch, splits=splits, task_heads=task_heads, shared_bytes=shared_bytes
+    )
+    return gpu_host.build(stub + _WORKSPACE, sanitize=sanitize)
+
+
+def workspace_of(library: Path) -> dict[str, int]:
+    """mk::Workspace: where things lie."""
+    text = (gpu_host.KERNEL / "layout" / "workspace.h").read_text()
+    names = re.findall(r"^  i64 (\w+);", text[text.index("struct Workspace {") :], re.MULTILINE)
+    values = (ctypes.c_int64 * len(names)).in_dll(ctypes.CDLL(str(library)), "mk_workspace")
+    return dict(zip(names, values, strict=True))
+
+
+def decode_on_host(
+    tape: Tape,
+    state: DecodeState,
+    sampling: SamplingParams,
+    max_new_tokens: int,
+    *,
+    library: Path,
+    return_log_probs: bool = True,
+    timeout_ticks: int = 3_000_000,
+    **options,
+) -> tuple[DecodeResult, gpu_host.Run]:
+    """What decode returns, and how the run went. `options` are those of gpu_host.run."""
+    spec, batch = tape.spec, state.batch
+    workspace = workspace_of(library)
+    carried = {
+        name: np.array(getattr(state, name))
+        for name in ("k_cache", "v_cache", "position", "last_token", "status", "seen")
+    }
+    fresh = {
+        "tokens": np.full((batch, max_new_tokens), 77, np.int32),
+        "lengths": np.full(batch, 77, np.int32),
+        "log_probs": np.full((batch, max_new_tokens), np.nan, np.float32) if return_log_probs else None,
+    }
+    operands = {
+        "streams": np.asarray(tape.streams),
+        "constants": np.asarray(tape.constants),
+        "embedding": None if spec.tied_head else np.asarray(tape.embedding),
+        "row_max_new_tokens": np.asarray(sampling.max_new_tokens),
+        "logit_bias": None if sampling.logit_bias is None else np.asarray(sampling.logit_bias),
+        "key_data": np.asarray(state.key_data),
+        "workspace": np.zeros(workspace["bytes"], np.uint8),
+        "capacity": state.capacity,
+        "max_new_tokens": max_new_tokens,
+        "eos_count": sampling.eos_token_id.shape[1],
+        "timeout_ticks": timeout_ticks,
+    }
+    for name in (
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "eos_token_id",
+    ):
+        operands[name] = np.asarray(getattr(sampling, name))
+    done = gpu_host.run(library, operands | carried | fresh, exchange_bytes=workspace["exchange_bytes"], **options)
+    result = DecodeResult(
+        **{name: None if x is None else jnp.asarray(x) for name, x in fresh.items()},
+        state=dataclasses.replace(state, **{name: jnp.asarray(x) for name, x in carried.items()}),
+    )
+    return result, done
