@@ -57,6 +57,14 @@ struct Service {
   MK_METHOD Site site(HandOff handoff, i64 offset, int layer) const {
     return {at<u32>(offset), handoff, (u32)layer, (u32)token, (u32)(token * MK_NUM_LAYERS + layer + 1) & 1u};
   }
+  // The residual stream after a layer. What the last layer leaves has other readers, so it goes elsewhere: every reader of
+  // a hand-off must read every use of it.
+  MK_METHOD Site residual_site(int layer) const {
+    if (layer == MK_NUM_LAYERS - 1) return token_site(h9_final, kWorkspace.final_);
+    Site s = site(h6_residual, kWorkspace.residual, layer);
+    s.parity = (u32)(token * (MK_NUM_LAYERS - 1) + layer + 1) & 1u;
+    return s;
+  }
   MK_METHOD Site token_site(HandOff handoff, i64 offset) const {
     return {at<u32>(offset), handoff, 0, (u32)token, (u32)(token + 1) & 1u};
   }

@@ -22,6 +22,7 @@ struct Workspace {
   i64 projected;  // h4: words [batch][hidden]
   i64 inner;      // h5: words [batch][inner]
   i64 residual;   // h6: words [batch][hidden]
+  i64 final_;      // h9: words [batch][hidden]
   i64 candidate;  // h7: words [batch][units][kCandidateWords]
   i64 token;      // h8: words [batch][kTokenWords]
   i64 exchange_bytes;
@@ -49,6 +50,7 @@ constexpr Workspace make_workspace(Dims d) {
   w.projected = place(d.batch * line(d.hidden));
   w.inner = place(d.batch * line(d.inner));
   w.residual = place(d.batch * line(d.hidden));
+  w.final_ = place(d.batch * line(d.hidden));
   w.candidate = place(d.batch * d.units * kCandidateWords);
   w.token = place(d.batch * line(kTokenWords));
   w.exchange_bytes = at;

@@ -119,7 +119,9 @@ MK_DEVICE void clear(Sums& s) {
   for (int i = 0; i < kSums; i++) s.even[i] = s.odd[i] = 0.0f;
 }
 
-MK_DEVICE void multiply(Sums& s, const Vec4& w, const Fragments& f) {
+// A template, so that the instructions of the other kind of weights need not exist.
+template <typename AnySums>
+MK_DEVICE void multiply(AnySums& s, const Vec4& w, const Fragments& f) {
   if constexpr (!kMatrixUnit) {
     MK_UNROLL
     for (int b = 0; b < kBatch; b++) {
@@ -149,7 +151,8 @@ MK_DEVICE void multiply(Sums& s, const Vec4& w, const Fragments& f) {
 }
 
 // Adds a run's sums to products of `tile`, or starts them.
-MK_DEVICE void flush(const Sums& s, float* products, int tile, int wave, int lane, bool add) {
+template <typename AnySums>
+MK_DEVICE void flush(const AnySums& s, float* products, int tile, int wave, int lane, bool add) {
   auto put = [&](int request, int row, float v) {
     float* to = products + ((tile * kBatch + request) * kTileRows + row) * kWaves + wave;
     *to = add ? *to + v : v;

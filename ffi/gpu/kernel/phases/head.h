@@ -30,7 +30,7 @@ MK_DEVICE void merge_wave(Candidate& c) {
 }
 
 MK_DEVICE void p6_head(Service& s) {
-  const Site from = s.site(h6_residual, kWorkspace.residual, MK_NUM_LAYERS - 1);
+  const Site from = s.residual_site(MK_NUM_LAYERS - 1);
   const u32 parity = s.token_site(h7_candidate, kWorkspace.candidate).parity;
   // Unit 0 passes a user's interrupt on to the owner of every request. Asked for now, it has come when it is needed.
   const u32 flags = s.unit == 0 && s.lane == 0 && arch::load_host(s.args.cancel) != 0 ? kCancel : 0;

@@ -161,7 +161,7 @@ MK_DEVICE float bias(const Service& s, int row) {
 }
 
 MK_DEVICE void p1_norm_qkv(Service& s, int layer) {
-  Site from = s.site(h6_residual, kWorkspace.residual, layer - 1);
+  Site from = s.residual_site(layer - 1);
   if (layer == 0) from.words = nullptr;
   const u32 parity = s.site(h1_qkv, kWorkspace.qkv, layer).parity;
   u32* to = s.at<u32>(kWorkspace.qkv);
@@ -250,15 +250,15 @@ MK_DEVICE void p5_down(Service& s, int layer) {
         });
       },
       [&](const Tiles& deal, int segment) {
-        publish_projection<MK_DOWN_BIAS>(s, deal, segment, s.at<u32>(kWorkspace.residual), from.parity);
+        const Site to = s.residual_site(layer);
+        publish_projection<MK_DOWN_BIAS>(s, deal, segment, (u32*)to.words, to.parity);
       });
 }
 
 // After a layer, before the next one or the head.
 MK_DEVICE void finish_layer(Service& s, int layer) {
   if constexpr (kPostNorm) {
-    add_projection<aligned_in_layer(MK_MLP_POST_NORM)>(s, s.site(h6_residual, kWorkspace.residual, layer),
-                                                       s.constants + MK_MLP_POST_NORM);
+    add_projection<aligned_in_layer(MK_MLP_POST_NORM)>(s, s.residual_site(layer), s.constants + MK_MLP_POST_NORM);
   }
 }
 

@@ -15,6 +15,7 @@ enum HandOff : u32 {
   h6_residual,
   h7_candidate,
   h8_token,
+  h9_final,
 };
 
 constexpr int line(int words) { return round_up(words, 32); }
