@@ -206,6 +206,7 @@ FILTERS = {
     "top_k-5000": {"top_k": 5000},
     "top_k-huge": {"top_k": 2**31 - 1},
     "top_p-tiny": {"top_p": 1e-30},
+    "top_p-negative": {"top_p": -1.0},
     "top_p-0.9": {"top_p": 0.9},
     "top_p-below-1": {"top_p": np.nextafter(np.float32(1), np.float32(0))},
     "min_p-0.05": {"min_p": 0.05},
@@ -220,12 +221,20 @@ FILTERS = {
 }
 
 
+@pytest.mark.parametrize("vocab", [1024, 9001])
 @pytest.mark.parametrize("options", FILTERS.values(), ids=FILTERS.keys())
-def test_each_filter_on_rows_of_every_kind(library, options):
-    batch, vocab = 16, 12_001
+def test_each_filter_on_rows_of_every_kind(library, options, vocab):
+    batch = 48
     logits, seen, key_data, position, _ = random_case(33, batch, vocab)
     params = oracle.make_params(batch, vocab, repetition_penalty=1.2, **options)
     check_against_native(library, (logits, seen, key_data, position, params))
+
+
+def test_zeros_of_both_signs_are_equal(library):
+    zeros = np.random.default_rng(39).choice(np.float32([0.0, -0.0]), (64, 3000))
+    params = oracle.make_params(64, 3000, temperature=np.resize([0, 1], 64), top_k=3)
+    position = np.zeros(64, np.int32)
+    check_against_native(library, (zeros, np.zeros(zeros.shape, np.uint8), keys(39, 64), position, params))
 
 
 def test_log_probs_are_computed_only_when_asked(library):

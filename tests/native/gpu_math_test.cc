@@ -189,7 +189,7 @@ void choose(int lane) {
   i32 token = best.best.token;
   if (options.filtered) {
     token = sample_filtered(options, best, request.adjusted, host::team.shared, lane);
-    best.raw = request.logits[token];
+    best.raw = token >= 0 && token < vocab_size ? request.logits[token] : 0.0f;
   }
   if (lane == 0) request.token = token;
   arch::group_sync<1, MK_SERVICE_WAVES>();
