@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from decoding import numpy_in_place_of_jax, weights_of
 
-from jax_monokernel import DecoderSpec, DecodeState, SamplingParams, _gpu_tape, _native
+from jax_monokernel import DecoderSpec, DecodeState, SamplingParams, _native
 from jax_monokernel._program import program
 from jax_monokernel.plan import Plan
 from jax_monokernel.state import DecodeResult

@@ -207,7 +207,10 @@ void Machine::end_step(Wave& wave) {
     wave.news = words.news();
     wave.looks = 0;
     wave.busy = false;
+  } else if (wave.looked) {
+    wave.looks++;
   }
+  wave.looked = false;
   if (statistics.steps == options.cancel_step) *const_cast<u32*>(options.args.cancel) = 1;
   if (statistics.steps > options.max_steps) {
     leave("no end after " + std::to_string(options.max_steps) + " steps:\n" + who_waits());
@@ -219,7 +222,7 @@ void Machine::pass(Where where, bool busy) {
   Wave& wave = *me.home;
   me.where = where;
   wave.busy |= busy;
-  if (!wave.turn) wave.looks++;
+  wave.looked = true;
   go_on();
 }
 

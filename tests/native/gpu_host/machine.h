@@ -49,7 +49,7 @@ struct Wave {
   bool some[2] = {};
 
   // Whether the wave does nothing but look for news.
-  bool busy = false;  // this step
+  bool busy = false, looked = false;  // in this step
   u32 looks = 0;      // steps without anything else since
   u64 news = 0;       // Words::news()
   u64 last_step = 0;  // when the policy picked it last
