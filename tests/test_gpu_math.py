@@ -286,6 +286,22 @@ def test_nothing_to_choose_from(library, temperature, vocab):
     np.testing.assert_allclose(log_probs, [-np.inf, -np.inf, want], rtol=1e-6)
 
 
+@pytest.mark.parametrize("vocab", [300, 4000])
+def test_after_an_aborted_wait_it_is_some_token(library, vocab):
+    """Logits and their best are what is in memory then."""
+    rng = np.random.default_rng(40)
+    memory = np.empty(vocab + 8, np.float32)
+    start = -memory.ctypes.data // 4 % 4
+    logits = memory[start : start + vocab]
+    values = [np.nan, -np.nan, np.inf, -np.inf, 0.0, 5.0, -1e30, 3e38, 1e-40]
+    for i in range(300):
+        logits[:] = any_floats(rng, vocab) if i % 2 else rng.choice(np.float32(values), vocab)
+        best, mass = map(ctypes.c_float, rng.choice(values, 2))
+        filters = int(rng.choice([0, 3, 700, 2000])), rng.choice([0.0, 0.5, 1.0]), rng.choice([0.0, 0.1])
+        k, p, q = ctypes.c_int(filters[0]), ctypes.c_float(filters[1]), ctypes.c_float(filters[2])
+        assert 0 <= library.sample_anything(pointer(logits), vocab, best, mass, k, p, q) < vocab, (best, mass, filters)
+
+
 def test_end_of_sequence(library):
     ids = np.int32([[3, -1, -1], [5, 0, 3]])
     library.eos.restype = ctypes.c_bool

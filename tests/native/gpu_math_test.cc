@@ -189,12 +189,24 @@ void choose(int lane) {
   i32 token = best.best.token;
   if (options.filtered) {
     token = sample_filtered(options, best, request.adjusted, host::team.shared, lane);
-    best.raw = token >= 0 && token < vocab_size ? request.logits[token] : 0.0f;
+    best.raw = request.logits[token];
   }
   if (lane == 0) request.token = token;
   arch::group_sync<1, MK_SERVICE_WAVES>();
   if (token != request.token) host::fail(host::here(), "the lanes do not agree");
   if (lane == 0) request.log_prob = options.wants_log_prob ? log_prob(best.raw, best.top, best.sum) : 0.0f;
+}
+
+struct Filtered {
+  RowOptions options;
+  Candidate best;
+  const float* adjusted;
+  i32 token;
+} filtered;
+
+void choose_filtered(int lane) {
+  const i32 token = sample_filtered(filtered.options, filtered.best, filtered.adjusted, host::team.shared, lane);
+  if (lane == 0) filtered.token = token;
 }
 
 }  // namespace
@@ -234,6 +246,25 @@ bool eos(const i32* ids, i32 count, i32 row, i32 token) {
   a.eos_token_id = ids;
   a.eos_count = count;
   return is_eos(a, row, token);
+}
+
+// sample_filtered with a candidate that need not be that of the logits, which are 16-byte aligned whole vectors.
+i32 sample_anything(const float* adjusted, i32 vocab, float best, float mass, i32 top_k, float top_p, float min_p) {
+  vocab_size = vocab;
+  const float temperature = 1.0f, off = 0.0f;
+  const u32 key[2] = {1, 2};
+  Args a{};
+  a.temperature = a.repetition_penalty = &temperature;
+  a.presence_penalty = &off;
+  a.top_k = &top_k;
+  a.top_p = &top_p;
+  a.min_p = &min_p;
+  a.key_data = key;
+  filtered = {row_options(a, 0, 0), no_candidate(), adjusted, -1};
+  filtered.best.best.score = best;
+  filtered.best.mass = mass;
+  host::team.run(choose_filtered, 0);
+  return filtered.token;
 }
 
 // Shapes as in Args; logits [batch][vocab]. logit_bias and log_probs may be null. Lanes take turns as `seed` says.

@@ -357,8 +357,8 @@ struct Filter {
   }
 };
 
-// Chooses the token of a row whose options are `filtered`. To be called by all service lanes of one unit, in step. Ends
-// whatever it is given, but the token is an id only if the candidate and the logits are what they should be.
+// Chooses the token of a row whose options are `filtered`. To be called by all service lanes of one unit, in step. After
+// an aborted wait the candidate and the logits may be anything: then it is some token.
 //   best: the merge of all units' candidates
 //   logits: adjusted, of the whole vocabulary, 16-byte aligned, with room for whole vectors; visible to this unit
 //   memory: shared, room for a FilterScratch
@@ -371,7 +371,8 @@ MK_DEVICE i32 sample_filtered(const RowOptions& options, const Candidate& best, 
   const float log_min_p = options.min_p > 0.0f ? log_(options.min_p) : -kInf;
   const Filter<group> filter{options, logits, best.best.score, log_min_p, index, *(FilterScratch*)memory};
   const int n = filter.collect(filter.lower_bound(best.mass));
-  return n <= kListSize ? filter.draw_from_list(n, best.mass) : filter.draw_from_all();
+  const i32 token = n <= kListSize ? filter.draw_from_list(n, best.mass) : filter.draw_from_all();
+  return token < MK_VOCAB_SIZE ? token : 0;
 }
 
 }  // namespace mk
