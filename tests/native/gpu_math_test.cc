@@ -1,5 +1,5 @@
-// The GPU kernel's mathematics and sampler as a library for test_gpu_math.py, which compiles it: the service lanes of one
-// unit are fibers of one thread, which take turns wherever they meet.
+// The GPU kernel's mathematics and sampler as a library for test_gpu_math.py, which compiles it: the service lanes of
+// one unit are fibers of one thread, which take turns wherever they meet.
 //
 // -D: MK_WAVE_SIZE, MK_SERVICE_WAVES. The vocabulary's size is a variable here.
 static int vocab_size;

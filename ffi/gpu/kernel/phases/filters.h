@@ -357,8 +357,8 @@ struct Filter {
   }
 };
 
-// Chooses the token of a row whose options are `filtered`. To be called by all service lanes of one unit, in step. After
-// an aborted wait the candidate and the logits may be anything: then it is some token.
+// Chooses the token of a row whose options are `filtered`. To be called by all service lanes of one unit, in step.
+// After an aborted wait the candidate and the logits may be anything: then it is some token.
 //   best: the merge of all units' candidates
 //   logits: adjusted, of the whole vocabulary, 16-byte aligned, with room for whole vectors; visible to this unit
 //   memory: shared, room for a FilterScratch
