@@ -7,19 +7,19 @@ import functools
 import glob
 import importlib.util
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
 from jax_monokernel import _native
+from jax_monokernel._program import program
+from jax_monokernel.plan import Plan, Platform, attention_tasks, make_plan
 
 if TYPE_CHECKING:
-    from jax_monokernel.plan import Platform
     from jax_monokernel.spec import DecoderSpec
 
-# Multiprocessors or compute units of the usual device of an architecture, for compiling where there is none: H100 and H200
-# (SXM), B200, MI300X, MI350X and MI355X.
+# Multiprocessors or compute units of the usual device of an architecture, for compiling where there is none: H100 and
+# H200 (SXM), B200, MI300X, MI350X and MI355X.
 UNITS = {"sm_90": 132, "sm_100": 148, "gfx942": 304, "gfx950": 256}
 
 
@@ -46,6 +46,12 @@ def register() -> None:
             jax.ffi.register_ffi_target(name, handler, platform=platform)
 
 
+def call_attributes(spec: DecoderSpec, plan: Plan, batch: int, capacity: int) -> dict[str, int]:
+    """What a call adds to the program: how attention is cut into tasks."""
+    splits, task_heads = attention_tasks(spec, plan, batch, capacity)
+    return {"splits": splits, "task_heads": task_heads}
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """What a kernel is compiled for."""
@@ -65,10 +71,12 @@ def target(arch: str | None = None, units: int | None = None) -> Target:
 
     Args:
       arch: architecture such as "sm_90" or "gfx942"; by default that of the first GPU here.
-      units: its multiprocessors or compute units; by default those of a GPU of this architecture here, else of the usual one.
+      units: its multiprocessors or compute units; by default those of a GPU of this architecture here, else of the
+        usual one.
 
     Raises:
-      ValueError: an architecture that is not supported, none given where no GPU is found, or an unknown number of units.
+      ValueError: an architecture that is not supported, none given where no GPU is found, or an unknown number of
+        units.
     """
     _native.gpu_library_dirs(library_dirs())
     if arch is not None:
@@ -114,12 +122,10 @@ def compile_ahead(spec: DecoderSpec, target: Target, *, batch: int, capacity: in
       ValueError: arguments out of range.
       RuntimeError: no compiler, naming what to install, or what the compiler said.
     """
-    from jax_monokernel._program import program
-    from jax_monokernel.plan import attention_tasks, make_plan
-
     _native.gpu_library_dirs(library_dirs())
     plan = make_plan(spec, platform=target.platform, units=target.units)
-    splits, task_heads = attention_tasks(spec, plan, batch, capacity)
-    attributes: dict[str, np.ndarray] = program(spec, plan)
-    result = _native.gpu_compile(**attributes, batch=batch, splits=splits, task_heads=task_heads, arch=target.arch)
+    attributes: dict[str, Any] = program(spec, plan)
+    result = _native.gpu_compile(
+        **attributes, batch=batch, **call_attributes(spec, plan, batch, capacity), arch=target.arch
+    )
     return Compiled(result["code"], result["path"], result["seconds"])

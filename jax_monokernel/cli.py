@@ -194,6 +194,41 @@ def _print_stats(made: int, seconds_per_token: float, first: float, tape: Any) -
     )
 
 
+@app.command(name="compile")
+def compile_(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint folder or Hugging Face model id. By default the small model in this package."),
+    ] = None,
+    batch: Annotated[list[int], typer.Option(min=1, max=16, help="Requests of a call; may be given again.")] = [1],  # noqa: B006
+    capacity: Annotated[
+        int, typer.Option(min=1, help="Positions of the KV cache. Up to 2048 all give the same kernel.")
+    ] = 2048,
+    arch: Annotated[str | None, typer.Option(help="sm_90, gfx942, ... By default that of the GPU here.")] = None,
+    units: Annotated[
+        int | None, typer.Option(min=1, help="Multiprocessors or compute units. By default those of the GPU.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32. By default as the checkpoint says.")
+    ] = None,
+) -> None:
+    """Compile a model's GPU kernel ahead of time. Needs the vendor's run-time compiler, but no GPU."""
+    from jax_monokernel import _gpu, models
+    from jax_monokernel.models.loading import pretrained_spec
+
+    try:
+        target = _gpu.target(arch, units)
+        spec = pretrained_spec(models.SMALL if model is None else model, dtype=dtype)
+        for size in batch:
+            compiled = _gpu.compile_ahead(spec, target, batch=size, capacity=capacity)
+            if not compiled.path:
+                _fail("the kernel could not be saved; set MONOKERNEL_CACHE_DIR to a folder that can be written")
+            how = f"compiled in {compiled.seconds:.1f} s" if compiled.seconds else "in the cache already"
+            typer.echo(f"{target.arch}, {target.units} units, batch {size}: {how}: {compiled.path}")
+    except (ValueError, OSError, RuntimeError) as error:
+        _fail(error)
+
+
 @app.command(name="isa")
 def isa() -> None:
     """Print this machine's CPU kernels, the one in use first."""

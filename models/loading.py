@@ -21,9 +21,9 @@ from jax_monokernel.checkpoint_saving import CONFIG
 from jax_monokernel.checkpoints import Checkpoint, CheckpointError, load_weights, save_weights
 from jax_monokernel.models.decoder import Decoder
 from jax_monokernel.models.origin import Origin
-from jax_monokernel.models.registry import canonical_name, family_of
+from jax_monokernel.models.registry import Family, canonical_name, family_of
 from jax_monokernel.safetensors_file import short
-from jax_monokernel.spec import DTypeName
+from jax_monokernel.spec import DecoderSpec, DTypeName
 
 # What the hub is asked for. Subfolders and "consolidated" files hold the same weights in other forms.
 _ALLOW = ["*.json", "*.safetensors", "*.jinja"]
@@ -67,9 +67,7 @@ def from_pretrained(
     """
     checkpoint = Checkpoint(_folder(path_or_hub_id, revision))
     config = checkpoint.config
-    name = _dtype_name(dtype) if dtype is not None else _stored_dtype(checkpoint)
-    family = family_of(config)
-    spec = family.spec_from_config(config, dtype=name)
+    family, spec = _described(checkpoint, dtype)
     weights = load_weights(
         checkpoint,
         spec,
@@ -79,6 +77,20 @@ def from_pretrained(
         rename=functools.partial(canonical_name, config["model_type"]),
     )
     return Decoder.from_weights(spec, weights, origin=Origin(checkpoint.path.absolute(), json.dumps(config)))
+
+
+def pretrained_spec(path_or_hub_id: str | os.PathLike[str], *, dtype: Any = None) -> DecoderSpec:
+    """What the model of a checkpoint computes, without loading its weights.
+
+    Arguments and errors are those of `from_pretrained`.
+    """
+    return _described(Checkpoint(_folder(path_or_hub_id, None)), dtype)[1]
+
+
+def _described(checkpoint: Checkpoint, dtype: Any) -> tuple[Family, DecoderSpec]:
+    name = _dtype_name(dtype) if dtype is not None else _stored_dtype(checkpoint)
+    family = family_of(checkpoint.config)
+    return family, family.spec_from_config(checkpoint.config, dtype=name)
 
 
 def save_pretrained(

@@ -1,9 +1,9 @@
 #include "gpu/build.h"
 
+#include <array>
 #include <chrono>
 #include <cstdio>
 #include <optional>
-#include <utility>
 
 #include "gpu/cache.h"
 #include "gpu/compiler.h"
@@ -72,8 +72,11 @@ Built build_now(const Architecture& a, const Request& request, const std::string
 std::shared_ptr<const Built> build(const Architecture& a, const Request& request) {
   const std::string source = stub(request, a.shared_bytes);
   const std::string hash = hash_of(a, source);
-  static auto* all = new OnceMap<std::pair<std::string, std::string>, const Built>;
-  return all->get({hash, settings().cache_dir},
+  using Key = std::array<std::string, 3>;
+  static auto* all = new OnceMap<Key, const Built>;
+  const Settings settings_now = settings();
+  const std::string& library = a.vendor == Vendor::kCuda ? settings_now.nvrtc_library : settings_now.hiprtc_library;
+  return all->get(Key{hash, settings_now.cache_dir, library},
                   [&] { return std::make_shared<const Built>(build_now(a, request, source, hash)); });
 }
 

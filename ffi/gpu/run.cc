@@ -34,10 +34,19 @@ std::string hex(uint32_t value) {
 }
 
 // What a report says, in the words of docs/kernel.md.
-Failure reported(const mk::Report& r, double timeout_s) {
+Failure reported(const mk::Report& r, int64_t vocab_size, double timeout_s) {
   constexpr const char* kHandoffs[] = {"h1_qkv",     "h2_attended", "h3_partial",   "h4_projected",
-                                       "h5_inner",   "h6_residual", "h7_candidate", "h8_token"};
+                                       "h5_inner",   "h6_residual", "h7_candidate", "h8_token",
+                                       "h9_final"};
   if (r.reason == mk::kCancelled) return cancelled();
+  if (r.reason == mk::kInvalid) {  // the reason's own use of the fields: request, position and token
+    const std::string request = std::to_string(r.unit);
+    const auto position = static_cast<int32_t>(r.expected), token = static_cast<int32_t>(r.seen);
+    return Failure(Code::kInvalid, position < 0 ? "position of request " + request + " is " + std::to_string(position) +
+                                                      "; expected at least 0"
+                                                : "last_token of request " + request + " is " + std::to_string(token) +
+                                                      "; expected 0 to " + std::to_string(vocab_size - 1));
+  }
   if (r.reason != mk::kTimeout) {
     return Failure(Code::kInternal, "the kernel ended for an unknown reason (" + std::to_string(r.reason) + ")");
   }
@@ -122,7 +131,9 @@ void run(Vendor vendor, int ordinal, void* stream, const Call& call) {
   }
   api.check(state, "run the kernel");
   trace.save(stream);
-  if (exchange.host->report.reason != mk::kOk) throw reported(exchange.host->report, s.timeout_s);
+  if (exchange.host->report.reason != mk::kOk) {
+    throw reported(exchange.host->report, request.program.vocab_size, s.timeout_s);
+  }
 }
 
 }  // namespace monokernel::gpu

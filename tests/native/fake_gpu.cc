@@ -20,7 +20,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-enum Launch : int { kRuns, kTimesOut, kUntilCancelled, kFailsToLaunch, kCrashes, kUnknownReason };
+enum Launch : int { kRuns, kTimesOut, kUntilCancelled, kFailsToLaunch, kCrashes, kUnknownReason, kInvalidToken, kInvalidPosition };
 enum Error : int { kInvalidValue = 1, kNoBinary = 209, kNotReady = 600, kIllegalAddress = 700, kTooLarge = 720 };
 
 #define VARIABLE __attribute__((visibility("default")))
@@ -31,7 +31,8 @@ VARIABLE int fake_shared_bytes = 227 * 1024, fake_driver_version = 13000, fake_n
 VARIABLE int fake_compile_ms = 0, fake_compile_error = 0, fake_no_memory = 0, fake_launch_ms = 0;
 VARIABLE char fake_arch[64] = "gfx942:sramecc+:xnack-";
 // What was seen.
-VARIABLE std::atomic<int> fake_compiles = 0, fake_loads = 0, fake_launches = 0, fake_allocations = 0, fake_overlaps = 0;
+VARIABLE std::atomic<int> fake_compiles = 0, fake_loads = 0, fake_launches = 0, fake_allocations = 0, fake_overlaps = 0,
+                          fake_cleared_bytes = 0;
 VARIABLE int fake_last_device = -1, fake_grid = 0, fake_block = 0, fake_dynamic_shared = 0;
 VARIABLE char fake_source[1 << 20] = "", fake_flags[1024] = "", fake_headers[8192] = "";
 }
@@ -82,6 +83,10 @@ bool progress(Running& r) {
     *r.args.report = {mk::kTimeout, 4, 3, 17, 5, 123, 1, 0xbeef};
   } else if (fake_launch == kUnknownReason) {
     r.args.report->reason = 77;
+  } else if (fake_launch == kInvalidToken || fake_launch == kInvalidPosition) {
+    const uint32_t position = fake_launch == kInvalidPosition ? 0u - 7 : 3;
+    *r.args.report = {.reason = mk::kInvalid, .handoff = 0, .layer = 0, .token = 0, .unit = 1, .word = 0, .expected = position,
+                      .seen = 51};
   } else {
     write_tokens(r.args, r.batch);
   }
@@ -233,7 +238,10 @@ BOTH(cuMemHostGetDevicePointer_v2, hipHostGetDevicePointer, (void** on_device, v
   return 0;
 })
 BOTH(cuMemsetD8Async, hipMemsetD8Async, (void* to, unsigned char value, size_t bytes, void*),
-     { return enqueue([=] { std::memset(to, value, bytes); }); })
+     {
+       fake_cleared_bytes += value == 0 ? static_cast<int>(bytes) : 0;
+       return enqueue([=] { std::memset(to, value, bytes); });
+     })
 BOTH(cuMemcpyDtoDAsync_v2, hipMemcpyDtoDAsync, (void* to, void* from, size_t bytes, void*),
      { return enqueue([=] { std::memcpy(to, from, bytes); }); })
 BOTH(cuMemcpyDtoHAsync_v2, hipMemcpyDtoHAsync, (void* to, void* from, size_t bytes, void*),
