@@ -70,6 +70,7 @@ MK_DEVICE void serve(const Args& args) {
     s.waiter.deadline = arch::ticks() + args.timeout_ticks;
     fill_angles(s);
     start_residual(s);
+    s.mark(kTokenStart);
     for (int layer = 0; layer < MK_NUM_LAYERS; layer++) {
       s.enter_layer(layer);
       p1_norm_qkv(s, layer);

@@ -20,6 +20,23 @@ static_assert(kServiceLanes >= kBatch * kTileRows, "a service lane must have one
 // f16 has too small a range for values that are scaled only after the multiplication.
 constexpr bool kScaleAfter = kWeightType != kF16;
 
+// Events of the timeline: a phase's events are kPhaseEvents * phase and what follows.
+constexpr int kPhaseEvents = 4;
+enum Event : int {
+  kFilled,      // activations are in place
+  kMultiplied,  // the last segment's products are
+  kPublished,
+  kPrepared = kPhaseEvents * kPhases,  // p2_attend: heads and cache
+  kAttended,
+  kCombined,
+  kTokenStart,
+  kCandidates,
+  kChosen,
+  kKnown,
+};
+constexpr int kTraceEvents = 4096;  // of a unit
+constexpr int kTraceFrom = 16;      // token of the launch
+
 struct Service {
   const Args& args;
   Waiter waiter;
@@ -28,6 +45,7 @@ struct Service {
   int token;  // of this launch
   int squares_set;  // which half of the partial sums of squares is in use
   const float* constants;  // of the layer
+  int events;              // of the timeline so far
 
   MK_METHOD explicit Service(const Args& a) : args(a) {
     unit = arch::unit();
@@ -40,6 +58,7 @@ struct Service {
     token = 0;
     squares_set = 0;
     constants = nullptr;
+    events = 0;
     waiter = {&a, at<u32>(kWorkspace.abort), 0, false};
   }
 
@@ -49,6 +68,15 @@ struct Service {
   }
   MK_METHOD Control& control() const { return *shared_at<Control>(kShared.control); }
   MK_METHOD void sync() const { arch::group_sync<kServiceGroup, kServiceWaves>(); }
+
+  // Timeline: what the first service lane has just finished.
+  MK_METHOD void mark(int event) {
+#if MK_TRACE
+    if (index == 0 && token >= kTraceFrom && events < kTraceEvents) {
+      ((u64*)args.trace)[(i64)unit * kTraceEvents + events++] = arch::ticks() << 8 | (u64)event;
+    }
+#endif
+  }
 
   MK_METHOD void enter_layer(int layer) {
     constants = args.constants + MK_LAYER_CONSTANTS_OFFSET + (i64)layer * MK_LAYER_CONSTANTS;
@@ -293,13 +321,16 @@ MK_DEVICE void run_phase(Service& s, Fill fill, Use use) {
     for (int f = 0; f < fills; f++) {
       if (fills > 1 || segment == 0) {
         fill(f);
+        s.mark(kPhaseEvents * phase + kFilled);
         arch::unit_sync();  // A
       }
       arch::unit_sync();  // B
+      s.mark(kPhaseEvents * phase + kMultiplied);
     }
     // What comes next is in place already: let the stream waves go on before looking at what came out.
     if (fills == 1 && segment + 1 < segments) arch::unit_sync();  // A
     use(deal, segment);
+    s.mark(kPhaseEvents * phase + kPublished);
   }
 }
 

@@ -181,26 +181,38 @@ MK_DEVICE void prepare_heads(Service& s, const Site& site, int layer, int reques
   s.sync();
 }
 
-// Elements of this lane of one position.
-MK_DEVICE void load_position(const char* row, int part, float (&out)[kLaneElems]) {
+// Elements of this lane of one position, as they are stored.
+struct Position {
+  Vec4 vectors[kLaneVectors];
+};
+
+MK_DEVICE Position load_position(const char* row, int part) {
+  Position x;
   MK_UNROLL
   for (int i = 0; i < kLaneVectors; i++) {
     const int vector = part + i * kPositionLanes;
-    Vec4 v = zero_vector();
+    x.vectors[i] = zero_vector();
     if constexpr (kKvAligned) {
-      if (vector < kPositionVectors) v = arch::load_words((const u32*)(row + vector * 16));
+      if (vector < kPositionVectors) x.vectors[i] = arch::load_words((const u32*)(row + vector * 16));
     } else {
       constexpr int words = kHeadDim * kKvBytes / 4;
-      const u32* p = (const u32*)row;
-      if (vector * 4 + 0 < words) v.x = arch::load_word(p + vector * 4 + 0);
-      if (vector * 4 + 1 < words) v.y = arch::load_word(p + vector * 4 + 1);
-      if (vector * 4 + 2 < words) v.z = arch::load_word(p + vector * 4 + 2);
-      if (vector * 4 + 3 < words) v.w = arch::load_word(p + vector * 4 + 3);
+      const u32* p = (const u32*)row + vector * 4;
+      if (vector * 4 + 0 < words) x.vectors[i].x = arch::load_word(p);
+      if (vector * 4 + 1 < words) x.vectors[i].y = arch::load_word(p + 1);
+      if (vector * 4 + 2 < words) x.vectors[i].z = arch::load_word(p + 2);
+      if (vector * 4 + 3 < words) x.vectors[i].w = arch::load_word(p + 3);
     }
-    float x[kKvVector];
-    unpack<kKvType>(v, x);
+  }
+  return x;
+}
+
+MK_DEVICE void unpack_position(const Position& x, float (&out)[kLaneElems]) {
+  MK_UNROLL
+  for (int i = 0; i < kLaneVectors; i++) {
+    float elements[kKvVector];
+    unpack<kKvType>(x.vectors[i], elements);
     MK_UNROLL
-    for (int e = 0; e < kKvVector; e++) out[i * kKvVector + e] = x[e];
+    for (int e = 0; e < kKvVector; e++) out[i * kKvVector + e] = elements[e];
   }
 }
 
@@ -224,19 +236,8 @@ MK_DEVICE void attend(Service& s, int layer, int task) {
   const int first = window > 0 && position + 1 > window ? position + 1 - window : 0;
   const int last_block = position / kSplitBlock;
   const bool owns_last = last_block % kSplits == split;
-  prepare_heads(s, site, layer, request, group, live && owns_last);
-
   const AttentionScratch scratch = attention_scratch();
   const int part = s.lane % kPositionLanes, sub = s.lane / kPositionLanes;
-  float q[kTaskHeads][kLaneElems], sums[kTaskHeads][kLaneElems], top[kTaskHeads], total[kTaskHeads];
-  MK_UNROLL
-  for (int h = 0; h < kTaskHeads; h++) {
-    load_own(scratch.vectors + h * kHeadDim, part, q[h]);
-    top[h] = kLowest;
-    total[h] = 0.0f;
-    MK_UNROLL
-    for (int e = 0; e < kLaneElems; e++) sums[h][e] = 0.0f;
-  }
   const float *own_key = scratch.vectors + kTaskHeads * kHeadDim, *own_value = own_key + kHeadDim;
   const i64 base = (((i64)request * MK_NUM_LAYERS + layer) * kKvHeads + group * kTaskHeads / (kHeads / kKvHeads)) * s.args.capacity;
   const char* keys = (const char*)s.args.k_cache + base * kHeadDim * kKvBytes;
@@ -246,22 +247,53 @@ MK_DEVICE void attend(Service& s, int layer, int task) {
   const int begin_block = first_block + (split - first_block % kSplits + kSplits) % kSplits;
   const int blocks = live && begin_block <= last_block ? (last_block - begin_block) / kSplits + 1 : 0;
   constexpr int wave_step = kWavePositions * kUnroll;
-  for (int i = s.wave * wave_step; i < blocks * kSplitBlock; i += kServiceWaves * wave_step) {
+  const int end = blocks * kSplitBlock, own = s.wave * wave_step;
+  auto place = [&](int i, int u) {  // the position, or one that nobody sees
+    const int at = i + u * kWavePositions + sub;
+    const int p = (begin_block + at / kSplitBlock * kSplits) * kSplitBlock + at % kSplitBlock;
+    return at < end && p >= first ? p : position + 1;
+  };
+  Position raw_keys[kUnroll], raw_values[kUnroll];
+  auto load = [&](int i) {
+    MK_UNROLL
+    for (int u = 0; u < kUnroll; u++) {
+      const int p = place(i, u);
+      raw_keys[u] = raw_values[u] = {};
+      if (p < position) {
+        raw_keys[u] = load_position(keys + (i64)p * kHeadDim * kKvBytes, part);
+        raw_values[u] = load_position(values + (i64)p * kHeadDim * kKvBytes, part);
+      }
+    }
+  };
+  load(own);  // what is in the cache already is on its way while the query is not there
+
+  prepare_heads(s, site, layer, request, group, live && owns_last);
+  s.mark(kPrepared);
+
+  float q[kTaskHeads][kLaneElems], sums[kTaskHeads][kLaneElems], top[kTaskHeads], total[kTaskHeads];
+  MK_UNROLL
+  for (int h = 0; h < kTaskHeads; h++) {
+    load_own(scratch.vectors + h * kHeadDim, part, q[h]);
+    top[h] = kLowest;
+    total[h] = 0.0f;
+    MK_UNROLL
+    for (int e = 0; e < kLaneElems; e++) sums[h][e] = 0.0f;
+  }
+  for (int i = own; i < end; i += kServiceWaves * wave_step) {
     float k[kUnroll][kLaneElems], v[kUnroll][kLaneElems];
     bool seen[kUnroll];
     MK_UNROLL
     for (int u = 0; u < kUnroll; u++) {
-      const int at = i + u * kWavePositions + sub;
-      const int p = (begin_block + at / kSplitBlock * kSplits) * kSplitBlock + at % kSplitBlock;
-      seen[u] = at < blocks * kSplitBlock && p >= first && p <= position;
-      if (seen[u] && p < position) {
-        load_position(keys + (i64)p * kHeadDim * kKvBytes, part, k[u]);
-        load_position(values + (i64)p * kHeadDim * kKvBytes, part, v[u]);
-      } else {
+      const int p = place(i, u);
+      seen[u] = p <= position;
+      unpack_position(raw_keys[u], k[u]);
+      unpack_position(raw_values[u], v[u]);
+      if (p == position) {
         load_own(own_key, part, k[u]);
         load_own(own_value, part, v[u]);
       }
     }
+    load(i + kServiceWaves * wave_step);
     MK_UNROLL
     for (int h = 0; h < kTaskHeads; h++) {
       float score[kUnroll];
@@ -360,6 +392,7 @@ MK_DEVICE void attend(Service& s, int layer, int task) {
     }
   }
   s.sync();  // the scratch is free
+  s.mark(kAttended);
 }
 
 MK_DEVICE void p2_attend(Service& s, int layer) {

@@ -54,6 +54,7 @@ MK_DEVICE void p6_head(Service& s) {
         });
       });
 
+  s.mark(kCandidates);
   // The lanes of a tile's rows, then all that have the same request.
   MK_UNROLL
   for (int mask = 1; mask < kTileRows; mask *= 2) merge_lanes(best, mask);
@@ -169,6 +170,7 @@ MK_DEVICE bool p7_sample(Service& s) {
   for (int request = 0; request < kBatch; request++) {
     if (owner_of(request) == s.unit) choose(s, request);
   }
+  s.mark(kChosen);
   const Site site = s.token_site(h8_token, kWorkspace.token);
   bool cancelled = false;
   if (s.wave == 0) {
@@ -190,6 +192,7 @@ MK_DEVICE bool p7_sample(Service& s) {
       update_live(s, request);
     }
   }
+  s.mark(kKnown);
   return !cancelled;
 }
 

@@ -90,6 +90,13 @@ MK_DEVICE void wait_words(Waiter& waiter, const Site& site, const u32* p, int st
     }
     return missing;
   };
+#if MK_POLL == 1
+  for (int spins = 1;; spins++) {
+    const u32 w = arch::lane() == 0 && words_of(0) > 0 ? arch::load_word(p) : site.parity;
+    if (!arch::any(((w ^ site.parity) & 1u) != 0)) break;
+    if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, (u32)(p - site.words), w)) return;
+  }
+#endif
   bool missing = load();
   for (int spins = 1; arch::any(missing); spins++) {
     if (missing) missing = load();
