@@ -175,6 +175,9 @@ constexpr SharedLayout make_shared_layout() {
 constexpr SharedLayout kShared = make_shared_layout();
 #if !defined(MK_REGISTER_RING)
 static_assert(kShared.ring_slots >= 2, "too little shared memory for this batch: the plan's chunk_atoms must be smaller");
+#else
+static_assert(kShared.ring + arch::kReservedShared <= MK_SHARED_BYTES,
+              "too little shared memory for this batch: the plan's chunk_atoms or segment_tiles must be smaller");
 #endif
 
 template <typename T>

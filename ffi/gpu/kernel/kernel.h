@@ -91,6 +91,7 @@ MK_DEVICE void serve(const Args& args) {
 }  // namespace mk
 
 MK_KERNEL(mk::kThreads) void monokernel(mk::Args args) {
+  mk::arch::enter();
   if (mk::arch::wave() < mk::kWaves) {
     mk::StreamWave stream;
     stream.run(args);

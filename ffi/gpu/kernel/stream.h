@@ -21,8 +21,10 @@ MK_DEVICE int segment_count(const Tiles& t) { return (t.count + kSegmentTiles - 
 
 #if !defined(MK_REGISTER_RING)
 using Ring = arch::Ring<kShared.ring_slots>;
+constexpr int kTurnAtoms = Ring::kSlotAtoms;  // atoms between two looks at the ring
 #else
 using Ring = arch::Ring;
+constexpr int kTurnAtoms = Ring::kAtoms;
 #endif
 
 // Walks the stream: what the next atoms of this wave are. The order is that of jax_monokernel/_gpu_tape.py.
@@ -145,6 +147,26 @@ struct StreamWave {
     return sum;
   }
 
+  // From an atom of the ring to its last. No loop: compilers refuse to unroll one that is so long.
+  template <int atom>
+  MK_METHOD void turn(const char* activations, bool& running) {
+    Vec4 w[kGroup];
+    ring.template read<kGroup>(atom, w);
+    if (running && !padding) {
+      MK_UNROLL
+      for (int i = 0; i < kGroup; i++) {
+        multiply(sums, w[i], load_fragments(activations, column + i * kAtomCols, lane));
+      }
+    }
+    ring.template done<kGroup>(atom);  // what comes next is requested before this wave waits for others
+    if (running) {
+      column += kGroup * kAtomCols;
+      left -= kGroup;
+      running = advance();
+    }
+    if constexpr (atom + kGroup < kTurnAtoms) turn<atom + kGroup>(activations, running);
+  }
+
   MK_METHOD void run(const Args& args) {
     wave = arch::wave();
     lane = arch::lane();
@@ -158,23 +180,7 @@ struct StreamWave {
     if (start_token() && advance()) {
       for (bool running = true; running;) {
         ring.wait();
-        MK_UNROLL
-        for (int atom = 0; atom < Ring::kSlotAtoms; atom += kGroup) {
-          Vec4 w[kGroup];
-          ring.template read<kGroup>(atom, w);
-          if (running) {
-            if (!padding) {
-              MK_UNROLL
-              for (int i = 0; i < kGroup; i++) {
-                multiply(sums, w[i], load_fragments(activations, column + i * kAtomCols, lane));
-              }
-            }
-            column += kGroup * kAtomCols;
-            left -= kGroup;
-            running = advance();
-          }
-          ring.template done<kGroup>(atom);
-        }
+        turn<0>(activations, running);
         ring.next();
       }
     }

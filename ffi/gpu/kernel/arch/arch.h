@@ -5,6 +5,7 @@
 //   kWave                       lanes of a wave, 32 or 64
 //   unit(), wave(), lane()      where this lane is; wave() and everything derived from it is uniform over the wave
 //   shared()                    base of the unit's shared memory, 16-byte aligned
+//   enter()                     once, by all lanes, before anything else
 //   unit_sync()                 barrier of all waves of the unit; orders shared and global memory inside the unit
 //   group_sync<id, waves>()     barrier of `waves` whole waves (id 1 to 7)
 //   wave_sync()                 barrier and shared-memory order inside a wave
@@ -31,6 +32,8 @@
 //     template <int n> void done(int atom)       these atoms will not be read again
 //     void next()                                goes to the next slot
 //     void drain()                               waits for all that was requested; nothing is requested after
+//   A Ring in registers (MK_REGISTER_RING) is no template and has kAtoms instead of slots: read and done take the index of an
+//   atom of the ring, a constant after unrolling; kReservedShared bytes at the end of shared memory are the machine's own.
 //   Vec4                        struct {u32 x, y, z, w;}, 16-byte aligned
 #pragma once
 

@@ -26,6 +26,7 @@ MK_DEVICE char* shared() {
   return memory;
 }
 
+MK_DEVICE void enter() {}
 MK_DEVICE void unit_sync() { asm volatile("barrier.sync 0;" ::: "memory"); }
 template <int id, int waves>
 MK_DEVICE void group_sync() {

@@ -83,6 +83,7 @@ MK_DEVICE int wave() { return (int)host::current->wave; }
 MK_DEVICE int lane() { return (int)host::current->lane; }
 MK_DEVICE char* shared() { return host::shared_memory(); }
 
+MK_DEVICE void enter() {}
 MK_DEVICE void unit_sync(host::Where at = host::here()) { host::barrier(0, host::geometry.waves, at); }
 template <int id, int waves>
 MK_DEVICE void group_sync(host::Where at = host::here()) {

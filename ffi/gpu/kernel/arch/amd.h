@@ -1,0 +1,233 @@
+// AMD, gfx942 (MI300) and gfx950 (MI350): waves of 64 lanes. Compiler builtins only, so that clang's HIP front end needs no
+// headers and no device libraries. docs/amd.md says what of this has been checked, and how.
+#pragma once
+
+#include "args.h"
+
+#if !defined(__AMDGCN__)
+#error "the kernel is compiled for NVIDIA or AMD GPUs, or with MK_HOST for this CPU"
+#endif
+
+#define MK_DEVICE static __attribute__((device, always_inline, unused)) inline
+#define MK_METHOD __attribute__((device, always_inline)) inline
+#define MK_CONSTANT static __attribute__((constant))
+// One work-group has a compute unit for itself: its waves share the registers of four SIMDs.
+#define MK_KERNEL(threads)                                                                                             \
+  extern "C" __attribute__((global, visibility("protected"), amdgpu_flat_work_group_size((threads), (threads)),        \
+                            amdgpu_waves_per_eu(((threads) + 255) / 256, ((threads) + 255) / 256)))
+#define MK_UNROLL _Pragma("unroll")
+#define MK_REGISTER_RING 1
+
+namespace mk {
+
+struct alignas(16) Vec4 {
+  u32 x, y, z, w;
+};
+
+extern __attribute__((device, shared, aligned(128))) char shared_memory[];
+
+namespace arch {
+
+constexpr int kWave = 64;
+
+// Pointers that are known to point to global or shared memory. Others cost flat instructions, which count as both.
+template <typename T>
+using Global = __attribute__((address_space(1))) T;
+template <typename T>
+using Shared = __attribute__((address_space(3))) T;
+using Words2 = u32 __attribute__((ext_vector_type(2)));
+using Words4 = u32 __attribute__((ext_vector_type(4)));
+
+MK_DEVICE int unit() { return (int)__builtin_amdgcn_workgroup_id_x(); }
+MK_DEVICE int lane() { return (int)(__builtin_amdgcn_workitem_id_x() & 63u); }
+// Taken from the first lane, so that the compiler knows that it is uniform.
+MK_DEVICE int wave() { return (int)__builtin_amdgcn_readfirstlane(__builtin_amdgcn_workitem_id_x() >> 6); }
+MK_DEVICE char* shared() { return shared_memory; }
+
+// ---- Barriers ----
+
+// The counters of group_sync are the last bytes of shared memory.
+constexpr int kGroups = 8;
+constexpr int kReservedShared = 64;
+MK_DEVICE Shared<u32>* group_counter(int id) {
+  return (Shared<u32>*)(Shared<char>*)(shared_memory + MK_SHARED_BYTES - kReservedShared) + id;
+}
+
+// Orders shared memory, and global memory inside the unit. Global loads stay in flight.
+MK_DEVICE void unit_sync() {
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
+  __builtin_amdgcn_s_barrier();
+  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+}
+
+MK_DEVICE void enter() {
+  if (__builtin_amdgcn_workitem_id_x() < kGroups) {
+    __hip_atomic_store(group_counter((int)__builtin_amdgcn_workitem_id_x()), 0u, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
+  }
+  unit_sync();
+}
+
+// There is one hardware barrier, for all waves. This one counts arrivals: wave k of a round raises the counter from
+// waves * round + k, and leaves when the round is full. The counter never goes back in a launch.
+template <int id, int waves>
+MK_DEVICE void group_sync() {
+  static_assert(1 <= id && id < kGroups, "no such barrier");
+  Shared<u32>* counter = group_counter(id);
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
+  u32 before = 0;
+  if (lane() == 0) before = __hip_atomic_fetch_add(counter, 1u, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
+  const u32 full = (u32)__builtin_amdgcn_readfirstlane(before) / waves * waves + waves;
+  while ((i32)(__builtin_amdgcn_readfirstlane(__hip_atomic_load(counter, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP)) - full) < 0) {
+    __builtin_amdgcn_s_sleep(1);
+  }
+  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+}
+
+// Lanes of a wave are always together; this keeps the order of their accesses.
+MK_DEVICE void wave_sync() {
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront");
+  __builtin_amdgcn_wave_barrier();
+  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
+}
+
+// ---- Numbers ----
+
+MK_DEVICE u32 as_u32(float v) { return __builtin_bit_cast(u32, v); }
+MK_DEVICE float as_f32(u32 v) { return __builtin_bit_cast(float, v); }
+MK_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+MK_DEVICE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+MK_DEVICE float sqrt(float v) { return __builtin_sqrtf(v); }
+MK_DEVICE double sqrt(double v) { return __builtin_sqrt(v); }
+
+// ---- Other lanes ----
+
+MK_DEVICE u32 shuffle(u32 v, int from) { return (u32)__builtin_amdgcn_ds_bpermute(from * 4, (int)v); }
+MK_DEVICE float shuffle(float v, int from) { return as_f32(shuffle(as_u32(v), from)); }
+
+// A vector instruction's own way to read another lane of the same 16, without going through shared memory's crossbar.
+template <int control>
+MK_DEVICE u32 near(u32 v) {
+  return (u32)__builtin_amdgcn_update_dpp(0, (int)v, control, 0xf, 0xf, true);
+}
+constexpr int kSwap1 = 0xb1, kSwap2 = 0x4e, kReverse4 = 0x1b, kReverse8 = 0x141, kRotate4 = 0x124, kRotate8 = 0x128;
+
+MK_DEVICE u32 shuffle_xor(u32 v, int mask) {
+  switch (mask) {  // a constant, once loops are unrolled
+    case 1: return near<kSwap1>(v);
+    case 2: return near<kSwap2>(v);
+    case 4: return near<kReverse4>(near<kReverse8>(v));
+    case 8: return near<kRotate8>(v);
+    case 16: return (u32)__builtin_amdgcn_ds_swizzle((int)v, 0x401f);
+    default: return shuffle(v, lane() ^ mask);
+  }
+}
+MK_DEVICE float shuffle_xor(float v, int mask) { return as_f32(shuffle_xor(as_u32(v), mask)); }
+MK_DEVICE bool any(bool v) { return __builtin_amdgcn_ballot_w64(v) != 0; }
+
+// ---- Memory ----
+
+MK_DEVICE u32 load_word(const u32* p) {
+  return __hip_atomic_load((const Global<u32>*)p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
+// Two loads: 8 bytes is what the compiler has as one access for other units' data.
+MK_DEVICE Vec4 load_words(const u32* p) {
+  const u64 low = __hip_atomic_load((const Global<u64>*)p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+  const u64 high = __hip_atomic_load((const Global<u64>*)p + 1, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+  return {(u32)low, (u32)(low >> 32), (u32)high, (u32)(high >> 32)};
+}
+MK_DEVICE void store_word(u32* p, u32 v) {
+  __hip_atomic_store((Global<u32>*)p, v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
+MK_DEVICE Vec4 load_shared_data(const void* p) { return load_words((const u32*)p); }
+MK_DEVICE Vec4 load_once(const void* p) {
+  const Words4 v = __builtin_nontemporal_load((const Global<Words4>*)p);
+  return {v.x, v.y, v.z, v.w};
+}
+MK_DEVICE void release() { __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent"); }
+MK_DEVICE void acquire() { __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "agent"); }
+MK_DEVICE u32 load_host(const u32* p) {
+  return __hip_atomic_load((const Global<u32>*)p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_SYSTEM);
+}
+MK_DEVICE bool claim(u32* p) {
+  u32 expected = 0;
+  return __hip_atomic_compare_exchange_strong((Global<u32>*)p, &expected, 1u, __ATOMIC_RELAXED, __ATOMIC_RELAXED,
+                                              __HIP_MEMORY_SCOPE_AGENT);
+}
+MK_DEVICE u32 shared_add(u32* p, u32 v) {
+  return __hip_atomic_fetch_add((Shared<u32>*)p, v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
+}
+MK_DEVICE u64 ticks() { return __builtin_amdgcn_s_memrealtime(); }  // 100 MHz, the same on the whole device
+
+// ---- Matrices ----
+
+template <bool bf16>
+MK_DEVICE void mfma_4x4x4(float* c, const u32 (&a)[2], const u32 (&b)[2]) {
+  using Sums = float __attribute__((ext_vector_type(4)));
+  const Words2 a2 = {a[0], a[1]}, b2 = {b[0], b[1]};
+  Sums sums = {c[0], c[1], c[2], c[3]};
+  if constexpr (bf16) {
+    using Elements = short __attribute__((ext_vector_type(4)));
+    sums = __builtin_amdgcn_mfma_f32_4x4x4bf16_1k(__builtin_bit_cast(Elements, a2), __builtin_bit_cast(Elements, b2), sums, 0, 0, 0);
+  } else {
+    using Elements = _Float16 __attribute__((ext_vector_type(4)));
+    sums = __builtin_amdgcn_mfma_f32_4x4x4f16(__builtin_bit_cast(Elements, a2), __builtin_bit_cast(Elements, b2), sums, 0, 0, 0);
+  }
+  c[0] = sums.x;
+  c[1] = sums.y;
+  c[2] = sums.z;
+  c[3] = sums.w;
+}
+
+// ---- Stream ----
+
+// One wave's stream through registers. Every atom that is done makes room for the one kAtoms later, whose load is then on its
+// way for as long as the wave multiplies the others, and across barriers. All indices are constants where this is used.
+struct Ring {
+  static constexpr int kSlotAtoms = 8;
+  static constexpr int kAtoms = 16;  // in flight or not yet read: 16 KiB
+  static constexpr int kBytes = 0, kBarrierBytes = 0;  // of shared memory
+  static constexpr int kAtomBytes = kWave * 16;
+
+  Words4 atoms[kAtoms];
+  const Global<char>*begin, *end, *request;
+  u32 place;  // of this lane in an atom
+
+  MK_METHOD void start(char*, char*, const void* stream, u64 bytes) {
+    begin = request = (const Global<char>*)stream;
+    end = begin + bytes;
+    place = (u32)lane() * 16;
+    done<kSlotAtoms>(0);
+    done<kSlotAtoms>(kSlotAtoms);
+  }
+
+  MK_METHOD void wait() {}
+
+  template <int n>
+  MK_METHOD void read(int atom, Vec4 (&w)[n]) {
+    MK_UNROLL
+    for (int i = 0; i < n; i++) w[i] = __builtin_bit_cast(Vec4, atoms[atom + i]);
+  }
+
+  template <int n>
+  MK_METHOD void done(int atom) {
+    static_assert(kSlotAtoms % n == 0, "atoms are done in parts of a slot");
+    // Loads that were moved before the last use of a register's old contents would need other registers.
+    __builtin_amdgcn_sched_barrier(0);
+    MK_UNROLL
+    for (int i = 0; i < n; i++) {
+      const Global<char>* from = request + (atom + i) % kSlotAtoms * kAtomBytes;
+      atoms[atom + i] = __builtin_nontemporal_load((const Global<Words4>*)(from + place));
+    }
+    __builtin_amdgcn_sched_barrier(0);
+    if ((atom + n) % kSlotAtoms == 0) {
+      request += kSlotAtoms * kAtomBytes;
+      if (request == end) request = begin;
+    }
+  }
+
+  MK_METHOD void next() {}
+  MK_METHOD void drain() {}
+};
+
+}  // namespace arch
+}  // namespace mk
