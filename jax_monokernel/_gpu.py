@@ -46,7 +46,7 @@ def register() -> None:
             jax.ffi.register_ffi_target(name, handler, platform=platform)
 
 
-def call_attributes(spec: DecoderSpec, plan: Plan, batch: int, capacity: int) -> dict[str, int]:
+def call_attributes(spec: DecoderSpec, plan: Plan, batch: int, capacity: int) -> dict[str, Any]:
     """What a call adds to the program: how attention is cut into tasks."""
     splits, task_heads = attention_tasks(spec, plan, batch, capacity)
     return {"splits": splits, "task_heads": task_heads}

@@ -1,8 +1,5 @@
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 INT_FIELDS: list[str]
 FLOAT_FIELDS: list[str]
 MAX_BATCH: int
@@ -20,12 +17,14 @@ def gpu_registrations() -> dict[str, dict[str, object]]: ...
 def gpu_test_registrations() -> dict[str, dict[str, object]]: ...
 def gpu_library_dirs(dirs: list[str]) -> None: ...
 def gpu_headers() -> dict[str, str]: ...
+
+# A program's attributes: int64, float32, int64, float64 and int64 arrays (jax_monokernel._program).
 def gpu_stub(
-    ints: NDArray[np.int64],
-    floats: NDArray[np.float32],
-    layers: NDArray[np.int64],
-    ropes: NDArray[np.float64],
-    tiles: NDArray[np.int64],
+    ints: Any,
+    floats: Any,
+    layers: Any,
+    ropes: Any,
+    tiles: Any,
     *,
     batch: int,
     splits: int,
@@ -34,22 +33,14 @@ def gpu_stub(
     trace: bool = ...,
 ) -> str: ...
 def gpu_workspace_bytes(
-    ints: NDArray[np.int64],
-    floats: NDArray[np.float32],
-    layers: NDArray[np.int64],
-    ropes: NDArray[np.float64],
-    tiles: NDArray[np.int64],
-    *,
-    batch: int,
-    splits: int,
-    task_heads: int,
+    ints: Any, floats: Any, layers: Any, ropes: Any, tiles: Any, *, batch: int, splits: int, task_heads: int
 ) -> int: ...
 def gpu_compile(
-    ints: NDArray[np.int64],
-    floats: NDArray[np.float32],
-    layers: NDArray[np.int64],
-    ropes: NDArray[np.float64],
-    tiles: NDArray[np.int64],
+    ints: Any,
+    floats: Any,
+    layers: Any,
+    ropes: Any,
+    tiles: Any,
     *,
     batch: int,
     splits: int,

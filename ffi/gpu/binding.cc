@@ -58,6 +58,7 @@ py::list devices(const std::string& platform) {
     d["name"] = device.name();
     d["arch"] = device.architecture().name;
     d["units"] = device.multiprocessors();
+    d["clock_khz"] = device.clock_khz();
     all.append(d);
   }
   return all;
@@ -129,7 +130,7 @@ void bind(py::module_& m) {
 #undef PROGRAM
   m.def("gpu_shared_bytes", [](const std::string& arch) { return architecture(arch).shared_bytes; }, py::arg("arch"),
         "Shared memory of a unit on an architecture.");
-  m.def("gpu_devices", &devices, py::arg("platform"), "Name, architecture and number of units of each device.");
+  m.def("gpu_devices", &devices, py::arg("platform"), "Name, architecture, number of units and rate of the kernel's ticks of each device.");
   m.def("gpu_compiler", [](const std::string& platform) {
     const Compiler& c = compiler(vendor_of(platform));
     return py::make_tuple(c.version, c.path);

@@ -61,6 +61,7 @@ class Device {
   const Architecture& architecture() const { return architecture_; }
   const std::string& name() const { return name_; }
   int multiprocessors() const { return multiprocessors_; }
+  int clock_khz() const { return clock_khz_; }  // of the kernel's ticks
   uint64_t ticks(double seconds) const { return static_cast<uint64_t>(seconds * 1e3 * clock_khz_); }
 
   // Held from launch to end: a launch owns every multiprocessor, so two cannot run side by side. Guards `exchange`.

@@ -22,7 +22,9 @@ WorkspaceSize workspace_size(const Request& request) {
   return {w.bytes, w.exchange_bytes};
 }
 
-// Until the kernel has a timeline: room for 64 KiB of events of each unit.
-int64_t trace_bytes(const Request& request) { return request.trace ? request.program.units * 65536 : 0; }
+int64_t trace_bytes(const Request& request) {
+  constexpr int64_t kTraceEvents = 4096;  // as in kernel/service.h; a test compares the two
+  return request.trace ? request.program.units * kTraceEvents * 8 : 0;
+}
 
 }  // namespace monokernel::gpu
