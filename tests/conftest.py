@@ -34,3 +34,31 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def fake_gpu_library(tmp_path_factory: pytest.TempPathFactory):
+    """A stand-in for GPU drivers and compilers (gpu_fakes.py)."""
+    from gpu_fakes import build_fake
+
+    return build_fake(tmp_path_factory.mktemp("fake"))
+
+
+@pytest.fixture
+def make_fake(fake_gpu_library, tmp_path, environment):
+    """make_fake(platform) is a fresh driver and compiler that all calls use from then on, as in a fresh process."""
+    from gpu_fakes import VARIABLES, Fake
+
+    environment("MONOKERNEL_CACHE_DIR", str(tmp_path / "cache"))
+    made = []
+
+    def make(platform="cuda"):
+        folder = tmp_path / f"fake{len(made)}"
+        folder.mkdir()
+        fake = Fake(fake_gpu_library, folder, platform)
+        for name in VARIABLES[platform]:
+            environment(name, str(fake.path))
+        made.append(fake)
+        return fake
+
+    return make

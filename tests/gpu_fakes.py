@@ -18,6 +18,7 @@ from jax_monokernel import DecoderSpec, LayerSpec, RopeSpec, _native
 from jax_monokernel._program import program
 from jax_monokernel.plan import Plan, Platform, geometry
 
+PLATFORMS = ("cuda", "rocm")
 LAUNCHES = (
     "runs",
     "times_out",

@@ -1,62 +1,33 @@
-"""The GPU run time (ffi/gpu) without a GPU, on a stand-in for drivers and compilers."""
+"""Calls of the GPU run time (ffi/gpu) without a GPU, on a stand-in for drivers and compilers."""
 
 from __future__ import annotations
 
 import concurrent.futures
-import hashlib
+import dataclasses
+import functools
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
-import gpu_fakes
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding import DECODE_ERRORS
-from gpu_fakes import ARCHES, VARIABLES, WARP, Fake, make_call, spec_of
-from typer.testing import CliRunner
+from decoding import DECODE_ERRORS, params_of, state_of
+from gpu_fakes import ARCHES, PLATFORMS, WARP, make_call, register, spec_of
+from naive import random_weights
 
-from jax_monokernel import LayerSpec, _gpu, _native, cancel, cli
-from jax_monokernel._program import program
+from jax_monokernel import _native, cancel, decode
 from jax_monokernel.plan import Plan
-
-PLATFORMS = ("cuda", "rocm")
-
-
-@pytest.fixture(scope="session")
-def fake_library(tmp_path_factory):
-    return gpu_fakes.build_fake(tmp_path_factory.mktemp("fake"))
-
-
-@pytest.fixture
-def make_fake(fake_library, tmp_path, environment):
-    """make_fake(platform) is a fresh driver and compiler that all calls use from then on, as in a fresh process."""
-    environment("MONOKERNEL_CACHE_DIR", str(tmp_path / "cache"))
-    made = []
-
-    def make(platform="cuda"):
-        folder = tmp_path / f"fake{len(made)}"
-        folder.mkdir()
-        fake = Fake(fake_library, folder, platform)
-        for name in VARIABLES[platform]:
-            environment(name, str(fake.path))
-        made.append(fake)
-        return fake
-
-    return make
+from jax_monokernel.tape import pack
 
 
 @pytest.fixture(params=PLATFORMS)
 def fake(request, make_fake):
     return make_fake(request.param)
-
-
-def cache_files(tmp_path: Path) -> list[Path]:
-    return sorted(p for p in (tmp_path / "cache").iterdir() if not p.name.startswith("."))
 
 
 # ---- Launches ----
@@ -175,6 +146,24 @@ def test_threads_models_and_devices(make_fake):
     assert fake.launches == 18
 
 
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+def test_decode_with_a_gpu_tape_makes_such_calls(fake, monkeypatch, jit):
+    register()
+    module = sys.modules["jax_monokernel.decode"]  # the package's attribute of this name is the function
+    monkeypatch.setattr(module, "TARGET", f"jax_monokernel_decode_on_fake_{fake.platform}")
+    spec = spec_of()
+    tape = pack(spec, random_weights(spec), Plan(platform=fake.platform, units=5))
+    batch = 18  # two calls
+    state = state_of(spec, [3] * batch, capacity=20)
+    state = dataclasses.replace(state, last_token=jnp.arange(batch, dtype=jnp.int32))
+    run = functools.partial(decode, max_new_tokens=3)
+    result = (jax.jit(run) if jit else run)(tape, state, params_of(spec, batch))
+    np.testing.assert_array_equal(result.tokens, np.arange(batch)[:, None] + np.arange(1, 4))
+    assert result.state.position.tolist() == [6] * batch
+    assert fake.launches == 2
+    assert re.search(r"#define MK_BATCH (16|2)\n", fake.source)
+
+
 # ---- What does not fit ----
 
 
@@ -276,317 +265,6 @@ def test_a_call_of_another_version(make_fake):
         call.run()
 
 
-EDGES = [-(2**63), -1, 0, 1, 3, 7, 65, 1023, 2**20, 2**31 - 1, 2**31, 2**40, 2**59, 2**62, 2**63 - 1]
-
-
-@pytest.mark.parametrize("platform", PLATFORMS)
-@pytest.mark.parametrize("table", ["ints", "layers", "ropes", "tiles"])
-def test_programs_that_were_changed_give_an_error_or_a_stub(platform, table):
-    original = make_call(platform).attributes
-    arguments = {"batch": 2, "shared_bytes": 65536} | {k: int(original[k]) for k in ("splits", "task_heads")}
-    tables = {k: original[k] for k in ("ints", "floats", "layers", "ropes", "tiles")}
-    whole = _native.gpu_stub(**tables, **arguments)
-    refused = 0
-    for i in range(tables[table].size):
-        for edge in EDGES:
-            changed = tables[table].copy()
-            changed.flat[i] = edge
-            try:
-                stub = _native.gpu_stub(**tables | {table: changed}, **arguments)
-            except ValueError:
-                refused += 1
-                continue
-            assert stub.endswith('#include "kernel.h"\n')
-            # What is not refused either is what it was, or is written down.
-            assert (stub != whole) or changed.flat[i] == tables[table].flat[i] or table == "tiles"
-    assert refused > tables[table].size * 3
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"batch": 17}, "1 to 16 requests"),
-        ({"batch": 0}, "1 to 16 requests"),
-        ({"splits": 0}, "splits is 0"),
-        ({"splits": 10**6}, "splits is 1000000"),
-        ({"task_heads": 3}, "task_heads is 3; expected a divisor"),
-        ({"floats": np.full(len(_native.FLOAT_FIELDS), np.nan, np.float32)}, "norm_eps is not finite"),
-        ({"floats": np.zeros(3, np.float32)}, "another version"),
-        ({"layers": np.zeros(3, np.int64)}, "layer table has the wrong size"),
-        ({"tiles": np.zeros(3, np.int64)}, "tile table has the wrong size"),
-    ],
-)
-def test_stub_arguments(changes, message):
-    tables = program(spec_of(), Plan(platform="cuda", units=3))
-    arguments = {"batch": 1, "splits": 1, "task_heads": 1, "shared_bytes": 65536}
-    with pytest.raises(ValueError, match=message):
-        _native.gpu_stub(**tables | arguments | changes)
-
-
-def test_a_cpu_program_is_no_gpu_program():
-    tables = program(spec_of(), Plan(platform="cpu", units=3))
-    with pytest.raises(ValueError, match="packed for the CPU"):
-        _native.gpu_stub(**tables, batch=1, splits=1, task_heads=1, shared_bytes=65536)
-
-
-# ---- Stub and headers ----
-
-
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_the_stub_says_what_the_program_says(platform):
-    spec = spec_of(norm_eps=1e-5, embedding_multiplier=-3.3)
-    tables = program(spec, Plan(platform=platform, units=7))
-    stub = _native.gpu_stub(**tables, batch=3, splits=5, task_heads=2, shared_bytes=65536, trace=True)
-    defines = dict(re.findall(r"^#define MK_(\w+) (.*)$", stub, re.MULTILINE))
-    for name, value in zip(_native.INT_FIELDS, tables["ints"], strict=True):
-        assert int(defines.pop(name.upper())) == value
-    for name, value in zip(_native.FLOAT_FIELDS, tables["floats"], strict=True):
-        text = defines.pop(name.upper())
-        assert text.endswith("f")
-        assert float.fromhex(text[:-1]) == value
-
-    def rows(text):
-        assert text.startswith("{{")
-        return [row.split(",") for row in re.findall(r"\{([^{}]+)\}", text)]
-
-    tiles = np.array(rows(defines.pop("TILE_TABLE")), np.int64)
-    np.testing.assert_array_equal(tiles, tables["tiles"].reshape(-1, 3)[:, :2])
-    np.testing.assert_array_equal(np.array(rows(defines.pop("LAYER_TABLE")), np.int64).reshape(-1), tables["layers"])
-    ropes = [[float.fromhex(v.rstrip("f")) for v in row] for row in rows(defines.pop("ROPE_TABLE"))]
-    np.testing.assert_allclose(np.reshape(ropes, -1), tables["ropes"], rtol=1e-7)
-    assert defines == {"BATCH": "3", "SPLITS": "5", "TASK_HEADS": "2", "SHARED_BYTES": "65536", "TRACE": "1"}
-
-
-def test_a_model_without_positions_has_a_rope_row():
-    spec = spec_of(ropes=(), layers=(LayerSpec(rope=None),))
-    tables = program(spec, Plan(platform="cuda", units=3))
-    stub = _native.gpu_stub(**tables, batch=1, splits=1, task_heads=1, shared_bytes=65536)
-    assert "#define MK_ROPE_TABLE {{0," in stub
-
-
-def test_headers_are_the_files():
-    root = Path(__file__).parent.parent / "ffi" / "gpu" / "kernel"
-    files = {str(p.relative_to(root)): p.read_text() for p in root.rglob("*.h")}
-    assert _native.gpu_headers() == files
-
-
-# ---- The cache ----
-
-
-def test_a_second_process_finds_the_kernel(make_fake, tmp_path, capfd):
-    first = make_fake()
-    make_call().run()
-    assert "compiling the kernel for this model, batch 2, on sm_90 (nvrtc-13.4)" in capfd.readouterr().err
-    (file,) = cache_files(tmp_path)
-    content = file.read_bytes()
-    code = content[96:]
-    assert code[4:-1].decode() == first.source
-    assert content[:96] == b"jax_monokernel 1%016x%s" % (len(code), hashlib.sha256(code).hexdigest().encode())
-    second = make_fake()
-    make_call().run()
-    assert (second.compiles, second.loads) == (0, 1)
-    assert capfd.readouterr().err == ""
-    assert cache_files(tmp_path) == [file]
-
-
-@pytest.mark.parametrize("changes", [{"nvrtc_major": 14}, {"major": 10}], ids=["compiler", "architecture"])
-def test_another_compiler_or_architecture_is_another_kernel(make_fake, tmp_path, changes):
-    make_fake()
-    make_call().run()
-    fake = make_fake()
-    for name, value in changes.items():
-        setattr(fake, name, value)
-    make_call().run()
-    assert fake.compiles == 1
-    assert len(cache_files(tmp_path)) == 2
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: b"",
-        lambda content: content[:-1],
-        lambda content: content + b"x",
-        lambda content: content[:50],
-        lambda content: content[:200] + bytes([content[200] ^ 1]) + content[201:],
-        lambda content: b"x" + content[1:],
-        lambda content: content[:20] + b"f" + content[21:],
-    ],
-    ids=["empty", "short", "long", "no_header", "bit", "magic", "length"],
-)
-def test_damaged_entries_are_replaced(make_fake, tmp_path, damage, capfd):
-    make_fake()
-    make_call().run()
-    (file,) = cache_files(tmp_path)
-    content = file.read_bytes()
-    file.write_bytes(damage(content))
-    fake = make_fake()
-    assert make_call().run()["lengths"].tolist() == [4, 4]
-    assert f"{file} is damaged and will be replaced" in capfd.readouterr().err
-    assert fake.compiles == 1
-    assert file.read_bytes() == content
-
-
-def test_a_cache_that_cannot_be_written_does_no_harm(make_fake, tmp_path, environment, capfd):
-    fake = make_fake()
-    (tmp_path / "file").write_text("")
-    environment("MONOKERNEL_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    assert make_call().run()["lengths"].tolist() == [4, 4]
-    assert "was not saved in" in capfd.readouterr().err
-    assert fake.compiles == 1
-
-
-def test_no_compile_mode(make_fake, environment):
-    fake = make_fake()
-    environment("MONOKERNEL_NO_COMPILE", "1")
-    with pytest.raises(
-        DECODE_ERRORS,
-        match=r"FAILED_PRECONDITION.*MONOKERNEL_NO_COMPILE forbids.*"
-        "jax-monokernel compile --model CHECKPOINT --batch 2 --arch sm_90",
-    ):
-        make_call().run()
-    assert fake.compiles == 0
-    environment("MONOKERNEL_NO_COMPILE", None)
-    make_call().run()
-    fake = make_fake()
-    environment("MONOKERNEL_NO_COMPILE", "1")
-    make_call().run()
-    assert fake.compiles == 0
-
-
-def test_a_cached_kernel_needs_no_compiler(make_fake, environment):
-    make_fake()
-    make_call().run()
-    make_fake()
-    environment("MONOKERNEL_NVRTC_LIBRARY", "/nowhere/libnvrtc.so")
-    make_call().run()
-    with pytest.raises(
-        DECODE_ERRORS, match=r"MONOKERNEL_NVRTC_LIBRARY is /nowhere/libnvrtc.so, which cannot be loaded"
-    ):
-        make_call(batch=1).run()
-
-
-NATIVE_ONLY = """
-import ctypes, importlib.util, sys
-spec = importlib.util.spec_from_file_location("_native", sys.argv[1])
-native = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(native)
-import numpy as np
-"""
-
-
-def native_process(code: str, *arguments: object, **environment: str) -> subprocess.Popen:
-    """A Python process with the native module alone: neither JAX nor this package has to be loaded."""
-    command = [sys.executable, "-c", NATIVE_ONLY + code, _native.__file__, *map(str, arguments)]
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("MONOKERNEL_")}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=kept | environment)
-
-
-def output_of(process: subprocess.Popen) -> str:
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    return out
-
-
-def test_processes_compile_once(fake_library, tmp_path):
-    np.savez(tmp_path / "program.npz", **program(spec_of(), Plan(platform="cuda", units=3)))
-    code = """
-program = dict(np.load(sys.argv[2]))
-fake = ctypes.CDLL(sys.argv[3])
-ctypes.c_int.in_dll(fake, "fake_compile_ms").value = 700
-result = native.gpu_compile(**program, batch=1, splits=1, task_heads=1, arch="sm_90")
-print(ctypes.c_int.in_dll(fake, "fake_compiles").value, len(result["code"]), result["path"])
-"""
-    environment = {"MONOKERNEL_CACHE_DIR": str(tmp_path / "cache"), "MONOKERNEL_NVRTC_LIBRARY": str(fake_library)}
-    processes = [native_process(code, tmp_path / "program.npz", fake_library, **environment) for _ in range(3)]
-    found = [output_of(p).split() for p in processes]
-    assert sorted(f[0] for f in found) == ["0", "0", "1"]
-    assert len({tuple(f[1:]) for f in found}) == 1
-
-
-# ---- Libraries ----
-
-
-def library_found(fake_library: Path, tmp_path: Path, names: list[str], code: str = "", **environment: str) -> str:
-    """Which of `names` (FOLDER/FILE below tmp_path) the search takes, if their folders are given in this order."""
-    for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(fake_library.read_bytes())
-    dirs = list(dict.fromkeys(str((tmp_path / name).parent) for name in names))
-    script = f"native.gpu_library_dirs({dirs!r})\n{code}\nprint(native.gpu_compiler(sys.argv[2])[1])"
-    platform = "rocm" if "hiprtc" in names[0] else "cuda"
-    found = output_of(native_process(script, platform, **environment)).strip()
-    return str(Path(found).relative_to(tmp_path))
-
-
-def test_libraries_are_taken_in_the_order_of_folders_then_versions(fake_library, tmp_path):
-    names = ["a/libnvrtc.so.12", "a/libnvrtc.so.13", "a/libnvrtc-builtins.so.14", "b/libnvrtc.so.14"]
-    nowhere = {"MONOKERNEL_CUDA_LIBRARY": "/nowhere"}
-    assert library_found(fake_library, tmp_path, names, **nowhere) == "a/libnvrtc.so.13"
-
-
-def test_a_compiler_that_is_too_new_for_the_driver_comes_last(fake_library, tmp_path):
-    names = ["a/libnvrtc.so.14", "b/libnvrtc.so.13"]
-    found = library_found(fake_library, tmp_path, names, MONOKERNEL_CUDA_LIBRARY=str(fake_library))
-    assert found == "b/libnvrtc.so.13"
-
-
-def test_a_library_that_does_not_load_is_passed_over(fake_library, tmp_path):
-    (tmp_path / "a").mkdir()
-    code = f"open({str(tmp_path / 'a' / 'libhiprtc.so.9')!r}, 'w').write('no library')"
-    assert library_found(fake_library, tmp_path, ["a/libhiprtc.so.7"], code) == "a/libhiprtc.so.7"
-
-
-@pytest.mark.parametrize("name", ["libnvrtc.so.12", "libhiprtc.so.6"])
-def test_a_library_that_is_loaded_already_comes_first(fake_library, tmp_path, name):
-    loaded = tmp_path / "loaded" / name
-    loaded.parent.mkdir()
-    loaded.write_bytes(fake_library.read_bytes())
-    found = library_found(fake_library, tmp_path, [f"a/{name}"], f"ctypes.CDLL({str(loaded)!r})")
-    assert found == f"loaded/{name}"
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        ("gpu_devices('cuda')", "Install the NVIDIA driver"),
-        ("gpu_devices('rocm')", "Install ROCm 6 or later"),
-        ("gpu_compiler('cuda')", "Install NVIDIA's run-time compiler: pip install nvidia-cuda-nvrtc"),
-        ("gpu_compiler('rocm')", "Install AMD's run-time compiler"),
-    ],
-)
-def test_missing_libraries_are_named_with_what_to_install(call, message):
-    code = f"""
-try:
-    native.{call}
-except RuntimeError as error:
-    print(error)
-"""
-    out = output_of(native_process(code))
-    if not out:
-        pytest.skip("this machine has the library")
-    assert "was not found. " + message in out
-    assert re.search(r"or set MONOKERNEL_\w+_LIBRARY to the library's path", out)
-
-
-def test_a_library_without_the_functions(environment, tmp_path):
-    subprocess.run(["c++", "-shared", "-x", "c++", "/dev/null", "-o", tmp_path / "libempty.so"], check=True)
-    environment("MONOKERNEL_HIPRTC_LIBRARY", str(tmp_path / "libempty.so"))
-    with pytest.raises(RuntimeError, match=r"libempty\.so has no function hiprtcVersion: it is too old"):
-        _native.gpu_compiler("rocm")
-
-
-def test_folders_of_installed_packages(tmp_path, monkeypatch):
-    for folder in ("nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib", "_rocm_sdk_core/lib", "torch/lib"):
-        (tmp_path / folder).mkdir(parents=True)
-    for package in ("_rocm_sdk_core", "torch"):
-        (tmp_path / package / "__init__.py").write_text("raise AssertionError('it is looked for, not imported')")
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
-    found = [str(Path(d).relative_to(tmp_path)) for d in _gpu.library_dirs() if d.startswith(str(tmp_path))]
-    assert sorted(found) == ["_rocm_sdk_core/lib", "nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib", "torch/lib"]
-
-
 # ---- Timelines ----
 
 
@@ -605,90 +283,3 @@ def test_the_timeline_is_saved(make_fake, environment, tmp_path):
     environment("MONOKERNEL_TRACE", None)
     make_call().run()
     assert "#define MK_TRACE 0\n" in fake.source
-
-
-# ---- Ahead of time ----
-
-
-def invoke(*arguments: str):
-    return CliRunner().invoke(cli.app, ["compile", *arguments])
-
-
-@pytest.mark.parametrize(
-    ("platform", "arguments", "expected"),
-    [
-        ("cuda", ["--arch", "sm_90"], "sm_90, 132 units, batch 1: compiled in"),
-        ("cuda", ["--arch", "sm_90a", "--units", "7"], "sm_90, 7 units, batch 1: compiled in"),
-        ("rocm", ["--arch", "gfx950", "--batch", "3"], "gfx950, 256 units, batch 3: compiled in"),
-        ("rocm", [], "gfx942, 132 units, batch 1: compiled in"),
-    ],
-)
-def test_compile_command(make_fake, platform, arguments, expected, environment):
-    fake = make_fake(platform)
-    if "--arch" in arguments:
-        fake.devices = 0
-    else:
-        environment("MONOKERNEL_CUDA_LIBRARY", "/nowhere")
-    result = invoke(*arguments)
-    assert result.exit_code == 0, result.output
-    assert result.stdout.startswith(expected)
-    assert Path(result.stdout.split(": ")[-1].strip()).exists()
-    assert fake.compiles == 1
-    make_fake(platform).devices = fake.devices
-    assert "in the cache already" in invoke(*arguments).stdout
-
-
-def test_compile_ahead_gives_the_kernel_that_decode_asks_for(make_fake, environment):
-    make_fake()
-    spec = spec_of()
-    _gpu.compile_ahead(spec, _gpu.Target("cuda", "sm_90", 5), batch=2, capacity=16)
-    fake = make_fake()
-    environment("MONOKERNEL_NO_COMPILE", "1")
-    call = make_call(spec=spec)
-    call.attributes["task_heads"] = np.int64(int(re.search(r"TASK_HEADS (\d+)", stub_of(spec)).group(1)))
-    call.run()
-    assert fake.launches == 1
-
-
-def stub_of(spec):
-    from jax_monokernel.plan import attention_tasks
-
-    plan = Plan(platform="cuda", units=5)
-    splits, heads = attention_tasks(spec, plan, 2, 16)
-    return _native.gpu_stub(**program(spec, plan), batch=2, splits=splits, task_heads=heads, shared_bytes=65536)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--arch", "sm_80"], "does not run on sm_80"),
-        (["--arch", "h100"], "is no GPU architecture"),
-        (["--arch", "sm_120"], "give the number of multiprocessors"),
-        (["--arch", "sm_90", "--model", "/nowhere"], "/nowhere"),
-        ([], "no GPU was found here; name an architecture"),
-    ],
-)
-def test_compile_command_errors(make_fake, arguments, message, environment):
-    make_fake("cuda").devices = 0
-    environment("MONOKERNEL_HIP_LIBRARY", "/nowhere")
-    result = invoke(*arguments)
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1
-
-
-def nvrtc_version() -> str | None:
-    _native.gpu_library_dirs(_gpu.library_dirs())
-    try:
-        return _native.gpu_compiler("cuda")[0]
-    except RuntimeError:
-        return None
-
-
-@pytest.mark.skipif(nvrtc_version() is None, reason="NVRTC is not installed (pip install nvidia-cuda-nvrtc)")
-def test_nvrtc_compiles_the_kernel(environment, tmp_path):
-    environment("MONOKERNEL_CACHE_DIR", str(tmp_path))
-    compiled = _gpu.compile_ahead(spec_of(), _gpu.Target("cuda", "sm_90", 3), batch=1, capacity=64)
-    assert compiled.code[:4] == b"\x7fELF"
-    assert b"monokernel" in compiled.code
-    assert 0 < compiled.seconds < 120
