@@ -102,6 +102,14 @@ constexpr int find_group() {
 }
 constexpr int kGroup = find_group();
 
+// Streams whose runs are all of 4 or 8 atoms, or a multiple, are read a tile's run at a time (stream.h).
+#if defined(MK_REGISTER_RING)
+constexpr bool kEven = false;
+#else
+constexpr bool kEven = kGroup >= 4;
+#endif
+constexpr int kSlotAtoms = kEven ? kGroup : 8;  // of a ring in shared memory
+
 // ---- Shared memory ----
 
 // A request's activations. The rest of 64 modulo 128 bytes spreads the lanes' rows over all banks.
@@ -169,7 +177,7 @@ constexpr SharedLayout make_shared_layout() {
   s.barriers = at;
   at += 1024;
   s.ring = at;
-  s.ring_slots = (MK_SHARED_BYTES - at) / (kWaves * 8 * arch::kWave * 16);
+  s.ring_slots = smaller((MK_SHARED_BYTES - at) / (kWaves * kSlotAtoms * arch::kWave * 16), 1024 / 8 / kWaves);
   return s;
 }
 constexpr SharedLayout kShared = make_shared_layout();

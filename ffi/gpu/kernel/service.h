@@ -23,7 +23,8 @@ constexpr bool kScaleAfter = kWeightType != kF16;
 // Events of the timeline: a phase's events are kPhaseEvents * phase and what follows.
 constexpr int kPhaseEvents = 4;
 enum Event : int {
-  kFilled,      // activations are in place
+  kGathered,    // the first service wave's part of the activations is in place
+  kFilled,      // all are
   kMultiplied,  // the last segment's products are
   kPublished,
   kPrepared = kPhaseEvents * kPhases,  // p2_attend: heads and cache
@@ -321,8 +322,9 @@ MK_DEVICE void run_phase(Service& s, Fill fill, Use use) {
     for (int f = 0; f < fills; f++) {
       if (fills > 1 || segment == 0) {
         fill(f);
-        s.mark(kPhaseEvents * phase + kFilled);
+        s.mark(kPhaseEvents * phase + kGathered);
         arch::unit_sync();  // A
+        s.mark(kPhaseEvents * phase + kFilled);
       }
       arch::unit_sync();  // B
       s.mark(kPhaseEvents * phase + kMultiplied);

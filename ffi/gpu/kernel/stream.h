@@ -20,7 +20,7 @@ enum Status : int { kRunning, kStopped, kFull, kInvalidRequest /* inside the ker
 MK_DEVICE int segment_count(const Tiles& t) { return (t.count + kSegmentTiles - 1) / kSegmentTiles; }
 
 #if !defined(MK_REGISTER_RING)
-using Ring = arch::Ring<kShared.ring_slots>;
+using Ring = arch::Ring<kShared.ring_slots, kSlotAtoms>;
 constexpr int kTurnAtoms = Ring::kSlotAtoms;  // atoms between two looks at the ring
 #else
 using Ring = arch::Ring;
@@ -95,8 +95,7 @@ struct StreamWave {
 
   MK_METHOD void start_padding() {
     padding = true;
-    constexpr int per_slot = Ring::kSlotAtoms;
-    left = (per_slot - total % per_slot) % per_slot;
+    left = round_up(total, 8) - total;
   }
 
   // After the last atom of a run, until there is one to multiply. False when the launch is over.
@@ -167,15 +166,110 @@ struct StreamWave {
     if constexpr (atom + kGroup < kTurnAtoms) turn<atom + kGroup>(activations, running);
   }
 
+#if !defined(MK_REGISTER_RING)
+  // ---- Even streams: loops instead of a walk. The barriers are those of the walk. ----
+
+  // A chunk of kGroup * steps atoms for `count` tiles side by side: sums that do not depend on each other.
+  template <int steps, int count>
+  MK_METHOD void multiply_tiles(const Vec4 (&x)[kGroup * steps], const char* activations, int first, bool add) {
+    Sums s[count];
+    MK_UNROLL
+    for (int t = 0; t < count; t++) {
+      clear(s[t]);
+      MK_UNROLL
+      for (int step = 0; step < steps; step++) {
+        Vec4 w[kGroup];
+        ring.wait();
+        ring.template read<kGroup>(0, w);
+        MK_UNROLL
+        for (int i = 0; i < kGroup; i++) {
+          if constexpr (kFragments == 1) {
+            multiply_one(s[t], w[i], x[step * kGroup + i]);
+          } else {
+            multiply(s[t], w[i], load_fragments(activations, column + (step * kGroup + i) * kAtomCols, lane));
+          }
+        }
+        ring.template done<kGroup>(0);
+        ring.next();
+      }
+    }
+    MK_UNROLL
+    for (int t = 0; t < count; t++) flush(s[t], products(), first + t, wave, lane, add);
+  }
+
+  template <int steps>
+  MK_METHOD void multiply_chunk(const char* activations, bool add) {
+    Vec4 x[kGroup * steps];
+    if constexpr (kFragments == 1) {
+      MK_UNROLL
+      for (int i = 0; i < kGroup * steps; i++) x[i] = load_fragments(activations, column + i * kAtomCols, lane).x[0];
+    }
+    int t = 0;
+    for (; t + 2 <= tiles; t += 2) multiply_tiles<steps, 2>(x, activations, t, add);
+    if (t < tiles) multiply_tiles<steps, 1>(x, activations, t, add);
+  }
+
+  template <int p>
+  MK_METHOD void multiply_phase() {
+    deal = kTiles[p * MK_UNITS + arch::unit()];
+    const char* activations = shared_at<char>(kShared.activations);
+    constexpr int whole = kChunkAtoms / kWaves / kGroup, rest = atoms(p) % kChunkAtoms / kWaves / kGroup;
+    constexpr int chunks = chunk_count(p);
+    for (segment = 0; segment < segment_count(deal); segment++) {
+      tiles = smaller(kSegmentTiles, deal.count - segment * kSegmentTiles);
+      for (int f = 0; f < fill_count(p); f++) {
+        arch::unit_sync();  // A
+        for (int c = f * kResident; c < smaller(chunks, (f + 1) * kResident); c++) {
+          const int begin = c * kChunkAtoms - f * kResident * kChunkAtoms;
+          if (rest == 0 || c < chunks - 1) {
+            column = (begin + kChunkAtoms / kWaves * wave) * kAtomCols;
+            if constexpr (whole > 0) multiply_chunk<whole>(activations, c > 0);
+          } else {
+            column = (begin + atoms(p) % kChunkAtoms / kWaves * wave) * kAtomCols;
+            if constexpr (rest > 0) multiply_chunk<rest>(activations, c > 0);
+          }
+        }
+        arch::unit_sync();  // B
+      }
+    }
+  }
+
+  MK_METHOD void run_even() {
+    for (;;) {
+      arch::unit_sync();  // T
+      if (shared_at<Control>(kShared.control)->go == 0) return;
+      for (int l = 0; l < MK_NUM_LAYERS; l++) {
+        multiply_phase<kQkv>();
+        multiply_phase<kO>();
+        multiply_phase<kGateUp>();
+        multiply_phase<kDown>();
+      }
+      multiply_phase<kHead>();
+      // What fills the stream's end up to SLOT_ATOMS of jax_monokernel/plan.py.
+      for (int i = total; i % 8 != 0; i += kSlotAtoms) {
+        ring.wait();
+        ring.template done<kGroup>(0);
+        ring.next();
+      }
+    }
+  }
+#endif
+
   MK_METHOD void run(const Args& args) {
     wave = arch::wave();
     lane = arch::lane();
     total = count_atoms();
-    const int slots = (total + Ring::kSlotAtoms - 1) / Ring::kSlotAtoms;
+    const u64 bytes = (u64)round_up(larger(total, 1), 8) * arch::kWave * 16;
     const i64 stream = (i64)(arch::unit() * kWaves + wave) * MK_WAVE_ELEMS * kWeightBytes;
-    constexpr u64 slot_bytes = Ring::kSlotAtoms * arch::kWave * 16;
     ring.start(shared_at<char>(kShared.ring) + wave * Ring::kBytes, shared_at<char>(kShared.barriers) + wave * Ring::kBarrierBytes,
-               (const char*)args.streams + stream, (slots == 0 ? 1 : slots) * slot_bytes);
+               (const char*)args.streams + stream, bytes);
+#if !defined(MK_REGISTER_RING)
+    if constexpr (kEven) {
+      run_even();
+      ring.drain();
+      return;
+    }
+#endif
     const char* activations = shared_at<char>(kShared.activations);
     if (start_token() && advance()) {
       for (bool running = true; running;) {

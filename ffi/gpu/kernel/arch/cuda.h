@@ -103,9 +103,9 @@ MK_DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shar
 
 // One wave's stream through a ring in shared memory, filled by bulk copies that lane 0 requests. A slot's barrier counts
 // one arrival (the request) and its bytes.
-template <int slots>
+template <int slots, int slot_atoms>
 struct Ring {
-  static constexpr int kSlotAtoms = 8;
+  static constexpr int kSlotAtoms = slot_atoms;
   static constexpr int kSlotBytes = kSlotAtoms * 512;
   static constexpr int kBytes = slots * kSlotBytes;  // of shared memory
   static constexpr int kBarrierBytes = slots * 8;

@@ -138,9 +138,9 @@ MK_DEVICE void mfma_4x4x4(float* c, const u32 (&a)[2], const u32 (&b)[2], host::
 
 // One wave's stream through a ring in shared memory. Each lane keeps its own part of a slot: it appears in wait(), and
 // done() destroys it.
-template <int slots>
+template <int slots, int slot_atoms>
 struct Ring {
-  static constexpr int kSlotAtoms = 8;
+  static constexpr int kSlotAtoms = slot_atoms;
   static constexpr int kSlotBytes = kSlotAtoms * kWave * 16;
   static constexpr int kBytes = slots * kSlotBytes;  // of shared memory
   static constexpr int kBarrierBytes = slots * 8;

@@ -150,6 +150,14 @@ MK_DEVICE void multiply(AnySums& s, const Vec4& w, const Fragments& f) {
   }
 }
 
+// Of one fragment, where all requests fit in one.
+template <typename AnySums>
+MK_DEVICE void multiply_one(AnySums& s, const Vec4& w, const Vec4& x) {
+  Fragments f;
+  f.x[0] = x;
+  multiply(s, w, f);
+}
+
 // Adds a run's sums to products of `tile`, or starts them.
 template <typename AnySums>
 MK_DEVICE void flush(const AnySums& s, float* products, int tile, int wave, int lane, bool add) {
