@@ -43,9 +43,6 @@ Device::Device(const Driver& api, int ordinal) : api_(api) {
     throw Failure(Code::kUnsupported, name_ + " gives a work-group " + std::to_string(shared) + " bytes of shared memory; " +
                                           std::to_string(architecture_.shared_bytes) + " are needed");
   }
-  if (api_.retain_context) api_.check(api_.retain_context(&context_, handle_), "open the device");
-  Current current(*this);
-  make_exchange();
 }
 
 int Device::attribute(int number, const char* what) const {
@@ -71,13 +68,19 @@ std::string Device::architecture_name() const {
   return "an unknown architecture";
 }
 
-void Device::make_exchange() {
+// Asking what a device is must not take its memory, so this waits for the first call.
+void Device::open() {
+  std::lock_guard lock(open_mutex_);
+  if (open_) return;
+  if (api_.retain_context) api_.check(api_.retain_context(&context_, handle_), "open the device");
+  const Current current(*this);
   void* host = nullptr;
   api_.check(api_.host_alloc(&host, sizeof(Exchange::Host), api_.host_alloc_flags), "allocate host memory");
   exchange_.host = new (host) Exchange::Host{};
   api_.check(api_.host_address(&exchange_.host_on_device, host, 0), "map host memory");
   api_.check(api_.device_alloc(&exchange_.report, sizeof(mk::Report)), "allocate device memory");
   api_.check(api_.event_create(&exchange_.event, kEventNoTiming), "create an event");
+  open_ = true;
 }
 
 Device::Current::Current(const Device& device) : device_(device) {

@@ -1,6 +1,7 @@
 // One device of one vendor: what it is, the kernels loaded on it, and the memory that a launch reports through.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -33,6 +34,7 @@ struct Exchange {
   void* report = nullptr;          // mk::Report in device memory, because all units may write it
   void* event = nullptr;
 };
+static_assert(offsetof(Exchange::Host, cancel) == 0, "the kernel is given the address of the whole");
 
 class Device {
  public:
@@ -40,6 +42,9 @@ class Device {
   static Device& get(Vendor vendor, int ordinal);
 
   Device(const Driver& api, int ordinal);
+
+  // To be called before anything that needs the device to be current. Throws Failure.
+  void open();
 
   // Makes the device current for the calling thread while it lives.
   class Current {
@@ -72,10 +77,11 @@ class Device {
   int attribute(int number, const char* what) const;
   std::string architecture_name() const;
   std::shared_ptr<const Kernel> load(const Request& request);
-  void make_exchange();
 
   const Driver& api_;
   int handle_ = 0;
+  std::mutex open_mutex_;
+  bool open_ = false;
   void* context_ = nullptr;  // CUDA: the primary context, which is XLA's too
   std::string name_;
   Architecture architecture_;

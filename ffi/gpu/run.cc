@@ -81,6 +81,7 @@ void run(Vendor vendor, int ordinal, void* stream, const Call& call) {
   const cpu::InterruptScope interrupts;
 
   Device& device = Device::get(vendor, ordinal);
+  device.open();
   const Device::Current current(device);
   const Driver& api = device.api();
   const Settings s = settings();
