@@ -41,7 +41,7 @@ def build_fake(folder: Path) -> Path:
     """Compiles the stand-in."""
     root = Path(__file__).parent
     library = folder / "libfake.so"
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror"]
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall"]
     source = root / "native" / "fake_gpu.cc"
     subprocess.run(["c++", *flags, f"-I{root.parent / 'ffi'}", "-o", library, source, "-lpthread"], check=True)
     return library

@@ -38,7 +38,7 @@ Wanted wanted_compiler(Vendor vendor) {
   const Settings s = settings();
   std::vector<std::string> dirs = s.library_dirs;
   if (vendor == Vendor::kCuda) {
-    for (const char* dir : {"/usr/local/cuda/lib64", "/usr/local/cuda/targets/x86_64-linux/lib"}) dirs.push_back(dir);
+    dirs.push_back("/usr/local/cuda/lib64");
     const int driver = driver_version(vendor);
     return {.name = "libnvrtc.so",
             .sonames = {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"},
