@@ -50,7 +50,7 @@ struct WorkspaceSize {
 
 WorkspaceSize workspace_size(const Request& request);
 
-// Bytes of the timeline that a MK_TRACE build writes: u64 [units][events], ticks << 8 | event; 0 where there is none.
+// Bytes of the timeline that a MK_TRACE build writes, equally many for each unit; kernel/service.h says what they mean.
 int64_t trace_bytes(const Request& request);
 
 }  // namespace monokernel::gpu

@@ -23,8 +23,8 @@ WorkspaceSize workspace_size(const Request& request) {
 }
 
 int64_t trace_bytes(const Request& request) {
-  constexpr int64_t kTraceEvents = 4096;  // as in kernel/service.h; a test compares the two
-  return request.trace ? request.program.units * kTraceEvents * 8 : 0;
+  constexpr int64_t kUnitBytes = 32768;  // no less than kernel/service.h fills
+  return request.trace ? request.program.units * kUnitBytes : 0;
 }
 
 }  // namespace monokernel::gpu
