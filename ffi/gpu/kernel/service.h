@@ -35,7 +35,7 @@ enum Event : int {
   kChosen,
   kKnown,
 };
-constexpr int kTraceEvents = 4096;  // of a unit
+constexpr int kTraceEvents = 2048;  // of a unit
 constexpr int kTraceFrom = 16;      // token of the launch
 
 struct Service {
@@ -74,7 +74,9 @@ struct Service {
   MK_METHOD void mark(int event) {
 #if MK_TRACE
     if (index == 0 && token >= kTraceFrom && events < kTraceEvents) {
-      ((u64*)args.trace)[(i64)unit * kTraceEvents + events++] = arch::ticks() << 8 | (u64)event;
+      u64* to = (u64*)args.trace + ((i64)unit * kTraceEvents + events++) * 2;
+      to[0] = arch::ticks() << 8 | (u64)event;
+      to[1] = arch::wall_clock();
     }
 #endif
   }
@@ -129,22 +131,6 @@ struct Float4 {
 };
 
 MK_DEVICE Float4 decode4(const Vec4& w) { return {{decode(w.x), decode(w.y), decode(w.z), decode(w.w)}}; }
-
-// Four neighbouring constants of a layer or the model, the first `count` of them.
-template <bool aligned>
-MK_DEVICE Float4 load_constants(const float* p, int count) {
-  if (aligned && count >= 4) {
-    const Vec4 v = arch::load_once(p);
-    return {{arch::as_f32(v.x), arch::as_f32(v.y), arch::as_f32(v.z), arch::as_f32(v.w)}};
-  }
-  Float4 f;
-  MK_UNROLL
-  for (int i = 0; i < 4; i++) f.v[i] = i < count ? p[i] : 0.0f;
-  return f;
-}
-constexpr bool aligned_in_layer(int offset) {
-  return offset % 4 == 0 && MK_LAYER_CONSTANTS_OFFSET % 4 == 0 && MK_LAYER_CONSTANTS % 4 == 0;
-}
 
 // Writes four activations, rounded to the weights' dtype.
 MK_DEVICE void store_activations(char* row, int column, const Float4& x) {
@@ -251,23 +237,38 @@ MK_DEVICE Float4 embedding4(const Service& s, int token, const HeadRow& head_row
 
 // ---- Activations ----
 
-// Calls use(column, value) for the columns [begin, end) of a request that fall to this lane; the words come from a hand-off
-// whose rows have `size` of them.
-template <int size, typename Before, typename Use>
-MK_DEVICE void gather_words(Service& s, const Site& site, int request, int begin, int end, Before before, Use use) {
-  constexpr int step = kTeamLanes * 4;
-  constexpr int most = (size + step - 1) / step;
-  constexpr int count = most < 4 ? most : 4;
-  const u32* row = site.words + request * line(size);
+// A hand-off's row as a phase's input.
+struct Input {
+  const float* weights;  // of the norm; null: none
+  float offset, scale;   // (offset + weight) * scale is what values are multiplied with
+  int size;              // real columns
+};
+
+MK_DEVICE Float4 input_weights(const Input& in, int column) {
+  Float4 f;
+  MK_UNROLL
+  for (int i = 0; i < 4; i++) f.v[i] = column + i < in.size ? (in.weights[column + i] + in.offset) * in.scale : 0.0f;
+  return f;
+}
+
+// Calls use(column, value, weight) for the columns [begin, end) of a request that fall to this lane. One body for all
+// phases: what the instruction cache holds is what counts here.
+template <typename Use>
+MK_DEVICE void gather_words(Service& s, const Site& site, const u32* row, const Input& in, int begin, int end, Use use) {
+  constexpr int step = kTeamLanes * 4, count = 4;
   for (int column = begin + s.team_lane * 4; column - s.team_lane * 4 < end; column += count * step) {
     Vec4 v[count];
-    decltype(before(0)) extra[count];
-    MK_UNROLL
-    for (int i = 0; i < count; i++) extra[i] = before(column + i * step);
-    wait_words<count>(s.waiter, site, row + column, step, v, [&](int i) { return smaller(end, size) - (column + i * step); });
+    Float4 weights[count];
+    if (in.weights != nullptr) {  // on their way while the words are not ready
+      MK_UNROLL
+      for (int i = 0; i < count; i++) {
+        if (column + i * step < end) weights[i] = input_weights(in, column + i * step);
+      }
+    }
+    wait_words<count>(s.waiter, site, row + column, step, v, [&](int i) { return smaller(end, in.size) - (column + i * step); });
     MK_UNROLL
     for (int i = 0; i < count; i++) {
-      if (column + i * step < end) use(column + i * step, decode4(v[i]), extra[i]);
+      if (column + i * step < end) use(column + i * step, decode4(v[i]), weights[i]);
     }
   }
 }
@@ -279,65 +280,23 @@ MK_DEVICE void for_team_requests(const Service& s, Use use) {
   }
 }
 
-struct Nothing {};
-
-// What a phase multiplies: columns of fill `fill` into shared memory. source(request, begin, end, use) delivers them.
-template <int phase, bool norm, typename Source>
-MK_DEVICE void fill_activations(Service& s, int fill, Source source) {
-  const int begin = fill * kResident * kChunkCols;
-  const int end = smaller(padded_cols(phase), begin + kResident * kChunkCols);
-  char* activations = shared_at<char>(kShared.activations);
-  for_team_requests(s, [&](int request) {
-    char* row = activations + request * kRowBytes;
-    float sum = 0.0f;
-    source(request, begin, end, [&](int column, Float4 x, const Float4& weight) {
-      if constexpr (norm) {
-        MK_UNROLL
-        for (int i = 0; i < 4; i++) {
-          sum = arch::fma(x.v[i], x.v[i], sum);
-          x.v[i] *= weight.v[i];
-        }
-      }
-      store_activations(row, column - begin, x);
-    });
-    if constexpr (norm && kScaleAfter) {
-      sum = wave_sum(sum);
-      if (s.lane == 0) {
-        float* to = s.squares(request) + s.team_wave;
-        *to = fill > 0 ? *to + sum : sum;
-      }
-    }
-  });
+// Columns of a vector that the unit itself holds.
+template <typename Value, typename Use>
+MK_DEVICE void for_columns(const Service& s, int begin, int end, Value value, Use use) {
+  for (int column = begin + s.team_lane * 4; column < end; column += kTeamLanes * 4) use(column, value(column));
 }
 
-// One phase's multiplications: fills, barriers, and use(...) for what comes out (see for_products).
-template <int phase, typename Fill, typename Use>
-MK_DEVICE void run_phase(Service& s, Fill fill, Use use) {
-  const Tiles deal = kTiles[phase * MK_UNITS + s.unit];
-  if (deal.count == 0) return;
-  s.squares_set ^= 1;
-  const int segments = segment_count(deal);
-  constexpr int fills = fill_count(phase);
-  for (int segment = 0; segment < segments; segment++) {
-    for (int f = 0; f < fills; f++) {
-      if (fills > 1 || segment == 0) {
-        fill(f);
-        s.mark(kPhaseEvents * phase + kGathered);
-        arch::unit_sync();  // A
-        s.mark(kPhaseEvents * phase + kFilled);
-      }
-      arch::unit_sync();  // B
-      s.mark(kPhaseEvents * phase + kMultiplied);
-    }
-    // What comes next is in place already: let the stream waves go on before looking at what came out.
-    if (fills == 1 && segment + 1 < segments) arch::unit_sync();  // A
-    use(deal, segment);
-    s.mark(kPhaseEvents * phase + kPublished);
+// The sum of squares of a request, from its lanes' parts.
+MK_DEVICE void set_squares(const Service& s, int request, float sum, bool add) {
+  sum = wave_sum(sum);
+  if (s.lane == 0) {
+    float* to = s.squares(request) + s.team_wave;
+    *to = add ? *to + sum : sum;
   }
 }
 
-// Calls use(request, row, sum) for the outputs of a segment that fall to this lane; a lane always has the same request.
-// rows: outputs of a tile. sum(r) is the product of row r of the tile.
+// Calls use(request, out, row, tile) for the outputs of a segment that fall to this lane; a lane always has the same request.
+// rows: outputs of a tile. products_of(tile, request, r) is the product of row r of the tile.
 template <int rows, typename Use>
 MK_DEVICE void for_products(const Service& s, const Tiles& deal, int segment, Use use) {
   constexpr int per_tile = kBatch * rows;
@@ -347,8 +306,9 @@ MK_DEVICE void for_products(const Service& s, const Tiles& deal, int segment, Us
   if (s.index >= active) return;
   for (int i = s.index; i < tiles * per_tile; i += active) {
     const int tile = i / per_tile, request = i % per_tile / rows, row = i % rows;
+    const float* from = products + (tile * kBatch + request) * kTileRows * kWaves;
     auto sum = [&](int r) {
-      const float* p = products + ((tile * kBatch + request) * kTileRows + r) * kWaves;
+      const float* p = from + r * kWaves;
       float v = p[0];
       MK_UNROLL
       for (int w = 1; w < kWaves; w++) v += p[w];

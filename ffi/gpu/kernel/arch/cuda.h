@@ -84,6 +84,12 @@ MK_DEVICE u64 ticks() {
   return v;
 }
 
+MK_DEVICE u64 wall_clock() {
+  u64 v;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(v)::"memory");
+  return v;
+}
+
 template <bool bf16>
 MK_DEVICE void mma_16x8x16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   if constexpr (bf16) {

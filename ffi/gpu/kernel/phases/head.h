@@ -29,31 +29,46 @@ MK_DEVICE void merge_wave(Candidate& c) {
   for (int mask = 1; mask < arch::kWave; mask *= 2) merge_lanes(c, mask);
 }
 
-MK_DEVICE void p6_head(Service& s) {
-  const Site from = s.residual_site(MK_NUM_LAYERS - 1);
-  const u32 parity = s.token_site(h7_candidate, kWorkspace.candidate).parity;
-  // Unit 0 passes a user's interrupt on to the owner of every request. Asked for now, it has come when it is needed.
-  const u32 flags = s.unit == 0 && s.lane == 0 && arch::load_host(s.args.cancel) != 0 ? kCancel : 0;
-  const int request = s.index % (kBatch * kTileRows) / kTileRows;
-  const RowOptions options = row_options(s.args, request, s.control().position[request]);
-  Candidate best = no_candidate();
-  run_phase<kHead>(
-      s, [&](int fill) { fill_residual<kHead, MK_FINAL_NORM % 4 == 0>(s, from, s.args.constants + MK_FINAL_NORM, fill); },
-      [&](const Tiles& deal, int segment) {
-        const float scale = products_scale<kHead>(s, kTileRows);
-        for_products<kTileRows>(s, deal, segment, [&](int, int token, int row, auto sum) {
-          if (token >= kVocab) return;
-          float raw = sum(row) * scale * MK_LOGIT_MULTIPLIER;
-          if constexpr (MK_LOGIT_SOFTCAP > 0.0f) raw = soft_cap(raw, MK_LOGIT_SOFTCAP);
-          const float z = adjust(options, s.args, request, token, raw);
-          offer(best, options, token, raw, z);
-          if (options.filtered) {
-            arch::store_word(adjusted_row(s, request) + token, arch::as_u32(z));
-            if (options.wants_log_prob) arch::store_word(logits_row(s, request) + token, arch::as_u32(raw));
-          }
-        });
-      });
+// What a lane finds in its rows of the head, which are all of one request.
+struct Search {
+  int request;
+  u32 flags;
+  RowOptions options;
+  Candidate best;
+};
 
+MK_DEVICE Search start_search(const Service& s) {
+  Search search;
+  // Unit 0 passes a user's interrupt on to the owner of every request. Asked for now, it has come when it is needed.
+  search.flags = s.unit == 0 && s.lane == 0 && arch::load_host(s.args.cancel) != 0 ? kCancel : 0;
+  search.request = s.index % (kBatch * kTileRows) / kTileRows;
+  search.options = row_options(s.args, search.request, s.control().position[search.request]);
+  search.best = no_candidate();
+  return search;
+}
+
+// p6, for each segment.
+MK_DEVICE void search_logits(Service& s, Search& search, const Source& source, const Tiles& deal, int segment) {
+  const float scale = products_scale(s, source, kTileRows);
+  const RowOptions& options = search.options;
+  const int request = search.request;
+  for_products<kTileRows>(s, deal, segment, [&](int, int token, int row, auto sum) {
+    if (token >= kVocab) return;
+    float raw = sum(row) * scale * MK_LOGIT_MULTIPLIER;
+    if constexpr (MK_LOGIT_SOFTCAP > 0.0f) raw = soft_cap(raw, MK_LOGIT_SOFTCAP);
+    const float z = adjust(options, s.args, request, token, raw);
+    offer(search.best, options, token, raw, z);
+    if (options.filtered) {
+      arch::store_word(adjusted_row(s, request) + token, arch::as_u32(z));
+      if (options.wants_log_prob) arch::store_word(logits_row(s, request) + token, arch::as_u32(raw));
+    }
+  });
+}
+
+// The end of p6: one candidate of this unit for each request.
+MK_DEVICE void publish_candidates(Service& s, Search& search) {
+  const u32 parity = s.token_site(h7_candidate, kWorkspace.candidate).parity, flags = search.flags;
+  Candidate& best = search.best;
   s.mark(kCandidates);
   // The lanes of a tile's rows, then all that have the same request.
   MK_UNROLL

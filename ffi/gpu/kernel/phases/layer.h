@@ -1,30 +1,13 @@
-// The phases of a layer that multiply: p1_norm_qkv, p3_project_out, p4_gate_up, p5_down.
+// The phases that multiply: p1_norm_qkv, p3_project_out, p4_gate_up, p5_down, and what they share with p6_head.
 #pragma once
 
 #include "service.h"
 
 namespace mk {
 
-// ---- Where activations come from: source(request, begin, end, use(column, value, weight)) ----
+constexpr Float4 kZero4 = {{0.0f, 0.0f, 0.0f, 0.0f}};
 
-struct NormWeight {
-  const float* weights;  // [size]
-  float scale;           // 1, or what the value is scaled by before the multiplication
-};
-
-template <int size, bool aligned>
-MK_DEVICE Float4 load_norm_weight(const NormWeight& w, int column) {
-  Float4 f = load_constants<aligned>(w.weights + column, size - column);
-  MK_UNROLL
-  for (int i = 0; i < 4; i++) f.v[i] = (f.v[i] + MK_NORM_OFFSET) * w.scale;
-  return f;
-}
-
-// Columns of a vector that the unit itself holds.
-template <typename Value, typename Use>
-MK_DEVICE void for_columns(const Service& s, int begin, int end, Value value, Use use) {
-  for (int column = begin + s.team_lane * 4; column < end; column += kTeamLanes * 4) use(column, value(column));
-}
+// ---- Residual stream ----
 
 MK_DEVICE Float4 residual4(const Service& s, int request, int column) {
   Float4 f;
@@ -32,71 +15,6 @@ MK_DEVICE Float4 residual4(const Service& s, int request, int column) {
   for (int i = 0; i < 4; i++) f.v[i] = column + i < kHidden ? s.residual(request)[column + i] : 0.0f;
   return f;
 }
-
-// The residual stream as input of a phase: from the embedding (site.words null), from a hand-off, or the unit's own copy.
-template <typename Use>
-MK_DEVICE void residual_values(Service& s, const Site& site, int request, int begin, int end, Use use) {
-  if constexpr (kPostNorm) {
-    for_columns(s, begin, end, [&](int column) { return residual4(s, request, column); }, use);
-  } else if (site.words == nullptr) {
-    const int token = s.control().token[request];
-    const HeadRow row = find_head_row(s.args, token);
-    for_columns(
-        s, begin, end,
-        [&](int column) {
-          return column < kHidden ? embedding4(s, token, row, column) : Float4{{0.0f, 0.0f, 0.0f, 0.0f}};
-        },
-        use);
-  } else {
-    gather_words<kHidden>(s, site, request, begin, end, [](int) { return Nothing{}; },
-                          [&](int column, const Float4& x, Nothing) { use(column, x); });
-  }
-}
-
-// Fills activations with norm(residual) * weight; a model without pre-norms uses the residual itself.
-template <int phase, bool aligned>
-MK_DEVICE void fill_residual(Service& s, const Site& site, const float* weights, int fill) {
-  constexpr bool norm = kPreNorm || phase == kHead;
-  if constexpr (norm && !kScaleAfter) {
-    if (fill == 0) {
-      for_team_requests(s, [&](int request) {
-        float sum = 0.0f;
-        residual_values(s, site, request, 0, padded_cols(phase), [&](int, const Float4& x) {
-          MK_UNROLL
-          for (int i = 0; i < 4; i++) sum = arch::fma(x.v[i], x.v[i], sum);
-        });
-        sum = wave_sum(sum);
-        if (s.lane == 0) s.squares(request)[s.team_wave] = sum;
-      });
-      s.sync();
-    }
-  }
-  fill_activations<phase, norm>(s, fill, [&](int request, int begin, int end, auto use) {
-    NormWeight weight = {weights, 1.0f};
-    if constexpr (norm && !kScaleAfter) weight.scale = s.norm_scale(request, kHidden);
-    if constexpr (norm && !kPostNorm) {
-      if (site.words != nullptr) {  // the weights are on their way while the words are not ready
-        gather_words<kHidden>(s, site, request, begin, end,
-                              [&](int column) { return load_norm_weight<kHidden, aligned>(weight, column); }, use);
-        return;
-      }
-    }
-    residual_values(s, site, request, begin, end, [&](int column, const Float4& x) {
-      Float4 w = {};
-      if constexpr (norm) w = load_norm_weight<kHidden, aligned>(weight, column);
-      use(column, x, w);
-    });
-  });
-}
-
-// What a phase's products are to be multiplied with, for the only request of this lane.
-template <int phase>
-MK_DEVICE float products_scale(const Service& s, int rows) {
-  if constexpr (!(kPreNorm || phase == kHead) || !kScaleAfter) return 1.0f;
-  return s.norm_scale(s.index % (kBatch * rows) / rows, kHidden);
-}
-
-// ---- Residual stream ----
 
 // Before the first layer.
 MK_DEVICE void start_residual(Service& s) {
@@ -115,7 +33,7 @@ MK_DEVICE void start_residual(Service& s) {
     for (int i = s.index; i < kBatch * (rows / 4); i += kServiceLanes) {
       const int request = i / (rows / 4), row = i % (rows / 4) * 4, column = own.begin * kTileRows + row;
       const int token = s.control().token[request];
-      Float4 x = {};
+      Float4 x = kZero4;
       if (column < kHidden) x = embedding4(s, token, find_head_row(s.args, token), column);
       MK_UNROLL
       for (int j = 0; j < 4; j++) s.residual(request)[row + j] = x.v[j];
@@ -125,86 +43,132 @@ MK_DEVICE void start_residual(Service& s) {
 }
 
 // With post-norms: residual += multiplier * norm(projection) * weight, in the unit's own copy.
-template <bool aligned>
 MK_DEVICE void add_projection(Service& s, const Site& site, const float* weights) {
   s.squares_set ^= 1;
-  for_team_requests(s, [&](int request) {
-    float sum = 0.0f;
-    gather_words<kHidden>(s, site, request, 0, kHidden, [](int) { return Nothing{}; }, [&](int, const Float4& y, Nothing) {
-      MK_UNROLL
-      for (int i = 0; i < 4; i++) sum = arch::fma(y.v[i], y.v[i], sum);
+  Input in = {nullptr, MK_NORM_OFFSET, 1.0f, kHidden};
+  for (int pass = 0; pass < 2; pass++) {  // the first for the sum of squares
+    for_team_requests(s, [&](int request) {
+      if (pass == 1) {
+        in.weights = weights;
+        in.scale = s.norm_scale(request, kHidden);
+      }
+      float sum = 0.0f;
+      float* x = s.residual(request);
+      gather_words(s, site, site.words + request * line(kHidden), in, 0, kHidden,
+                   [&](int column, const Float4& y, const Float4& w) {
+                     for (int i = 0; i < 4 && column + i < kHidden; i++) {
+                       if (pass == 0) {
+                         sum = arch::fma(y.v[i], y.v[i], sum);
+                       } else {
+                         x[column + i] = x[column + i] + MK_RESIDUAL_MULTIPLIER * (y.v[i] * w.v[i]);
+                       }
+                     }
+                   });
+      if (pass == 0) set_squares(s, request, sum, false);
     });
-    sum = wave_sum(sum);
-    if (s.lane == 0) s.squares(request)[s.team_wave] = sum;
-  });
-  s.sync();
-  for_team_requests(s, [&](int request) {
-    const NormWeight weight = {weights, s.norm_scale(request, kHidden)};
-    float* x = s.residual(request);
-    gather_words<kHidden>(
-        s, site, request, 0, kHidden, [&](int column) { return load_norm_weight<kHidden, aligned>(weight, column); },
-        [&](int column, const Float4& y, const Float4& w) {
-          for (int i = 0; i < 4 && column + i < kHidden; i++) {
-            x[column + i] = x[column + i] + MK_RESIDUAL_MULTIPLIER * (y.v[i] * w.v[i]);
-          }
-        });
-  });
-  s.sync();
+    s.sync();
+  }
 }
 
-// ---- Phases ----
+// ---- What a phase multiplies ----
 
-template <int offset>
-MK_DEVICE float bias(const Service& s, int row) {
-  if constexpr (offset < 0) return 0.0f;
-  return s.constants[offset + row];
-}
+struct Source {
+  Site site;             // words null: the residual stream is at hand, in the unit's own copy or the embedding
+  int stride;            // words of a request's row
+  int size;              // columns
+  const float* weights;  // of the norm; null: none
+};
 
-MK_DEVICE void p1_norm_qkv(Service& s, int layer) {
-  Site from = s.residual_site(layer - 1);
-  if (layer == 0) from.words = nullptr;
-  const u32 parity = s.site(h1_qkv, kWorkspace.qkv, layer).parity;
-  u32* to = s.at<u32>(kWorkspace.qkv);
-  run_phase<kQkv>(
-      s, [&](int fill) { fill_residual<kQkv, aligned_in_layer(MK_ATTN_NORM)>(s, from, s.constants + MK_ATTN_NORM, fill); },
-      [&](const Tiles& deal, int segment) {
-        const float scale = products_scale<kQkv>(s, kTileRows);
-        for_products<kTileRows>(s, deal, segment, [&](int request, int out, int row, auto sum) {
-          if (out >= kQkvSize) return;
-          const float y = sum(row) * scale + bias<MK_Q_BIAS>(s, out);
-          arch::store_word(to + request * line(kQkvSize) + out, encode(y, parity));
-        });
-      });
-}
-
-// The end of p3 and p5: bias, residual, and off to the others.
-template <int bias_offset>
-MK_DEVICE void publish_projection(Service& s, const Tiles& deal, int segment, u32* to, u32 parity) {
-  for_products<kTileRows>(s, deal, segment, [&](int request, int out, int row, auto sum) {
-    if (out >= kHidden) return;
-    float y = sum(row) + bias<bias_offset>(s, out);
-    if constexpr (!kPostNorm) {
-      float& x = s.residual(request)[out - deal.begin * kTileRows];
-      y = x + MK_RESIDUAL_MULTIPLIER * y;
-      x = y;
+// Columns [begin, end) of a request's row: use(column, value, weight).
+template <typename Use>
+MK_DEVICE void for_source(Service& s, const Source& source, int request, const Input& in, int begin, int end, Use use) {
+  if (source.site.words != nullptr) {
+    gather_words(s, source.site, source.site.words + request * source.stride, in, begin, end, use);
+    return;
+  }
+  const int token = s.control().token[request];
+  HeadRow row = {};
+  if constexpr (!kPostNorm && MK_TIED_HEAD) row = find_head_row(s.args, token);
+  for (int column = begin + s.team_lane * 4; column < end; column += kTeamLanes * 4) {
+    Float4 x = kZero4, w = kZero4;
+    if (column < kHidden) {
+      if constexpr (kPostNorm) {
+        x = residual4(s, request, column);
+      } else {
+        x = embedding4(s, token, row, column);
+      }
     }
-    arch::store_word(to + request * line(kHidden) + out, encode(y, parity));
+    if (in.weights != nullptr) w = input_weights(in, column);
+    use(column, x, w);
+  }
+}
+
+MK_DEVICE void fill_activations(Service& s, const Source& source, int fill) {
+  const int begin = fill * kResident * kChunkCols;
+  const int end = smaller(round_up(source.size, kAtomCols), begin + kResident * kChunkCols);
+  char* activations = shared_at<char>(kShared.activations);
+  const bool norm = source.weights != nullptr;
+  if constexpr (!kScaleAfter) {
+    if (norm && fill == 0) {
+      for_team_requests(s, [&](int request) {
+        float sum = 0.0f;
+        for_source(s, source, request, {nullptr, 0.0f, 1.0f, source.size}, 0, source.size,
+                   [&](int, const Float4& x, const Float4&) {
+                     MK_UNROLL
+                     for (int i = 0; i < 4; i++) sum = arch::fma(x.v[i], x.v[i], sum);
+                   });
+        set_squares(s, request, sum, false);
+      });
+      s.sync();
+    }
+  }
+  for_team_requests(s, [&](int request) {
+    char* row = activations + request * kRowBytes;
+    float sum = 0.0f;
+    const float scale = !kScaleAfter && norm ? s.norm_scale(request, kHidden) : 1.0f;
+    for_source(s, source, request, {source.weights, MK_NORM_OFFSET, scale, source.size}, begin, end,
+               [&](int column, Float4 x, const Float4& weight) {
+                 if (norm) {
+                   MK_UNROLL
+                   for (int i = 0; i < 4; i++) {
+                     sum = arch::fma(x.v[i], x.v[i], sum);
+                     x.v[i] *= weight.v[i];
+                   }
+                 }
+                 store_activations(row, column - begin, x);
+               });
+    if (kScaleAfter && norm) set_squares(s, request, sum, fill > 0);
   });
 }
 
-MK_DEVICE void p3_project_out(Service& s, int layer) {
-  const Site from = s.site(h2_attended, kWorkspace.attended, layer);
-  run_phase<kO>(
-      s,
-      [&](int fill) {
-        fill_activations<kO, false>(s, fill, [&](int request, int begin, int end, auto use) {
-          gather_words<kQSize>(s, from, request, begin, end, [](int) { return Float4{}; }, use);
-        });
-      },
-      [&](const Tiles& deal, int segment) {
-        publish_projection<MK_O_BIAS>(s, deal, segment, s.at<u32>(kWorkspace.projected), from.parity);
-      });
+MK_DEVICE Source source_of(const Service& s, int phase, int layer) {
+  if (phase == kO) return {s.site(h2_attended, kWorkspace.attended, layer), line(kQSize), kQSize, nullptr};
+  if (phase == kDown) return {s.site(h5_inner, kWorkspace.inner, layer), line(kInner), kInner, nullptr};
+  Source source = {{}, line(kHidden), kHidden, nullptr};
+  if constexpr (!kPostNorm) {
+    if (phase == kGateUp) {
+      source.site = s.site(h4_projected, kWorkspace.projected, layer);
+    } else if (layer > 0) {
+      source.site = s.residual_site(layer - 1);
+    }
+  }
+  if (phase == kHead) {
+    source.weights = s.args.constants + MK_FINAL_NORM;
+  } else if constexpr (kPreNorm) {
+    source.weights = s.constants + (phase == kQkv ? MK_ATTN_NORM : MK_MLP_NORM);
+  }
+  return source;
 }
+
+// What a phase's products are to be multiplied with, for the only request of this lane; rows: outputs of a tile.
+MK_DEVICE float products_scale(const Service& s, const Source& source, int rows) {
+  if (!kScaleAfter || source.weights == nullptr) return 1.0f;
+  return s.norm_scale(s.index % (kBatch * rows) / rows, kHidden);
+}
+
+// ---- What becomes of the products ----
+
+MK_DEVICE float bias(const Service& s, int offset, int row) { return offset < 0 ? 0.0f : s.constants[offset + row]; }
 
 MK_DEVICE float activate(float x) {
   if constexpr (MK_ACTIVATION == 0) return x / (1.0f + exp_(-x));
@@ -215,50 +179,67 @@ MK_DEVICE float activate(float x) {
   return x != x || x > 0.0f ? x : 0.0f;
 }
 
-MK_DEVICE void p4_gate_up(Service& s, int layer) {
-  const Site from = s.site(h4_projected, kWorkspace.projected, layer);
-  if constexpr (kPostNorm) {
-    add_projection<aligned_in_layer(MK_ATTN_POST_NORM)>(s, from, s.constants + MK_ATTN_POST_NORM);
-  }
-  u32* to = s.at<u32>(kWorkspace.inner);
+// p1, p3 and p5: bias, residual, and off to the others.
+MK_DEVICE void publish_rows(Service& s, const Source& source, int phase, int layer, const Tiles& deal, int segment) {
+  const int size = phase == kQkv ? kQkvSize : kHidden;
+  const int bias_offset = phase == kQkv ? MK_Q_BIAS : phase == kO ? MK_O_BIAS : MK_DOWN_BIAS;
+  const Site to = phase == kQkv ? s.site(h1_qkv, kWorkspace.qkv, layer)
+                  : phase == kO ? s.site(h4_projected, kWorkspace.projected, layer)
+                                : s.residual_site(layer);
+  const float scale = products_scale(s, source, kTileRows);
+  for_products<kTileRows>(s, deal, segment, [&](int request, int out, int row, auto sum) {
+    if (out >= size) return;
+    float y = sum(row) * scale + bias(s, bias_offset, out);
+    if (!kPostNorm && phase != kQkv) {
+      float& x = s.residual(request)[out - deal.begin * kTileRows];
+      y = x + MK_RESIDUAL_MULTIPLIER * y;
+      x = y;
+    }
+    arch::store_word((u32*)to.words + request * line(size) + out, encode(y, to.parity));
+  });
+}
+
+// p4: activation.
+MK_DEVICE void publish_inner(Service& s, const Source& source, int layer, const Tiles& deal, int segment) {
   constexpr int rows = kGated ? kTileRows / 2 : kTileRows;
-  run_phase<kGateUp>(
-      s, [&](int fill) { fill_residual<kGateUp, aligned_in_layer(MK_MLP_NORM)>(s, from, s.constants + MK_MLP_NORM, fill); },
-      [&](const Tiles& deal, int segment) {
-        const float scale = products_scale<kGateUp>(s, rows);
-        for_products<rows>(s, deal, segment, [&](int request, int out, int row, auto sum) {
-          if (out >= kInner) return;
-          float y;
-          if constexpr (kGated) {
-            const float gate = sum(row) * scale + bias<MK_GATE_BIAS>(s, out);
-            y = activate(gate) * (sum(row + rows) * scale + bias<MK_UP_BIAS>(s, out));
-          } else {
-            y = activate(sum(row) * scale + bias<MK_UP_BIAS>(s, out));
-          }
-          arch::store_word(to + request * line(kInner) + out, encode(y, from.parity));
-        });
-      });
+  const Site to = s.site(h5_inner, kWorkspace.inner, layer);
+  const float scale = products_scale(s, source, rows);
+  for_products<rows>(s, deal, segment, [&](int request, int out, int row, auto sum) {
+    if (out >= kInner) return;
+    float y;
+    if constexpr (kGated) {
+      const float gate = sum(row) * scale + bias(s, MK_GATE_BIAS, out);
+      y = activate(gate) * (sum(row + rows) * scale + bias(s, MK_UP_BIAS, out));
+    } else {
+      y = activate(sum(row) * scale + bias(s, MK_UP_BIAS, out));
+    }
+    arch::store_word((u32*)to.words + request * line(kInner) + out, encode(y, to.parity));
+  });
 }
 
-MK_DEVICE void p5_down(Service& s, int layer) {
-  const Site from = s.site(h5_inner, kWorkspace.inner, layer);
-  run_phase<kDown>(
-      s,
-      [&](int fill) {
-        fill_activations<kDown, false>(s, fill, [&](int request, int begin, int end, auto use) {
-          gather_words<kInner>(s, from, request, begin, end, [](int) { return Float4{}; }, use);
-        });
-      },
-      [&](const Tiles& deal, int segment) {
-        const Site to = s.residual_site(layer);
-        publish_projection<MK_DOWN_BIAS>(s, deal, segment, (u32*)to.words, to.parity);
-      });
-}
-
-// After a layer, before the next one or the head.
-MK_DEVICE void finish_layer(Service& s, int layer) {
-  if constexpr (kPostNorm) {
-    add_projection<aligned_in_layer(MK_MLP_POST_NORM)>(s, s.residual_site(layer), s.constants + MK_MLP_POST_NORM);
+// A phase's multiplications: fills, barriers, and use(deal, segment) for what comes out. A unit without tiles does nothing.
+template <typename Use>
+MK_DEVICE void run_phase(Service& s, const Source& source, int phase, Use use) {
+  const Tiles deal = kTiles[phase * MK_UNITS + s.unit];
+  if (deal.count == 0) return;
+  s.squares_set ^= 1;
+  const int segments = segment_count(deal);
+  const int fills = (StreamWave::chunk_count_of(phase) + kResident - 1) / kResident;
+  for (int segment = 0; segment < segments; segment++) {
+    for (int fill = 0; fill < fills; fill++) {
+      if (fills > 1 || segment == 0) {
+        fill_activations(s, source, fill);
+        s.mark(kPhaseEvents * phase + kGathered);
+        arch::unit_sync();  // A
+        s.mark(kPhaseEvents * phase + kFilled);
+      }
+      arch::unit_sync();  // B
+      s.mark(kPhaseEvents * phase + kMultiplied);
+    }
+    // What comes next is in place already: let the stream waves go on before looking at what came out.
+    if (fills == 1 && segment + 1 < segments) arch::unit_sync();  // A
+    use(deal, segment);
+    s.mark(kPhaseEvents * phase + kPublished);
   }
 }
 

@@ -70,36 +70,28 @@ MK_DEVICE bool give_up(Waiter& waiter, const Site& site, u32 word, u32 seen) {
 
 constexpr int kSpinsBetweenLooks = 256;
 
-// Loads `count` vectors of four words, vector i of this lane at p + i * step words, until all are ready. Only the first
-// words_of(i) words of vector i are waited for; the others come out as 0.
+// Loads `count` vectors of four words, vector i of this lane at p + i * step words, until all are ready; those that are not
+// are asked for again. Only the first words_of(i) words of vector i are waited for; the others come out as 0.
 template <int count, typename WordsOf>
 MK_DEVICE void wait_words(Waiter& waiter, const Site& site, const u32* p, int step, Vec4 (&v)[count], WordsOf words_of) {
-  auto load = [&] {
+  MK_UNROLL
+  for (int i = 0; i < count; i++) {
+    v[i] = {site.parity, site.parity, site.parity, site.parity};
+    if (words_of(i) > 0) v[i] = arch::load_words(p + i * step);
+  }
+  for (int spins = 1;; spins++) {
     bool missing = false;
-    MK_UNROLL
-    for (int i = 0; i < count; i++) {
-      v[i] = {site.parity, site.parity, site.parity, site.parity};
-      if (words_of(i) > 0) v[i] = arch::load_words(p + i * step);
-    }
     MK_UNROLL
     for (int i = 0; i < count; i++) {
       if (words_of(i) < 4) v[i].w = site.parity;
       if (words_of(i) < 3) v[i].z = site.parity;
       if (words_of(i) < 2) v[i].y = site.parity;
-      missing |= !ready(v[i], site.parity);
+      if (!ready(v[i], site.parity)) {
+        missing = true;
+        v[i] = arch::load_words(p + i * step);
+      }
     }
-    return missing;
-  };
-#if MK_POLL == 1
-  for (int spins = 1;; spins++) {
-    const u32 w = arch::lane() == 0 && words_of(0) > 0 ? arch::load_word(p) : site.parity;
-    if (!arch::any(((w ^ site.parity) & 1u) != 0)) break;
-    if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, (u32)(p - site.words), w)) return;
-  }
-#endif
-  bool missing = load();
-  for (int spins = 1; arch::any(missing); spins++) {
-    if (missing) missing = load();
+    if (!arch::any(missing)) return;
     if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, (u32)(p - site.words), v[0].x)) return;
   }
 }
