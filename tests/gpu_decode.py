@@ -12,9 +12,10 @@ import gpu_host
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from decoding import numpy_in_place_of_jax, weights_of
 
-from jax_monokernel import DecoderSpec, DecodeState, SamplingParams, _native
+from jax_monokernel import DecoderSpec, DecodeState, SamplingParams, _gpu_tape, _native
 from jax_monokernel._program import program
 from jax_monokernel.plan import Plan
 from jax_monokernel.state import DecodeResult
@@ -31,50 +32,67 @@ def gpu_plan(spec: DecoderSpec, wave_size: int, units: int, **options: int) -> P
 
 @functools.cache
 def gpu_tape_of(spec: DecoderSpec, plan: Plan) -> Tape:
-    with numpy_in_place_of_jax():
+    with pytest.MonkeyPatch.context() as patch, numpy_in_place_of_jax():
+        patch.setattr(_gpu_tape, "jnp", np)
         return pack(spec, jax.tree.map(np.asarray, weights_of(spec)), plan)
 
 
-@functools.cache
-def kernel_of(
-    spec: DecoderSpec,
-    plan: Plan,
-    batch: int,
-    *,
-    splits: int = 1,
-    task_heads: int = 1,
-    shared_bytes: int = 96 * 1024,
-    sanitize: bool = False,
-) -> Path:
-    """The library of a kernel, compiled if need be."""
-    stub = _native.gpu_stub(
-        **program(spec, plan), batch=batch, splits=splits, task_heads=task_heads, shared_bytes=shared_bytes
-    )
-    return gpu_host.build(stub + _WORKSPACE, sanitize=sanitize)
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What a kernel is compiled for."""
 
+    spec: DecoderSpec
+    plan: Plan
+    batch: int
+    splits: int = 1
+    task_heads: int = 1
+    shared_bytes: int = 96 * 1024
+    sanitize: bool = False
+    source: Path = gpu_host.KERNEL
 
-def workspace_of(library: Path) -> dict[str, int]:
-    """mk::Workspace: where things lie."""
-    text = (gpu_host.KERNEL / "layout" / "workspace.h").read_text()
-    names = re.findall(r"^  i64 (\w+);", text[text.index("struct Workspace {") :], re.MULTILINE)
-    values = (ctypes.c_int64 * len(names)).in_dll(ctypes.CDLL(str(library)), "mk_workspace")
-    return dict(zip(names, values, strict=True))
+    @functools.cached_property
+    def library(self) -> Path:
+        stub = _native.gpu_stub(
+            **program(self.spec, self.plan),
+            batch=self.batch,
+            splits=self.splits,
+            task_heads=self.task_heads,
+            shared_bytes=self.shared_bytes,
+        )
+        return gpu_host.build(stub + _WORKSPACE, sanitize=self.sanitize, kernel=self.source)
+
+    @functools.cached_property
+    def workspace(self) -> dict[str, int]:
+        """mk::Workspace: where things lie."""
+        text = (self.source / "layout" / "workspace.h").read_text()
+        names = re.findall(r"^  i64 (\w+);", text[text.index("struct Workspace {") :], re.MULTILINE)
+        values = (ctypes.c_int64 * len(names)).in_dll(ctypes.CDLL(str(self.library)), "mk_workspace")
+        return dict(zip(names, values, strict=True))
 
 
 def decode_on_host(
-    tape: Tape,
+    kernel: Kernel,
     state: DecodeState,
     sampling: SamplingParams,
     max_new_tokens: int,
     *,
-    library: Path,
+    tape: Tape | None = None,
     return_log_probs: bool = True,
     timeout_ticks: int = 3_000_000,
     **options,
 ) -> tuple[DecodeResult, gpu_host.Run]:
-    """What decode returns, and how the run went. `options` are those of gpu_host.run."""
-    spec, batch = tape.spec, state.batch
-    workspace = workspace_of(library)
+    """What decode returns, and how the run went.
+
+    Args:
+      kernel: what runs.
+      state, sampling, max_new_tokens, return_log_probs: as for decode.
+      tape: by default, one with the random weights of this spec.
+      timeout_ticks: steps of the executor that a token may take.
+      options: of gpu_host.run.
+    """
+    spec, batch = kernel.spec, state.batch
+    tape = gpu_tape_of(spec, kernel.plan) if tape is None else tape
+    workspace = kernel.workspace
     carried = {
         name: np.array(getattr(state, name))
         for name in ("k_cache", "v_cache", "position", "last_token", "status", "seen")
@@ -107,7 +125,9 @@ def decode_on_host(
         "eos_token_id",
     ):
         operands[name] = np.asarray(getattr(sampling, name))
-    done = gpu_host.run(library, operands | carried | fresh, exchange_bytes=workspace["exchange_bytes"], **options)
+    done = gpu_host.run(
+        kernel.library, operands | carried | fresh, exchange_bytes=workspace["exchange_bytes"], **options
+    )
     result = DecodeResult(
         **{name: None if x is None else jnp.asarray(x) for name, x in fresh.items()},
         state=dataclasses.replace(state, **{name: jnp.asarray(x) for name, x in carried.items()}),

@@ -10,7 +10,9 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -73,29 +75,31 @@ class Run:
     delayed: int  # of these
     stale: int  # loads of words that gave an old value
     faults: int  # injected
+    watched: int  # stores in the fault's range
 
 
-def build(stub: str, *, sanitize: bool = False) -> Path:
-    """Compiles a stub (docs/kernel.md) to a shared library.
+def build(stub: str, *, sanitize: bool = False, kernel: Path = KERNEL) -> Path:
+    """Compiles a stub (docs/kernel.md) to a shared library. Several threads may do so at once.
 
     Args:
-      stub: C++ source that defines the entry `monokernel`; it finds the kernel's headers, and those of `EXECUTOR`.
+      stub: C++ source that defines the entry `monokernel`; it finds the kernel's headers.
       sanitize: whether every access of memory is watched: bounds, use before the first write, races, and whatever
         UndefinedBehaviorSanitizer knows. Several times slower.
+      kernel: the folder of the kernel's headers.
 
     Raises:
       BuildError: with the compiler's messages.
     """
-    headers = b"".join(path.read_bytes() for path in sorted(KERNEL.rglob("*.h")) + sorted(EXECUTOR.rglob("*.h")))
+    headers = repr([(path.relative_to(kernel).as_posix(), path.read_bytes()) for path in sorted(kernel.rglob("*.h"))])
     flags = (*_KERNEL_FLAGS, *(_CHECKS if sanitize else ()))
     objects = _executor()
-    key = hashlib.sha256(repr((stub, flags, objects, _compiler())).encode() + headers).hexdigest()[:32]
+    key = hashlib.sha256(repr((stub, flags, objects, _compiler(), headers)).encode()).hexdigest()[:32]
     library = CACHE / f"kernel-{key}.so"
     if not library.exists():
         source = CACHE / f"kernel-{key}.cc"
         source.write_text(stub)
         # To an object first: linking with the sanitizers would bring in their run times.
-        compiled = _compile(source, (*flags, f"-I{KERNEL}", f"-I{EXECUTOR}"))
+        compiled = _compile(source, (*flags, f"-I{kernel}"))
         with _to_place(library) as out:
             _run_compiler("-shared", "-Wl,-z,defs", compiled, *objects, "-ldl", "-o", out)
         compiled.unlink()
@@ -136,7 +140,9 @@ def run(
     options, statistics, report = _Options(), _Statistics(), np.zeros(len(_REPORT), np.uint32)
     arrays = {name: value for name, value in args.items() if isinstance(value, np.ndarray)}
     arrays |= {"report": report, "cancel": np.zeros(1, np.uint32)}
-    operands = {name: _Operand(name, array, writable=name in _WRITABLE) for name, array in arrays.items()}
+    operands = {
+        name: _Operand(name, array, writable=name in _WRITABLE or name == "cancel") for name, array in arrays.items()
+    }
     for name, value in args.items():
         if name not in arrays and value is not None:
             setattr(options.args, name, value)
@@ -148,7 +154,8 @@ def run(
             split = exchange_bytes
             operand.array.view(np.uint32)[split // 4 :] = UNWRITTEN
             regions.append(_Region(b"workspace behind the words", operand.address + split, operand.bytes - split, 1, 1))
-        regions.append(_Region(name.encode(), operand.address, split, operand.writable, 0))
+        narrow = operand.array.itemsize == 1 and name != "workspace"
+        regions.append(_Region(name.encode(), operand.address, split, name in _WRITABLE, 0, narrow))
     options.regions = (_Region * len(regions))(*regions)
     options.region_count = len(regions)
     options.seed, options.max_steps, options.cancel_step, options.unit = seed, max_steps, cancel_step, unit
@@ -204,13 +211,25 @@ def _compiler() -> str:
     return version + target
 
 
+_lock = threading.Lock()
+
+
 def _executor() -> tuple[Path, ...]:
+    """The executor's object files."""
+    with _lock:
+        return _compile_executor()
+
+
+@functools.cache
+def _compile_executor() -> tuple[Path, ...]:
     CACHE.mkdir(parents=True, exist_ok=True)
     sources = sorted(EXECUTOR.glob("*.cc"))
     declared = (KERNEL / "args.h", KERNEL / "arch" / "host.h")
     contents = b"".join(path.read_bytes() for path in [*sources, *sorted(EXECUTOR.glob("*.h")), *declared])
     key = hashlib.sha256(repr((_EXECUTOR_FLAGS, _compiler())).encode() + contents).hexdigest()[:16]
-    return tuple(_compile(source, (*_EXECUTOR_FLAGS, f"-I{KERNEL}", f"-I{EXECUTOR}"), key) for source in sources)
+    flags = (*_EXECUTOR_FLAGS, f"-I{KERNEL}", f"-I{EXECUTOR}")
+    with ThreadPoolExecutor(2) as pool:
+        return tuple(pool.map(lambda source: _compile(source, flags, key), sources))
 
 
 def _compile(source: Path, flags: tuple[str, ...], key: str = "") -> Path:
@@ -301,6 +320,8 @@ class _Region(ctypes.Structure):
         ("bytes", ctypes.c_uint64),
         ("writable", ctypes.c_uint32),
         ("blank", ctypes.c_uint32),
+        ("narrow", ctypes.c_uint32),
+        ("unused", ctypes.c_uint32),
     )
 
 
@@ -328,7 +349,7 @@ class _Options(ctypes.Structure):
     )
 
 
-_COUNTS = ("steps", "switches", "stores", "delayed", "stale", "faults")
+_COUNTS = ("steps", "switches", "stores", "delayed", "stale", "faults", "watched")
 
 
 class _Statistics(ctypes.Structure):

@@ -329,29 +329,58 @@ MISTAKES = {
         "*(u32*)(arch::shared() + MK_SHARED_BYTES) = arch::unit();",
         r"unit 0 wrote outside its shared memory, at byte 8192 of 8192",
     ),
-    "a ring that is not waited for": (
-        "Ring r; Vec4 w[1]; r.start(arch::shared(), nullptr, args.streams, 4096 * 2); r.read<1>(0, w);",
-        r"Ring::read of a slot that was not waited for",
-    ),
-    "a ring that is read too late": (
-        "Ring r; Vec4 w[1]; r.start(arch::shared(), nullptr, args.streams, 4096 * 2); r.wait(); r.done<2>(0);\n"
-        "r.read<1>(1, w);",
-        r"Ring::read of atom 1 or one after it, which is done",
-    ),
-    "a slot that is left too early": (
-        "Ring r; r.start(arch::shared(), nullptr, args.streams, 4096 * 2); r.wait(); r.done<4>(0); r.next();",
-        r"Ring::next of a slot whose atoms are not all done",
-    ),
-    "a ring that is left open": (
-        "Ring r; r.start(arch::shared(), nullptr, args.streams, 4096 * 2);",
-        r"left the kernel without Ring::drain",
-    ),
-    "half a slot": (
-        "Ring r; r.start(arch::shared(), nullptr, args.streams, 4096 + 512);",
-        r"no whole number of slots",
-    ),
 }
-RING = "struct Ring : arch::Ring<1> {};"
+RING_MISTAKES = {
+    32: {
+        "a ring that is not waited for": (
+            "r.start(arch::shared(), nullptr, args.streams, 8192); r.read<1>(0, w);",
+            r"Ring::read of a slot that was not waited for",
+        ),
+        "a ring that is read too late": (
+            "r.start(arch::shared(), nullptr, args.streams, 8192); r.wait(); r.done<2>(0); r.read<1>(1, w);",
+            r"Ring::read of atom 1 or one after it, which is done",
+        ),
+        "a slot that is left too early": (
+            "r.start(arch::shared(), nullptr, args.streams, 8192); r.wait(); r.done<4>(0); r.next();",
+            r"Ring::next of a slot whose atoms are not all done",
+        ),
+        "a ring that is left open": (
+            "r.start(arch::shared(), nullptr, args.streams, 8192);",
+            r"left the kernel without Ring::drain",
+        ),
+        "half a slot": (
+            "r.start(arch::shared(), nullptr, args.streams, 4096 + 512);",
+            r"no whole number of slots",
+        ),
+    },
+    64: {
+        "a ring that is read too late": (
+            "r.start(nullptr, nullptr, args.streams, 8192); r.done<2>(0); r.read<1>(1, w);",
+            r"atom 1 of the ring, where atom 2 comes next",
+        ),
+        "an atom that is left out": (
+            "r.start(nullptr, nullptr, args.streams, 8192); r.read<1>(0, w); r.read<1>(1, w);",
+            r"atom 1 of the ring, where atom 0 comes next",
+        ),
+        "a ring that is left open": (
+            "r.start(nullptr, nullptr, args.streams, 8192);",
+            r"left the kernel without Ring::drain",
+        ),
+        "a stream that is too long": (
+            "r.start(nullptr, nullptr, args.streams, 16384);",
+            r"is in none of the kernel's operands",
+        ),
+    },
+}
+RING = """
+#if defined(MK_REGISTER_RING)
+struct Ring : arch::Ring {};
+constexpr int kTurn = Ring::kAtoms;
+#else
+struct Ring : arch::Ring<1, 8> {};
+constexpr int kTurn = Ring::kSlotAtoms;
+#endif
+"""
 
 # What only instrumented builds notice: the body, and the message.
 HIDDEN_MISTAKES = {
@@ -459,11 +488,11 @@ HARMLESS = {
     "a ring": (
         "if (arch::wave() == 0) {\n"
         "  Ring r; Vec4 w[2]; r.start(arch::shared(), nullptr, args.streams, 8 * arch::kWave * 16);\n"
-        "  for (int slot = 0; slot < 3; slot++) {\n"
+        "  for (int turn = 0; turn < 3; turn++) {\n"
         "    r.wait();\n"
-        "    for (int i = 0; i < 8; i += 2) {\n"
+        "    for (int i = 0; i < kTurn; i += 2) {\n"
         "      r.read<2>(i, w); r.done<2>(i);\n"
-        "      const u32 want = ((const u32*)args.streams)[(i * arch::kWave + arch::lane()) * 4];\n"
+        "      const u32 want = ((const u32*)args.streams)[(i % 8 * arch::kWave + arch::lane()) * 4];\n"
         "      if (w[0].x != want) arch::load_word(nullptr);\n"
         "    }\n"
         "    r.next();\n"
@@ -492,11 +521,19 @@ def run_case(cases: dict, name: str, wave: int, *, sanitize: bool, **options) ->
 @WAVE_SIZES
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_named(name, wave):
-    if wave == 64 and "Ring" in MISTAKES[name][0]:
-        pytest.skip("shown with waves of 32 lanes")
     with pytest.raises(HostError) as error:
         run_case(MISTAKES, name, wave, sanitize=False, policy="forward")
     assert re.search(MISTAKES[name][1], str(error.value)), error.value
+
+
+@pytest.mark.parametrize(("wave", "name"), [(wave, name) for wave in (32, 64) for name in RING_MISTAKES[wave]])
+def test_mistakes_with_a_ring_are_named(wave, name):
+    cases = {
+        name: ("Ring r; [[maybe_unused]] Vec4 w[1]; " + body, m) for name, (body, m) in RING_MISTAKES[wave].items()
+    }
+    with pytest.raises(HostError) as error:
+        run_case(cases, name, wave, sanitize=False)
+    assert re.search(cases[name][1], str(error.value)), error.value
 
 
 @pytest.mark.parametrize("name", HIDDEN_MISTAKES)

@@ -117,7 +117,7 @@ void Words::store(u32* p, size_t i, u32 value, size_t unit, size_t wave) {
   u64 due = delay();
   const Fault& fault = options_.fault;
   const char* at = reinterpret_cast<const char*>(p);
-  if (fault.kind != FaultKind::kNone && at >= fault.begin && at < fault.end && fault_count_++ == fault.nth) {
+  if (at >= fault.begin && at < fault.end && statistics_.watched++ == fault.nth && fault.kind != FaultKind::kNone) {
     statistics_.faults++;
     if (fault.kind == FaultKind::kDrop) return;
     if (fault.kind == FaultKind::kHold) due = kHeld;

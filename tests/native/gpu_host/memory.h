@@ -134,7 +134,6 @@ class Words {
   Zeroed<Word> words_;                       // [word]
   u64 next_due_ = kNever;
   u64 news_ = 0;
-  u64 fault_count_ = 0;
 };
 
 }  // namespace mk::host

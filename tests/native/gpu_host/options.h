@@ -11,7 +11,9 @@ struct Region {
   char* begin;
   u64 bytes;
   u32 writable;
-  u32 blank;  // its contents mean nothing before they are written
+  u32 blank;   // its contents mean nothing before they are written
+  u32 narrow;  // of single bytes, of which a word holds some that the reader does not want
+  u32 unused;
 };
 
 enum class Policy : u32 {
@@ -59,6 +61,7 @@ struct Statistics {
   u64 delayed;  // of these
   u64 stale;    // loads that gave an old value
   u64 faults;   // injected
+  u64 watched;  // stores between the addresses of the fault
 };
 
 }  // namespace mk::host

@@ -43,10 +43,11 @@ Races::Races(Machine& machine, const Options& options) : machine_(machine) {
   image_end_ = image.end;
   for (u64 i = 0; i < options.region_count; i++) {
     const Region& r = options.regions[i];
-    ranges_.push_back({r.name, r.begin, r.bytes, r.writable != 0, r.blank != 0, false, r.writable ? zeroed<Cell>(r.bytes + 3) : nullptr});
+    ranges_.push_back({r.name, r.begin, r.bytes, r.writable != 0, r.blank != 0, r.narrow != 0, false,
+                       r.writable ? zeroed<Cell>(r.bytes + 3) : nullptr});
   }
   for (const Unit& unit : machine.units) {
-    ranges_.push_back({"shared memory of unit " + std::to_string(unit.index), unit.shared, geometry.shared_bytes, true, true, true,
+    ranges_.push_back({"shared memory of unit " + std::to_string(unit.index), unit.shared, geometry.shared_bytes, true, true, false, true,
                        zeroed<Cell>(geometry.shared_bytes + 3)});
   }
 }
@@ -97,6 +98,7 @@ void Races::access(const void* p, u64 bytes, Kind kind, const void* pc) {
     if (kind == Kind::kWrite || kind == Kind::kAtomicWrite) report(*r, offset, "only to be read", kind, pc, nullptr);
     return;
   }
+  if (r->narrow && kind == Kind::kAtomicRead) return;
   const bool atomic = kind == Kind::kAtomicRead || kind == Kind::kAtomicWrite, reads = kind == Kind::kRead || kind == Kind::kAtomicRead;
   const Event now{me.index + 1, machine_.clocks.now(me.home->index),
                   static_cast<u32>(static_cast<const char*>(pc) - image_begin_), atomic};

@@ -33,7 +33,7 @@ class Races {
     std::string name;
     const char* begin;
     u64 bytes;
-    bool writable, blank, shared;
+    bool writable, blank, narrow, shared;
     Zeroed<Cell> cells;  // only if writable
   };
 

@@ -72,11 +72,18 @@ constexpr u32 kUnwritten = 0x7fc0dead;  // a NaN
 
 // The executor includes what is above.
 #if defined(MK_WAVE_SIZE)
+
+// As on the machines with such waves.
+#if MK_WAVE_SIZE == 64
+#define MK_REGISTER_RING 1
+#endif
+
 namespace mk {
 namespace arch {
 
 constexpr int kWave = MK_WAVE_SIZE;
 static_assert(kWave == 32 || kWave == 64, "a wave has 32 or 64 lanes");
+constexpr int kReservedShared = 64;  // bytes at the end of shared memory that are the machine's own
 
 MK_DEVICE int unit() { return (int)host::current->unit; }
 MK_DEVICE int wave() { return (int)host::current->wave; }
@@ -135,6 +142,73 @@ MK_DEVICE void mfma_4x4x4(float* c, const u32 (&a)[2], const u32 (&b)[2], host::
   host::Matrices m{c, {a[0], a[1]}, {b[0], b[1]}};
   host::mfma_4x4x4(bf16, m, at);
 }
+
+#if defined(MK_REGISTER_RING)
+
+// One wave's stream through registers, of which an atom that is done takes in the one kAtoms later.
+struct Ring {
+  static constexpr int kSlotAtoms = 8;
+  static constexpr int kAtoms = 16;
+  static constexpr int kBytes = 0, kBarrierBytes = 0;  // of shared memory
+  static constexpr int kSlotBytes = kSlotAtoms * kWave * 16;
+
+  Vec4 atoms[kAtoms];
+  const char *begin, *end, *request;
+  int expected;  // the next atom to be done
+  bool open;
+
+  MK_METHOD void start(char*, char*, const void* stream, u64 bytes, host::Where where = host::here()) {
+    if (bytes == 0 || bytes % kSlotBytes != 0) {
+      host::fail(where, "the stream has %llu bytes, which is no whole number of slots of %d", bytes, kSlotBytes);
+    }
+    begin = request = (const char*)stream;
+    end = begin + bytes;
+    host::ring_meet("Ring::start", where);
+    host::ring_open(1);
+    open = true;
+    for (int i = 0; i < kAtoms; i++) load(i, where);
+    expected = 0;
+  }
+
+  MK_METHOD void wait(host::Where where = host::here()) { host::ring_meet("Ring::wait", where); }
+
+  template <int n>
+  MK_METHOD void read(int atom, Vec4 (&w)[n], host::Where where = host::here()) {
+    check<n>(atom, where);
+    for (int i = 0; i < n; i++) w[i] = atoms[atom + i];
+  }
+
+  template <int n>
+  MK_METHOD void done(int atom, host::Where where = host::here()) {
+    check<n>(atom, where);
+    for (int i = 0; i < n; i++) load(atom + i, where);
+    expected = (atom + n) % kAtoms;
+  }
+
+  MK_METHOD void next() {}
+
+  MK_METHOD void drain(host::Where where = host::here()) {
+    if (!open) host::fail(where, "Ring::drain for the second time");
+    host::ring_meet("Ring::drain", where);
+    open = false;
+    host::ring_open(-1);
+  }
+
+ private:
+  MK_METHOD void load(int atom, host::Where where) {
+    atoms[atom] = host::load_data(request + (atom % kSlotAtoms * kWave + lane()) * 16, true, where);
+    if (atom % kSlotAtoms == kSlotAtoms - 1) request = request + kSlotBytes == end ? begin : request + kSlotBytes;
+  }
+
+  template <int n>
+  MK_METHOD void check(int atom, host::Where where) {
+    static_assert(1 <= n && kSlotAtoms % n == 0, "atoms are done in parts of a slot");
+    if (!open) host::fail(where, "the ring is drained");
+    if (atom != expected) host::fail(where, "atom %d of the ring, where atom %d comes next", atom, expected);
+  }
+};
+
+#else
 
 // One wave's stream through a ring in shared memory. Each lane keeps its own part of a slot: it appears in wait(), and
 // done() destroys it.
@@ -228,6 +302,8 @@ struct Ring {
     return ((1u << n) - 1) << atom;
   }
 };
+
+#endif  // MK_REGISTER_RING
 
 }  // namespace arch
 

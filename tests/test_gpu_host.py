@@ -1,0 +1,351 @@
+"""The GPU kernel's source, run on this CPU with random and adversarial orders of its units, against the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import gpu_host
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoding import (
+    CAPACITY,
+    SPECS,
+    STEPS,
+    assert_bit_equal,
+    assert_same_decode,
+    decode,
+    mixed_params,
+    params_of,
+    reference_of_mixed,
+    replace_row,
+    rows_of,
+    spec_of,
+    state_of,
+    tape_of,
+    weights_of,
+)
+from gpu_decode import Kernel, decode_on_host, gpu_plan
+from gpu_host import POLICIES, STORES, Fault, HostError
+
+from jax_monokernel import pack
+from jax_monokernel.state import FULL, RUNNING, STOPPED
+
+WAVE_SIZES = pytest.mark.parametrize("wave", [32, 64])
+ORDERS = list(itertools.product(POLICIES, STORES))
+
+
+def one_chunk(name: str, wave: int, dtype: str = "float32", **options) -> Kernel:
+    """Three units, a batch of three, every matrix row in one chunk."""
+    spec = spec_of(name, dtype)
+    return Kernel(spec, gpu_plan(spec, wave, 3), batch=3, **options)
+
+
+def split_up(name: str, wave: int, dtype: str = "float32", **options) -> Kernel:
+    """Seven units, one request, everything in several parts that can be."""
+    spec = spec_of(name, dtype)
+    plan = gpu_plan(spec, wave, 7, waves=3, service_waves=3, chunk_atoms=1, segment_tiles=1)
+    heads = spec.num_heads // spec.num_kv_heads
+    return Kernel(spec, plan, batch=1, splits=3, task_heads=2 if heads % 2 == 0 else 1, **options)
+
+
+CASES = [make(name, wave) for name in SPECS for make in (one_chunk, split_up) for wave in (32, 64)]
+IDS = [f"{name}-{make}-{wave}" for name in SPECS for make in ("one_chunk", "split_up") for wave in (32, 64)]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """compiled(case): one of CASES. Meanwhile, the next ones are compiled."""
+    with ThreadPoolExecutor(2) as pool:
+        builds: dict[int, Future] = {}
+
+        def get(case: int) -> Kernel:
+            for ahead in range(case, min(case + 3, len(CASES))):
+                if ahead not in builds:
+                    builds[ahead] = pool.submit(lambda kernel: kernel.library, CASES[ahead])
+            builds[case].result()
+            return CASES[case]
+
+        yield get
+        for build in builds.values():
+            build.cancel()
+
+
+# ---- The same results as the reference ----
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=IDS)
+def test_tokens_equal_the_reference(case, compiled):
+    kernel = compiled(case)
+    spec = kernel.spec
+    state, params, want = state_of(spec), mixed_params(spec, 3), reference_of_mixed(spec)
+    for turn in range(3):
+        policy, stores = ORDERS[(5 * case + turn) % len(ORDERS)]
+        rows = slice(None) if kernel.batch == 3 else slice(turn, turn + 1)
+        before = rows_of(state, rows)
+        got, run = decode_on_host(
+            kernel,
+            before,
+            rows_of(params, rows),
+            STEPS,
+            policy=policy,
+            stores=stores,
+            seed=100 * case + turn,
+            unit=turn,
+        )
+        assert run.report["reason"] == 0, run.report
+        assert_same_decode(got, rows_of(want, rows), spec, before)
+
+
+@WAVE_SIZES
+def test_results_have_the_same_bits_in_every_order(wave):
+    kernel = one_chunk("windows", wave)
+    state, params = state_of(kernel.spec), mixed_params(kernel.spec, 3)
+    want, _ = decode_on_host(kernel, state, params, 6, policy="round_robin", stores="now")
+    for seed, (policy, stores) in enumerate(ORDERS):
+        got, _ = decode_on_host(kernel, state, params, 6, policy=policy, stores=stores, seed=seed, unit=seed % 3)
+        assert_bit_equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["plain", "post_norm"])
+@WAVE_SIZES
+def test_16_bit_models_are_as_exact_as_on_the_cpu(wave, name, dtype):
+    kernel = one_chunk(name, wave, dtype)
+    spec, params = kernel.spec, params_of(kernel.spec, 3)
+    state = state_of(spec)
+    exact_spec = spec_of(name)
+    exact_state = dataclasses.replace(
+        state, k_cache=state.k_cache.astype(jnp.float32), v_cache=state.v_cache.astype(jnp.float32)
+    )
+    weights = jax.tree.map(lambda x: x.astype(jnp.float32), weights_of(spec))
+    want = decode(pack(exact_spec, weights, tape_of(exact_spec, 1).plan), exact_state, params)
+    got, _ = decode_on_host(kernel, state, params, STEPS)
+    error, usual = (rms_error(x, want) for x in (got, decode(tape_of(spec, 1), state, params)))
+    assert 0 < error < 1.5 * usual
+
+
+def rms_error(got, want) -> float:
+    """Of log-probabilities, as far as the tokens agree, which has to be far."""
+    agree = np.cumprod(np.asarray(got.tokens) == np.asarray(want.tokens), axis=1).astype(bool)
+    assert agree.mean() > 0.7
+    return float(np.sqrt(np.mean(np.square(np.asarray(got.log_probs) - np.asarray(want.log_probs))[agree])))
+
+
+@pytest.mark.parametrize("chunk_atoms", [16, 6])
+@WAVE_SIZES
+def test_a_wide_model(wave, chunk_atoms):
+    """Rows of many atoms: the stream goes around the ring often, and chunks are even or not."""
+    spec = spec_of("windows", "float16").replace(hidden_size=256, intermediate_size=384, num_heads=8, head_dim=32)
+    spec = spec.replace(ropes=tuple(dataclasses.replace(rope, rotary_dim=32) for rope in spec.ropes))
+    kernel = Kernel(spec, gpu_plan(spec, wave, 4, chunk_atoms=chunk_atoms, segment_tiles=3), batch=2, splits=2)
+    state, params = state_of(spec, (7, 20)), params_of(spec, 2)
+    got, _ = decode_on_host(kernel, state, params, 6)
+    want = decode(tape_of(spec, 2), state, params, steps=6)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.log_probs, want.log_probs, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@WAVE_SIZES
+def test_a_batch_of_sixteen(wave, dtype):
+    spec = spec_of("nope", dtype)
+    kernel = Kernel(spec, gpu_plan(spec, wave, 3, service_waves=4), batch=16)
+    state, params = state_of(spec, tuple(range(0, 32, 2))), mixed_params(spec, 16)
+    got, _ = decode_on_host(kernel, state, params, 6)
+    want = decode(tape_of(spec, 2), state, params, steps=6)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_array_equal(got.state.seen, want.state.seen)
+
+
+# ---- Ends ----
+
+
+@WAVE_SIZES
+def test_every_request_ends_in_its_own_way(wave):
+    spec = spec_of("plain")
+    kernel = Kernel(spec, gpu_plan(spec, wave, 3), batch=8)
+    state = state_of(spec, (0, 7, 20, CAPACITY - 3, CAPACITY, 5, 9, 11))
+    state = replace_row(state, 5, status=STOPPED)
+    state = replace_row(state, 6, status=FULL)
+    free = decode(tape_of(spec, 2), state, params_of(spec, 8, temperature=1.0))
+    eos = np.full((8, 3), -1, np.int32)
+    eos[0] = [free.tokens[0, 4], -1, free.tokens[0, 9]]
+    eos[1] = [-1, -1, free.tokens[1, 0]]
+    eos[7] = free.tokens[0, 4]
+    params = params_of(spec, 8, temperature=1.0, eos_token_id=eos, max_new_tokens=[16, 16, 5, 16, 16, 16, 16, 0])
+    want = decode(tape_of(spec, 2), state, params)
+    got, _ = decode_on_host(kernel, state, params, STEPS)
+    assert_same_decode(got, want, spec, state)
+    assert got.state.status.tolist() == [STOPPED, STOPPED, RUNNING, FULL, FULL, STOPPED, FULL, RUNNING]
+
+
+def test_n_then_m_tokens_equal_n_plus_m():
+    kernel = one_chunk("windows", 32)
+    state, params = state_of(kernel.spec), mixed_params(kernel.spec, 3)
+    whole, _ = decode_on_host(kernel, state, params, STEPS)
+    first, _ = decode_on_host(kernel, state, params, 5)
+    second, _ = decode_on_host(kernel, first.state, params, STEPS - 5)
+    for name in ("tokens", "log_probs"):
+        parts = np.concatenate([getattr(first, name), getattr(second, name)], axis=1)
+        np.testing.assert_array_equal(getattr(whole, name), parts)
+    assert_bit_equal(second.state, whole.state)
+
+
+def test_without_log_probs():
+    kernel = one_chunk("windows", 32)
+    state, params = state_of(kernel.spec), mixed_params(kernel.spec, 3)
+    got, _ = decode_on_host(kernel, state, params, 5, return_log_probs=False)
+    np.testing.assert_array_equal(got.tokens, reference_of_mixed(kernel.spec).tokens[:, :5])
+
+
+@pytest.mark.parametrize(("field", "value"), [("last_token", 37), ("last_token", -1), ("position", -1)])
+def test_a_request_that_cannot_be_is_reported(field, value):
+    kernel = one_chunk("windows", 32)
+    state = replace_row(state_of(kernel.spec), 1, **{field: value})
+    got, run = decode_on_host(kernel, state, mixed_params(kernel.spec, 3), STEPS)
+    assert (run.report["reason"], run.report["unit"]) == (3, 1)
+    assert np.uint32(run.report["seen" if field == "last_token" else "expected"]).astype(np.int32) == value
+    # Of one that does not run, nothing is read.
+    state = replace_row(state, 1, status=STOPPED)
+    got, run = decode_on_host(kernel, state, mixed_params(kernel.spec, 3), STEPS)
+    assert run.report["reason"] == 0, run.report
+    assert got.lengths.tolist() == [STEPS, 0, STEPS]
+    assert_bit_equal(rows_of(got.state, 1), rows_of(state, 1))
+
+
+@WAVE_SIZES
+def test_an_interrupt_ends_the_launch_between_two_tokens(wave):
+    kernel = one_chunk("windows", wave)
+    state, params, want = state_of(kernel.spec), mixed_params(kernel.spec, 3), reference_of_mixed(kernel.spec)
+    lengths = set()
+    for seed in range(4):
+        got, run = decode_on_host(kernel, state, params, STEPS, seed=seed, cancel_step=20_000 + 20_000 * seed)
+        assert run.report["reason"] == 2
+        length = int(got.lengths[0])
+        assert got.lengths.tolist() == [length] * 3
+        np.testing.assert_array_equal(got.tokens[:, :length], want.tokens[:, :length])
+        assert (np.asarray(got.tokens[:, length:]) == -1).all()
+        np.testing.assert_array_equal(got.state.position, state.position + length)
+        lengths.add(length)
+    assert len(lengths) > 2
+
+
+# ---- Waits that cannot be satisfied ----
+
+# Fields of mk::Workspace, and the numbers of their hand-offs.
+HANDOFFS = {
+    "qkv": 1,
+    "attended": 2,
+    "partial": 3,
+    "projected": 4,
+    "inner": 5,
+    "residual": 6,
+    "candidate": 7,
+    "token": 8,
+    "final_": 9,
+}
+
+
+@pytest.mark.parametrize("kind", ["drop", "hold", "flip"])
+@pytest.mark.parametrize("field", HANDOFFS)
+def test_a_word_that_never_comes_is_reported(field, kind):
+    kernel = split_up("windows", 32)
+    spec, workspace = kernel.spec, kernel.workspace
+    state, params = rows_of(state_of(spec), slice(2, 3)), rows_of(mixed_params(spec, 3), slice(2, 3))
+    starts = sorted(workspace[name] for name in HANDOFFS)
+    begin = workspace[field]
+    end = [*starts, workspace["exchange_bytes"]][starts.index(begin) + 1]
+    # In the third token.
+    words = decode_on_host(kernel, state, params, 2, fault=Fault("none", begin=begin, end=end))[1].watched
+    fault = Fault(kind, nth=words + words // 7, begin=begin, end=end)
+    got, run = decode_on_host(kernel, state, params, STEPS, fault=fault, timeout_ticks=60_000, seed=1)
+    assert run.faults == 1
+    report = run.report
+    assert report["reason"] == 1, report
+    assert report["token"] in (2, 3) if field == "token" else report["token"] == 2, report
+    # Who waits for those who wait may be the first whose time is up.
+    assert report["handoff"] in HANDOFFS.values(), report
+    # What came before is as it should be.
+    length = int(got.lengths[0])
+    np.testing.assert_array_equal(got.tokens[0, :length], reference_of_mixed(spec).tokens[2, :length])
+    assert length in (2, 3)
+
+
+# ---- What may not be, whether or not it changes a token ----
+
+CHECKED = [
+    one_chunk("windows", 32, sanitize=True),
+    one_chunk("plain", 64, "bfloat16", sanitize=True),
+    split_up("nope", 64, sanitize=True),
+    split_up("post_norm", 32, "float16", sanitize=True),
+]
+
+
+@pytest.mark.parametrize("case", range(len(CHECKED)), ids=["windows-32", "plain-64", "nope-64", "post_norm-32"])
+def test_no_race_no_access_out_of_bounds_nothing_undefined(case):
+    kernel = CHECKED[case]
+    state, params = state_of(kernel.spec), mixed_params(kernel.spec, 3)
+    for seed in range(3):
+        rows = slice(None) if kernel.batch == 3 else slice(seed, seed + 1)
+        _, run = decode_on_host(kernel, rows_of(state, rows), rows_of(params, rows), 6, seed=seed)
+        assert run.report["reason"] == 0, run.report
+
+
+# Mistakes in hand-offs and barriers: file, what is replaced, by what, and the message of an instrumented build. Where
+# there is none, tokens or reports give the mistake away.
+MISTAKES = {
+    "words are taken before they are there": (
+        "sync/words.h",
+        r"(bool ready\(const Vec4& v, u32 parity\) \{\n  return )",
+        r"\1true || ",
+        None,
+    ),
+    "every use has the same parity": ("service.h", r"\) & 1u(\}?;)", r") | 1u\1", None),
+    "nothing is released before the candidates": (
+        "phases/head.h",
+        r"arch::release\(\);",
+        ";",
+        "a race with a write by unit",
+    ),
+    "a lane does not wait for the others": (
+        "phases/head.h",
+        r"arch::wave_sync\(\);",
+        ";",
+        "a race with a (write|read)",
+    ),
+    "service waves do not wait for each other": (
+        "service.h",
+        r"arch::group_sync<kServiceGroup, kServiceWaves>\(\);",
+        ";",
+        "a race with a (write|read)|not written before",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_broken_kernel_is_noticed(mistake, tmp_path):
+    file, old, new, message = MISTAKES[mistake]
+    source = tmp_path / "kernel"
+    shutil.copytree(gpu_host.KERNEL, source)
+    text, count = re.subn(old, new, (source / file).read_text())
+    assert count, f"{file} has changed: say here how to break it"
+    (source / file).write_text(text)
+    kernel = one_chunk("windows", 32, source=source, sanitize=message is not None)
+    spec = kernel.spec
+    state, params, want = state_of(spec), mixed_params(spec, 3), reference_of_mixed(spec)
+    noticed = []
+    for seed in range(4):
+        try:
+            got, run = decode_on_host(kernel, state, params, STEPS, seed=seed, timeout_ticks=60_000, max_steps=10**6)
+        except HostError as error:
+            noticed.append(message is None or re.search(message, str(error)) is not None)
+        else:
+            wrong = run.report["reason"] != 0 or not np.array_equal(got.tokens, want.tokens)
+            noticed.append(message is None and wrong)
+    assert any(noticed)
