@@ -177,7 +177,10 @@ constexpr SharedLayout make_shared_layout() {
   s.barriers = at;
   at += 1024;
   s.ring = at;
-  s.ring_slots = smaller((MK_SHARED_BYTES - at) / (kWaves * kSlotAtoms * arch::kWave * 16), 1024 / 8 / kWaves);
+#if !defined(MK_RING_LIMIT)
+#define MK_RING_LIMIT 1000
+#endif
+  s.ring_slots = smaller(MK_RING_LIMIT, smaller((MK_SHARED_BYTES - at) / (kWaves * kSlotAtoms * arch::kWave * 16), 1024 / 8 / kWaves));
   return s;
 }
 constexpr SharedLayout kShared = make_shared_layout();

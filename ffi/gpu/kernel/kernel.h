@@ -54,43 +54,26 @@ MK_DEVICE void finish_requests(Service& s, bool cancelled) {
   if (r == 0 && cancelled && arch::claim(s.at<u32>(kWorkspace.abort) + 1)) s.args.report->reason = kCancelled;
 }
 
-MK_DEVICE void add_last_projection(Service& s, int layer) {
-  if constexpr (kPostNorm) add_projection(s, s.residual_site(layer), s.constants + MK_MLP_POST_NORM);
-}
-
-// All layers. One body for all phases that multiply: what the instruction cache holds is what counts here.
-MK_DEVICE void run_layers(Service& s) {
-  for (int i = 0; i < kHead * MK_NUM_LAYERS; i++) {
-    const int layer = i / kHead, phase = i % kHead;
-    if (phase == kQkv) {
-      if (layer > 0) add_last_projection(s, layer - 1);
-      s.enter_layer(layer);
-    }
-    if (phase == kO) {
-      p2_attend(s, layer);
-      p2_combine(s, layer);
-    }
-    if constexpr (kPostNorm) {
-      if (phase == kGateUp) {
-        add_projection(s, s.site(h4_projected, kWorkspace.projected, layer), s.constants + MK_ATTN_POST_NORM);
-      }
-    }
-    const Source source = source_of(s, phase, layer);
-    run_phase(s, source, phase, [&](const Tiles& deal, int segment) {
-      if (phase == kGateUp) {
-        publish_inner(s, source, layer, deal, segment);
-      } else {
-        publish_rows(s, source, phase, layer, deal, segment);
-      }
-    });
+MK_DEVICE void run_layer(Service& s, int layer) {
+  s.enter_layer(layer);
+  run_phase<kQkv>(s, layer, [&](const Tiles& deal, int segment) { publish_rows<kQkv>(s, layer, deal, segment); });
+  p2_attend(s, layer);
+  p2_combine(s, layer);
+  run_phase<kO>(s, layer, [&](const Tiles& deal, int segment) { publish_rows<kO>(s, layer, deal, segment); });
+  if constexpr (kPostNorm) {
+    add_projection<aligned_in_layer(MK_ATTN_POST_NORM)>(s, s.site(h4_projected, kWorkspace.projected, layer),
+                                                        s.constants + MK_ATTN_POST_NORM);
   }
-  add_last_projection(s, MK_NUM_LAYERS - 1);
+  run_phase<kGateUp>(s, layer, [&](const Tiles& deal, int segment) { publish_inner(s, layer, deal, segment); });
+  run_phase<kDown>(s, layer, [&](const Tiles& deal, int segment) { publish_rows<kDown>(s, layer, deal, segment); });
+  if constexpr (kPostNorm) {
+    add_projection<aligned_in_layer(MK_MLP_POST_NORM)>(s, s.residual_site(layer), s.constants + MK_MLP_POST_NORM);
+  }
 }
 
 MK_DEVICE void p6_head(Service& s) {
   Search search = start_search(s);
-  const Source source = source_of(s, kHead, MK_NUM_LAYERS);
-  run_phase(s, source, kHead, [&](const Tiles& deal, int segment) { search_logits(s, search, source, deal, segment); });
+  run_phase<kHead>(s, MK_NUM_LAYERS, [&](const Tiles& deal, int segment) { search_logits(s, search, deal, segment); });
   publish_candidates(s, search);
 }
 
@@ -111,7 +94,7 @@ MK_DEVICE void serve(const Args& args) {
     fill_angles(s);
     start_residual(s);
     s.mark(kTokenStart);
-    run_layers(s);
+    for (int layer = 0; layer < MK_NUM_LAYERS; layer++) run_layer(s, layer);
     p6_head(s);
     cancelled = !p7_sample(s);
     s.token++;

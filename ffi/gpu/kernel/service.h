@@ -113,8 +113,9 @@ struct Service {
   // 1 / RMS of a request's last gathered vector of `size` elements.
   MK_METHOD float norm_scale(int request, int size) const {
     float sum = 0.0f;
+    MK_UNROLL
     for (int i = 0; i < kTeamWaves; i++) sum += squares(request)[i];
-    return 1.0f / arch::sqrt(sum / (float)size + MK_NORM_EPS);
+    return arch::fast_rsqrt(sum * (1.0f / (float)size) + MK_NORM_EPS);
   }
 };
 
@@ -131,6 +132,10 @@ struct Float4 {
 };
 
 MK_DEVICE Float4 decode4(const Vec4& w) { return {{decode(w.x), decode(w.y), decode(w.z), decode(w.w)}}; }
+
+constexpr bool aligned_in_layer(int offset) {
+  return offset % 4 == 0 && MK_LAYER_CONSTANTS_OFFSET % 4 == 0 && MK_LAYER_CONSTANTS % 4 == 0;
+}
 
 // Writes four activations, rounded to the weights' dtype.
 MK_DEVICE void store_activations(char* row, int column, const Float4& x) {
@@ -237,39 +242,54 @@ MK_DEVICE Float4 embedding4(const Service& s, int token, const HeadRow& head_row
 
 // ---- Activations ----
 
-// A hand-off's row as a phase's input.
-struct Input {
-  const float* weights;  // of the norm; null: none
-  float offset, scale;   // (offset + weight) * scale is what values are multiplied with
-  int size;              // real columns
+// A norm's weights: (offset + weight) * scale is what values are multiplied with.
+struct Norm {
+  const float* weights;
+  float scale;
 };
 
-MK_DEVICE Float4 input_weights(const Input& in, int column) {
+template <int size, bool aligned>
+MK_DEVICE Float4 norm_weights(const Norm& norm, int column) {
   Float4 f;
+  if constexpr (aligned && size % 4 == 0) {
+    if (column < size) {
+      const Vec4 v = arch::load_once(norm.weights + column);
+      f = {{arch::as_f32(v.x), arch::as_f32(v.y), arch::as_f32(v.z), arch::as_f32(v.w)}};
+    }
+  } else {
+    MK_UNROLL
+    for (int i = 0; i < 4; i++) f.v[i] = column + i < size ? norm.weights[column + i] : 0.0f;
+  }
   MK_UNROLL
-  for (int i = 0; i < 4; i++) f.v[i] = column + i < in.size ? (in.weights[column + i] + in.offset) * in.scale : 0.0f;
+  for (int i = 0; i < 4; i++) f.v[i] = (f.v[i] + MK_NORM_OFFSET) * norm.scale;
   return f;
 }
 
-// Calls use(column, value, weight) for the columns [begin, end) of a request that fall to this lane. One body for all
-// phases: what the instruction cache holds is what counts here.
-template <typename Use>
-MK_DEVICE void gather_words(Service& s, const Site& site, const u32* row, const Input& in, int begin, int end, Use use) {
-  constexpr int step = kTeamLanes * 4, count = 4;
+struct NoWeights {
+  MK_METHOD Float4 operator()(int) const { return {}; }
+};
+
+// Calls use(column, value, weight) for the columns [begin, end) of a request that fall to this lane. whole: begin and end are
+// those of the row, which is a multiple of what the lanes take at once.
+template <int size, bool whole, typename Weights, typename Use>
+MK_DEVICE void gather_words(Service& s, const Site& site, const u32* row, int begin, int end, Weights weights_of, Use use) {
+  constexpr int step = kTeamLanes * 4;
+  constexpr int most = (round_up(size, kAtomCols) + step - 1) / step, count = most < 4 ? most : 4;
+  constexpr bool bare = whole && size % step == 0 && most % count == 0;  // nothing to check
   for (int column = begin + s.team_lane * 4; column - s.team_lane * 4 < end; column += count * step) {
     Vec4 v[count];
     Float4 weights[count];
-    if (in.weights != nullptr) {  // on their way while the words are not ready
-      MK_UNROLL
-      for (int i = 0; i < count; i++) {
-        if (column + i * step < end) weights[i] = input_weights(in, column + i * step);
-      }
+    MK_UNROLL
+    for (int i = 0; i < count; i++) {  // on their way while the words are not ready
+      if (bare || column + i * step < end) weights[i] = weights_of(column + i * step);
     }
-    wait_words<count>(s.waiter, site, row + column, step, v, [&](int i) { return smaller(end, in.size) - (column + i * step); });
+    wait_words<count>(s.waiter, site, row + column, step, v,
+                      [&](int i) { return bare ? 4 : smaller(end, size) - (column + i * step); });
     MK_UNROLL
     for (int i = 0; i < count; i++) {
-      if (column + i * step < end) use(column + i * step, decode4(v[i]), weights[i]);
+      if (bare || column + i * step < end) use(column + i * step, decode4(v[i]), weights[i]);
     }
+    if (most <= count) break;
   }
 }
 
@@ -278,12 +298,6 @@ MK_DEVICE void for_team_requests(const Service& s, Use use) {
   for (int request = s.team; request < kBatch; request += kTeams) {
     if (s.team < kTeams) use(request);
   }
-}
-
-// Columns of a vector that the unit itself holds.
-template <typename Value, typename Use>
-MK_DEVICE void for_columns(const Service& s, int begin, int end, Value value, Use use) {
-  for (int column = begin + s.team_lane * 4; column < end; column += kTeamLanes * 4) use(column, value(column));
 }
 
 // The sum of squares of a request, from its lanes' parts.
@@ -309,6 +323,15 @@ MK_DEVICE void for_products(const Service& s, const Tiles& deal, int segment, Us
     const float* from = products + (tile * kBatch + request) * kTileRows * kWaves;
     auto sum = [&](int r) {
       const float* p = from + r * kWaves;
+      if constexpr (kWaves % 4 == 0) {
+        float v = 0.0f;
+        MK_UNROLL
+        for (int w = 0; w < kWaves; w += 4) {
+          const Vec4 x = *(const Vec4*)(p + w);
+          v += (arch::as_f32(x.x) + arch::as_f32(x.y)) + (arch::as_f32(x.z) + arch::as_f32(x.w));
+        }
+        return v;
+      }
       float v = p[0];
       MK_UNROLL
       for (int w = 1; w < kWaves; w++) v += p[w];

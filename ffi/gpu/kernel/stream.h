@@ -209,12 +209,12 @@ struct StreamWave {
     if (t < tiles) multiply_tiles<steps, 1>(x, activations, t, add);
   }
 
-  // One body for all phases: what the instruction cache holds is what counts here.
-  MK_METHOD void multiply_phase(int p) {
+  template <int p>
+  MK_METHOD void multiply_phase() {
     deal = kTiles[p * MK_UNITS + arch::unit()];
     const char* activations = shared_at<char>(kShared.activations);
-    constexpr int whole = kChunkAtoms / kWaves / kGroup;
-    const int chunks = chunk_count_of(p), rest = atoms_of(p) % kChunkAtoms;
+    constexpr int whole = kChunkAtoms / kWaves / kGroup, rest = atoms(p) % kChunkAtoms / kWaves / kGroup;
+    constexpr int chunks = chunk_count(p);
     for (segment = 0; segment < segment_count(deal); segment++) {
       tiles = smaller(kSegmentTiles, deal.count - segment * kSegmentTiles);
       for (int first = 0; first < chunks; first += kResident) {
@@ -223,11 +223,10 @@ struct StreamWave {
           const int begin = (c - first) * kChunkAtoms;
           if (rest == 0 || c < chunks - 1) {
             column = (begin + kChunkAtoms / kWaves * wave) * kAtomCols;
-            if constexpr (whole > 0) multiply_chunk<whole>(activations, c > 0);
+            if constexpr (atoms(p) >= kChunkAtoms) multiply_chunk<whole>(activations, c > 0);
           } else {
-            column = (begin + rest / kWaves * wave) * kAtomCols;
-            // Of the sizes that a last chunk may have, only those that occur are compiled.
-            for_rest_sizes<1>(rest / kWaves / kGroup, activations, c > 0);
+            column = (begin + atoms(p) % kChunkAtoms / kWaves * wave) * kAtomCols;
+            if constexpr (rest > 0) multiply_chunk<rest>(activations, c > 0);
           }
         }
         arch::unit_sync();  // B
@@ -235,27 +234,17 @@ struct StreamWave {
     }
   }
 
-  static constexpr bool rest_occurs(int steps) {
-    for (int p = 0; p < kPhases; p++) {
-      if (atoms(p) % kChunkAtoms / kWaves / kGroup == steps) return true;
-    }
-    return false;
-  }
-  template <int steps>
-  MK_METHOD void for_rest_sizes(int wanted, const char* activations, bool add) {
-    if constexpr (steps < kChunkAtoms / kWaves / kGroup) {
-      if constexpr (rest_occurs(steps)) {
-        if (wanted == steps) multiply_chunk<steps>(activations, add);
-      }
-      for_rest_sizes<steps + 1>(wanted, activations, add);
-    }
-  }
-
   MK_METHOD void run_even() {
     for (;;) {
       arch::unit_sync();  // T
       if (shared_at<Control>(kShared.control)->go == 0) return;
-      for (int i = 0; i <= kHead * MK_NUM_LAYERS; i++) multiply_phase(i == kHead * MK_NUM_LAYERS ? kHead : i % kHead);
+      for (int l = 0; l < MK_NUM_LAYERS; l++) {
+        multiply_phase<kQkv>();
+        multiply_phase<kO>();
+        multiply_phase<kGateUp>();
+        multiply_phase<kDown>();
+      }
+      multiply_phase<kHead>();
       // What fills the stream's end up to SLOT_ATOMS of jax_monokernel/plan.py.
       for (int i = total; i % 8 != 0; i += kSlotAtoms) {
         ring.wait();

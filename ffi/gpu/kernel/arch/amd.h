@@ -98,6 +98,14 @@ MK_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c);
 MK_DEVICE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 MK_DEVICE float sqrt(float v) { return __builtin_sqrtf(v); }
 MK_DEVICE double sqrt(double v) { return __builtin_sqrt(v); }
+MK_DEVICE float fast_rsqrt(float v) { return __builtin_amdgcn_rsqf(v); }
+MK_DEVICE float fast_divide(float a, float b) { return a / b; }
+// Round to nearest even; NaN stays NaN.
+MK_DEVICE u32 to_bf16(float v) {
+  const u32 bits = as_u32(v);
+  return v == v ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : 0x7fc0u;
+}
+MK_DEVICE u32 pack_bf16(float low, float high) { return to_bf16(low) | to_bf16(high) << 16; }
 
 // ---- Other lanes ----
 

@@ -21,6 +21,8 @@
 //   ticks()                     u64 clock for timeouts and traces, monotonic on one unit
 //   as_u32(f), as_f32(u)        bit casts
 //   fma(a, b, c), sqrt(x)       f32, correctly rounded (f64 overloads likewise)
+//   fast_rsqrt(x), fast_divide(a, b)   f32, within a few units in the last place
+//   pack_bf16(low, high)        two floats, rounded to nearest even, as one word
 //   mma_16x8x16(c, a, b)        wave 32: float c[4], u32 a[4], u32 b[2] as PTX's mma.m16n8k16; template on bf16 or f16
 //   mfma_4x4x4(c, a, b)         wave 64: float c[4], u32 a[2], u32 b[2] as v_mfma_f32_4x4x4 with 16 blocks; likewise
 //   Ring                        the stream of one wave:

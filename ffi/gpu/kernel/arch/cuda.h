@@ -47,6 +47,16 @@ MK_DEVICE double fma(double a, double b, double c) { return __fma_rn(a, b, c); }
 MK_DEVICE float sqrt(float v) { return __fsqrt_rn(v); }
 MK_DEVICE double sqrt(double v) { return __dsqrt_rn(v); }
 
+// Within 2 units in the last place.
+MK_DEVICE float fast_rsqrt(float v) { return rsqrtf(v); }
+MK_DEVICE float fast_divide(float a, float b) { return __fdividef(a, b); }
+// Two floats, rounded to nearest even, as the low and the high half of a word.
+MK_DEVICE u32 pack_bf16(float low, float high) {
+  u32 v;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+}
+
 MK_DEVICE u32 load_word(const u32* p) {
   u32 v;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");

@@ -117,6 +117,14 @@ MK_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c);
 MK_DEVICE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 MK_DEVICE float sqrt(float v) { return __builtin_sqrtf(v); }
 MK_DEVICE double sqrt(double v) { return __builtin_sqrt(v); }
+MK_DEVICE float fast_rsqrt(float v) { return 1.0f / __builtin_sqrtf(v); }
+MK_DEVICE float fast_divide(float a, float b) { return a / b; }
+// Round to nearest even; NaN stays NaN.
+MK_DEVICE u32 to_bf16(float v) {
+  const u32 bits = as_u32(v);
+  return v == v ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : 0x7fc0u;
+}
+MK_DEVICE u32 pack_bf16(float low, float high) { return to_bf16(low) | to_bf16(high) << 16; }
 
 MK_DEVICE u32 load_word(const u32* p, host::Where at = host::here()) { return host::load_word(p, at); }
 MK_DEVICE Vec4 load_words(const u32* p, host::Where at = host::here()) { return host::load_words(p, at); }
@@ -129,6 +137,7 @@ MK_DEVICE u32 load_host(const u32* p, host::Where at = host::here()) { return ho
 MK_DEVICE bool claim(u32* p, host::Where at = host::here()) { return host::claim(p, at); }
 MK_DEVICE u32 shared_add(u32* p, u32 v, host::Where at = host::here()) { return host::shared_add(p, v, at); }
 MK_DEVICE u64 ticks(host::Where at = host::here()) { return host::ticks(at); }
+MK_DEVICE u64 wall_clock(host::Where at = host::here()) { return host::ticks(at); }
 
 template <bool bf16>
 MK_DEVICE void mma_16x8x16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, host::Where at = host::here()) {

@@ -11,12 +11,6 @@ namespace mk {
 MK_DEVICE float bf16_low(u32 pair) { return arch::as_f32(pair << 16); }
 MK_DEVICE float bf16_high(u32 pair) { return arch::as_f32(pair & 0xffff0000u); }
 
-// Round to nearest even; NaN stays NaN.
-MK_DEVICE u32 to_bf16(float v) {
-  const u32 bits = arch::as_u32(v);
-  return v == v ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : 0x7fc0u;
-}
-
 MK_DEVICE float from_f16(u32 half) {
   const u32 sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
   if (magnitude >= 0x7c00u) return arch::as_f32(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
@@ -37,7 +31,7 @@ MK_DEVICE u32 to_f16(float v) {
 // The f32 value of a stored element, and the reverse.
 template <int type>
 MK_DEVICE u32 pack_pair(float low, float high) {
-  if constexpr (type == kBF16) return to_bf16(low) | to_bf16(high) << 16;
+  if constexpr (type == kBF16) return arch::pack_bf16(low, high);
   return to_f16(low) | to_f16(high) << 16;
 }
 template <int type>
@@ -52,7 +46,7 @@ MK_DEVICE float high_of(u32 pair) {
 }
 template <int type>
 MK_DEVICE float rounded(float v) {
-  if constexpr (type == kBF16) return arch::as_f32(to_bf16(v) << 16);
+  if constexpr (type == kBF16) return bf16_low(arch::pack_bf16(v, 0.0f));
   if constexpr (type == kF16) return from_f16(to_f16(v));
   return v;
 }

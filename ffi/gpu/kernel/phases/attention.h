@@ -136,49 +136,126 @@ MK_DEVICE void full_norm_scales(Service& s, const Site& site, int request, float
   }
 }
 
+// A lane holds four neighbouring elements of a head, and the lane whose number differs by kPairLanes those that they are
+// rotated with.
+constexpr int kHeadLanes = kHeadDim / 4, kPairLanes = kHeadDim / 8;
+constexpr bool kHeadInLanes = kHeadDim % 8 == 0 && kHeadLanes <= arch::kWave && (kHeadLanes & (kHeadLanes - 1)) == 0 &&
+                              (kHalfRotary == 0 || 2 * kHalfRotary == kHeadDim);
+
+MK_DEVICE Float4 load_shared4(const float* p) {
+  const Vec4 v = *(const Vec4*)p;
+  return {{arch::as_f32(v.x), arch::as_f32(v.y), arch::as_f32(v.z), arch::as_f32(v.w)}};
+}
+
+// Head j of a task (q heads, k, v): from h1 to shared memory and, if it is k or v, to the cache at `row`.
+MK_DEVICE void prepare_in_lanes(Service& s, const Site& site, int layer, int request, int j, int from, const Norm& norm, char* row) {
+  const bool rotates = j <= kTaskHeads && kHalfRotary > 0 && kLayers[layer].rope >= 0;
+  const bool active = s.lane < kHeadLanes;
+  const int at = active ? s.lane * 4 : 0;
+  Float4 weights = {{1.0f, 1.0f, 1.0f, 1.0f}}, cos = {}, sin = {};
+  if (norm.weights != nullptr) weights = norm_weights<kHeadDim, false>(norm, at);
+  if (rotates) {
+    const float* table = angles(request, kLayers[layer].rope);
+    const int pair = at % (kHalfRotary > 0 ? kHalfRotary : 1);
+    cos = load_shared4(table + pair);
+    sin = load_shared4(table + kHalfRotary + pair);
+  }
+  Vec4 v[1];
+  wait_words<1>(s.waiter, site, site.words + request * line(kQkvSize) + from + at, 0, v, [&](int) { return active ? 4 : 0; });
+  Float4 x = decode4(v[0]);
+  if (norm.weights != nullptr) {
+    float scale = 1.0f;
+    if constexpr (MK_QK_NORM == 1) {
+      float sum = 0.0f;
+      MK_UNROLL
+      for (int i = 0; i < 4; i++) sum = arch::fma(x.v[i], x.v[i], sum);
+      scale = arch::fast_rsqrt(wave_sum(active ? sum : 0.0f) * (1.0f / (float)kHeadDim) + MK_NORM_EPS);
+    }
+    MK_UNROLL
+    for (int i = 0; i < 4; i++) x.v[i] = x.v[i] * scale * weights.v[i];
+  }
+  if (rotates) {
+    MK_UNROLL
+    for (int i = 0; i < 4; i++) {
+      const float other = arch::shuffle_xor(x.v[i], kPairLanes > 0 ? kPairLanes : 1);
+      x.v[i] = s.lane < kPairLanes ? x.v[i] * cos.v[i] - other * sin.v[i] : x.v[i] * cos.v[i] + other * sin.v[i];
+    }
+  }
+  if (active) {
+    u32* cache = (u32*)(row + at * kKvBytes);
+    if constexpr (kKvType == kF32) {
+      MK_UNROLL
+      for (int i = 0; i < 4; i++) {
+        if (row != nullptr) arch::store_word(cache + i, arch::as_u32(x.v[i]));
+      }
+    } else {
+      const u32 low = pack_pair<kKvType>(x.v[0], x.v[1]), high = pack_pair<kKvType>(x.v[2], x.v[3]);
+      x = {{low_of<kKvType>(low), high_of<kKvType>(low), low_of<kKvType>(high), high_of<kKvType>(high)}};
+      if (row != nullptr) {
+        arch::store_word(cache, low);
+        arch::store_word(cache + 1, high);
+      }
+    }
+    *(Vec4*)(attention_scratch().vectors + j * kHeadDim + at) = {arch::as_u32(x.v[0]), arch::as_u32(x.v[1]), arch::as_u32(x.v[2]),
+                                                                 arch::as_u32(x.v[3])};
+  }
+}
+
+// The same for any head size.
+MK_DEVICE void prepare_in_memory(Service& s, const Site& site, int layer, int request, int j, int from, const Norm& norm, char* row) {
+  float* x = attention_scratch().vectors + j * kHeadDim;
+  const int rope = kLayers[layer].rope;
+  fetch_head<kHeadDim>(s, site, site.words + request * line(kQkvSize) + from, x);
+  if (norm.weights != nullptr) {
+    float scale = norm.scale;
+    if constexpr (MK_QK_NORM == 1) scale = arch::fast_rsqrt(sum_squares(s, x) * (1.0f / (float)kHeadDim) + MK_NORM_EPS);
+    norm_head(s, x, norm.weights, scale);
+  }
+  if (j <= kTaskHeads && kHalfRotary > 0 && rope >= 0) {
+    const float *cos = angles(request, rope), *sin = cos + kHalfRotary;
+    for (int i = s.lane; i < kHalfRotary; i += arch::kWave) {
+      const float a = x[i], b = x[i + kHalfRotary];
+      x[i] = a * cos[i] - b * sin[i];
+      x[i + kHalfRotary] = b * cos[i] + a * sin[i];
+    }
+    arch::wave_sync();
+  }
+  u32* cache = (u32*)row;
+  if constexpr (kKvType == kF32) {
+    for (int i = s.lane; i < kHeadDim; i += arch::kWave) {
+      if (row != nullptr) arch::store_word(cache + i, arch::as_u32(x[i]));
+    }
+  } else {
+    for (int i = s.lane; i < kHeadDim / 2; i += arch::kWave) {
+      const u32 pair = pack_pair<kKvType>(x[2 * i], x[2 * i + 1]);
+      x[2 * i] = low_of<kKvType>(pair);
+      x[2 * i + 1] = high_of<kKvType>(pair);
+      if (row != nullptr) arch::store_word(cache + i, pair);
+    }
+  }
+}
+
 // Takes this task's heads from h1: norm, rotation, rounding; appends the key and value to the cache.
 MK_DEVICE void prepare_heads(Service& s, const Site& site, int layer, int request, int group, bool append) {
-  const AttentionScratch scratch = attention_scratch();
-  const int kv_head = group * kTaskHeads / (kHeads / kKvHeads), rope = kLayers[layer].rope;
-  const int position = s.control().position[request];
+  const int kv_head = group * kTaskHeads / (kHeads / kKvHeads);
   float q_scale = 1.0f, k_scale = 1.0f;
-  if constexpr (MK_QK_NORM == 2) full_norm_scales(s, site, request, scratch.squares, &q_scale, &k_scale);
+  if constexpr (MK_QK_NORM == 2) full_norm_scales(s, site, request, attention_scratch().squares, &q_scale, &k_scale);
+  const i64 place = (((i64)request * MK_NUM_LAYERS + layer) * kKvHeads + kv_head) * s.args.capacity + s.control().position[request];
   for (int j = s.wave; j < kTaskVectors; j += kServiceWaves) {
     const bool is_q = j < kTaskHeads, is_k = j == kTaskHeads;
     const int from = is_q ? (group * kTaskHeads + j) * kHeadDim : kQSize + (is_k ? 0 : kKvSize) + kv_head * kHeadDim;
-    float* x = scratch.vectors + j * kHeadDim;
-    fetch_head<kHeadDim>(s, site, site.words + request * line(kQkvSize) + from, x);
-    if (is_q || is_k) {
-      if constexpr (MK_QK_NORM == 1) {
-        const float scale = 1.0f / arch::sqrt(sum_squares(s, x) / (float)kHeadDim + MK_NORM_EPS);
-        norm_head(s, x, s.constants + (is_q ? MK_Q_NORM : MK_K_NORM), scale);
-      }
-      if constexpr (MK_QK_NORM == 2) {
-        norm_head(s, x, s.constants + (is_q ? MK_Q_NORM + from : MK_K_NORM + from - kQSize), is_q ? q_scale : k_scale);
-      }
-      if (kHalfRotary > 0 && rope >= 0) {
-        const float *cos = angles(request, rope), *sin = cos + kHalfRotary;
-        for (int i = s.lane; i < kHalfRotary; i += arch::kWave) {
-          const float a = x[i], b = x[i + kHalfRotary];
-          x[i] = a * cos[i] - b * sin[i];
-          x[i + kHalfRotary] = b * cos[i] + a * sin[i];
-        }
-        arch::wave_sync();
-      }
+    Norm norm = {nullptr, 1.0f};
+    if constexpr (MK_QK_NORM == 1) {
+      if (is_q || is_k) norm.weights = s.constants + (is_q ? MK_Q_NORM : MK_K_NORM);
     }
-    const i64 row = (((i64)request * MK_NUM_LAYERS + layer) * kKvHeads + kv_head) * s.args.capacity + position;
-    u32* cache = (u32*)((char*)(is_k ? s.args.k_cache : s.args.v_cache) + row * kHeadDim * kKvBytes);
-    if constexpr (kKvType == kF32) {
-      for (int i = s.lane; i < kHeadDim; i += arch::kWave) {
-        if (!is_q && append) arch::store_word(cache + i, arch::as_u32(x[i]));
-      }
+    if constexpr (MK_QK_NORM == 2) {
+      if (is_q || is_k) norm = {s.constants + (is_q ? MK_Q_NORM + from : MK_K_NORM + from - kQSize), is_q ? q_scale : k_scale};
+    }
+    char* cache = is_q || !append ? nullptr : (char*)(is_k ? s.args.k_cache : s.args.v_cache) + place * kHeadDim * kKvBytes;
+    if constexpr (kHeadInLanes) {
+      prepare_in_lanes(s, site, layer, request, j, from, norm, cache);
     } else {
-      for (int i = s.lane; i < kHeadDim / 2; i += arch::kWave) {
-        const u32 pair = pack_pair<kKvType>(x[2 * i], x[2 * i + 1]);
-        x[2 * i] = low_of<kKvType>(pair);
-        x[2 * i + 1] = high_of<kKvType>(pair);
-        if (!is_q && append) arch::store_word(cache + i, pair);
-      }
+      prepare_in_memory(s, site, layer, request, j, from, norm, cache);
     }
   }
   s.sync();
@@ -257,18 +334,24 @@ MK_DEVICE void attend(Service& s, int layer, int task) {
     return at < end && p >= first ? p : position + 1;
   };
   Position raw_keys[kUnroll], raw_values[kUnroll];
-  auto load = [&](int i) {
+  auto load_keys = [&](int i) {
     MK_UNROLL
     for (int u = 0; u < kUnroll; u++) {
       const int p = place(i, u);
-      raw_keys[u] = raw_values[u] = {};
-      if (p < position) {
-        raw_keys[u] = load_position(keys + (i64)p * kHeadDim * kKvBytes, part);
-        raw_values[u] = load_position(values + (i64)p * kHeadDim * kKvBytes, part);
-      }
+      raw_keys[u] = {};
+      if (p < position) raw_keys[u] = load_position(keys + (i64)p * kHeadDim * kKvBytes, part);
     }
   };
-  load(own);  // what is in the cache already is on its way while the query is not there
+  auto load_values = [&](int i) {
+    MK_UNROLL
+    for (int u = 0; u < kUnroll; u++) {
+      const int p = place(i, u);
+      raw_values[u] = {};
+      if (p < position) raw_values[u] = load_position(values + (i64)p * kHeadDim * kKvBytes, part);
+    }
+  };
+  load_keys(own);  // what is in the cache already is on its way while the query is not there
+  load_values(own);
 
   prepare_heads(s, site, layer, request, group, live && owns_last);
   s.mark(kPrepared);
@@ -282,55 +365,63 @@ MK_DEVICE void attend(Service& s, int layer, int task) {
     MK_UNROLL
     for (int e = 0; e < kLaneElems; e++) sums[h][e] = 0.0f;
   }
-  for (int i = own; i < end; i += kServiceWaves * wave_step) {
-    float k[kUnroll][kLaneElems], v[kUnroll][kLaneElems];
+  constexpr int stride = kServiceWaves * wave_step;
+  for (int i = own; i < end; i += stride) {
     bool seen[kUnroll];
+    float score[kTaskHeads][kUnroll];
     MK_UNROLL
     for (int u = 0; u < kUnroll; u++) {
       const int p = place(i, u);
       seen[u] = p <= position;
-      unpack_position(raw_keys[u], k[u]);
-      unpack_position(raw_values[u], v[u]);
-      if (p == position) {
-        load_own(own_key, part, k[u]);
-        load_own(own_value, part, v[u]);
+      float k[kLaneElems];
+      unpack_position(raw_keys[u], k);
+      if (p == position) load_own(own_key, part, k);
+      MK_UNROLL
+      for (int h = 0; h < kTaskHeads; h++) {
+        score[h][u] = 0.0f;
+        MK_UNROLL
+        for (int e = 0; e < kLaneElems; e++) score[h][u] = arch::fma(q[h][e], k[e], score[h][u]);
       }
     }
-    load(i + kServiceWaves * wave_step);
+    load_keys(i + stride);
+    float fade[kTaskHeads];
     MK_UNROLL
     for (int h = 0; h < kTaskHeads; h++) {
-      float score[kUnroll];
-      MK_UNROLL
-      for (int u = 0; u < kUnroll; u++) {
-        score[u] = 0.0f;
-        MK_UNROLL
-        for (int e = 0; e < kLaneElems; e++) score[u] = arch::fma(q[h][e], k[u][e], score[u]);
-      }
       MK_UNROLL
       for (int step = 1; step < kPositionLanes; step *= 2) {
         MK_UNROLL
-        for (int u = 0; u < kUnroll; u++) score[u] += arch::shuffle_xor(score[u], step);
+        for (int u = 0; u < kUnroll; u++) score[h][u] += arch::shuffle_xor(score[h][u], step);
       }
       float higher = top[h];
       MK_UNROLL
       for (int u = 0; u < kUnroll; u++) {
-        score[u] *= MK_ATTN_SCALE;
-        if constexpr (MK_ATTN_SOFTCAP > 0.0f) score[u] = soft_cap(score[u], MK_ATTN_SOFTCAP);
-        if (seen[u] && score[u] > higher) higher = score[u];
+        score[h][u] *= MK_ATTN_SCALE;
+        if constexpr (MK_ATTN_SOFTCAP > 0.0f) score[h][u] = soft_cap(score[h][u], MK_ATTN_SOFTCAP);
+        if (seen[u] && score[h][u] > higher) higher = score[h][u];
       }
-      const float fade = exp_(top[h] - higher);
+      fade[h] = exp_(top[h] - higher);
       top[h] = higher;
-      total[h] *= fade;
-      MK_UNROLL
-      for (int e = 0; e < kLaneElems; e++) sums[h][e] *= fade;
+      total[h] *= fade[h];
       MK_UNROLL
       for (int u = 0; u < kUnroll; u++) {
-        const float weight = seen[u] ? exp_(score[u] - higher) : 0.0f;
-        total[h] += weight;
+        score[h][u] = seen[u] ? exp_(score[h][u] - higher) : 0.0f;
+        total[h] += score[h][u];
+      }
+      MK_UNROLL
+      for (int e = 0; e < kLaneElems; e++) sums[h][e] *= fade[h];
+    }
+    MK_UNROLL
+    for (int u = 0; u < kUnroll; u++) {
+      float v[kLaneElems];
+      unpack_position(raw_values[u], v);
+      if (place(i, u) == position) load_own(own_value, part, v);
+      MK_UNROLL
+      for (int h = 0; h < kTaskHeads; h++) {
         MK_UNROLL
-        for (int e = 0; e < kLaneElems; e++) sums[h][e] = arch::fma(weight, v[u][e], sums[h][e]);
+        for (int e = 0; e < kLaneElems; e++) sums[h][e] = arch::fma(score[h][u], v[e], sums[h][e]);
       }
     }
+    load_values(i + stride);
   }
 
   // Positions of one wave, then those of all waves.

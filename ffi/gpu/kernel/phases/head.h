@@ -48,8 +48,8 @@ MK_DEVICE Search start_search(const Service& s) {
 }
 
 // p6, for each segment.
-MK_DEVICE void search_logits(Service& s, Search& search, const Source& source, const Tiles& deal, int segment) {
-  const float scale = products_scale(s, source, kTileRows);
+MK_DEVICE void search_logits(Service& s, Search& search, const Tiles& deal, int segment) {
+  const float scale = products_scale<kHead, kTileRows>(s);
   const RowOptions& options = search.options;
   const int request = search.request;
   for_products<kTileRows>(s, deal, segment, [&](int, int token, int row, auto sum) {
