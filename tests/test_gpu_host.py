@@ -112,10 +112,11 @@ def test_results_have_the_same_bits_in_every_order(wave):
         assert_bit_equal(got, want)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["plain", "post_norm"])
-@WAVE_SIZES
-def test_16_bit_models_are_as_exact_as_on_the_cpu(wave, name, dtype):
+@pytest.mark.parametrize(
+    ("name", "dtype", "wave"),
+    [("plain", "bfloat16", 32), ("post_norm", "float16", 32), ("plain", "float16", 64), ("post_norm", "bfloat16", 64)],
+)
+def test_16_bit_models_are_as_exact_as_on_the_cpu(name, dtype, wave):
     kernel = one_chunk(name, wave, dtype)
     spec, params = kernel.spec, params_of(kernel.spec, 3)
     state = state_of(spec)
@@ -137,8 +138,7 @@ def rms_error(got, want) -> float:
     return float(np.sqrt(np.mean(np.square(np.asarray(got.log_probs) - np.asarray(want.log_probs))[agree])))
 
 
-@pytest.mark.parametrize("chunk_atoms", [16, 6])
-@WAVE_SIZES
+@pytest.mark.parametrize(("wave", "chunk_atoms"), [(32, 16), (32, 6), (64, 6)])
 def test_a_wide_model(wave, chunk_atoms):
     """Rows of many atoms: the stream goes around the ring often, and chunks are even or not."""
     spec = spec_of("windows", "float16").replace(hidden_size=256, intermediate_size=384, num_heads=8, head_dim=32)
@@ -151,8 +151,7 @@ def test_a_wide_model(wave, chunk_atoms):
     np.testing.assert_allclose(got.log_probs, want.log_probs, rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@WAVE_SIZES
+@pytest.mark.parametrize(("wave", "dtype"), [(32, "float16"), (64, "float16"), (32, "float32")])
 def test_a_batch_of_sixteen(wave, dtype):
     spec = spec_of("nope", dtype)
     kernel = Kernel(spec, gpu_plan(spec, wave, 3, service_waves=4), batch=16)
@@ -252,8 +251,11 @@ HANDOFFS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["drop", "hold", "flip"])
-@pytest.mark.parametrize("field", HANDOFFS)
+@pytest.mark.parametrize(
+    ("field", "kind"),
+    # A candidate has one reader. That may be the unit it comes from, which sees what is held back from others.
+    [case for case in itertools.product(HANDOFFS, ["drop", "hold", "flip"]) if case != ("candidate", "hold")],
+)
 def test_a_word_that_never_comes_is_reported(field, kind):
     kernel = split_up("windows", 32)
     spec, workspace = kernel.spec, kernel.workspace
