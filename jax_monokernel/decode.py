@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_batching import custom_vmap
 
-from jax_monokernel import _native
+from jax_monokernel import _gpu, _native
 from jax_monokernel._program import program
 from jax_monokernel.reference import decode_reference
 from jax_monokernel.sampling import SamplingParams, check_sampling_params
@@ -165,8 +166,15 @@ def _call(
     }
     results = fresh | {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in carried.items()}
     aliases = {len(operands) + i: len(fresh) + i for i in range(len(carried))}
+    attributes: dict[str, Any] = dict(program(spec, tape.plan))
+    if tape.plan.platform != "cpu":
+        _gpu.register()
+        call_attributes = _gpu.call_attributes(spec, tape.plan, batch, state.capacity)
+        size = _native.gpu_workspace_bytes(**attributes, batch=batch, **call_attributes)
+        results["workspace"] = jax.ShapeDtypeStruct((size,), jnp.uint8)
+        attributes |= {name: np.int64(value) for name, value in call_attributes.items()}
     call = jax.ffi.ffi_call(TARGET, list(results.values()), input_output_aliases=aliases)
-    values = call(*itertools.chain(operands.values(), carried.values()), **program(spec, tape.plan))
+    values = call(*itertools.chain(operands.values(), carried.values()), **attributes)
     out = dict(zip(results, values, strict=True))
     return DecodeResult(
         tokens=out["tokens"],

@@ -95,9 +95,10 @@ def test_bad_thread_counts_in_the_environment_are_named(monkeypatch, value):
         ({"platform": "tpu", "units": 1}, "Plan.platform is 'tpu'; expected one of"),
         ({"platform": "cpu", "units": 0}, "Plan.units is 0; expected 1 to 4096"),
         ({"platform": "cpu", "units": 4097}, "Plan.units is 4097; expected 1 to 4096"),
-        ({"platform": "cpu", "units": 2, "tile_rows": 8}, "Plan.tile_rows is 8"),
+        ({"platform": "cuda", "units": 2, "waves": -1}, "Plan.waves is -1; expected at least 1, or 0 for 8"),
+        ({"platform": "cuda", "units": 2, "wave_size": 16}, "a GPU plan has waves of 32 or 64 lanes"),
     ],
-    ids=["platform", "none", "many", "tile"],
+    ids=["platform", "none", "many", "waves", "wave_size"],
 )
 def test_bad_plans_are_named(options, message):
     with pytest.raises(ValueError, match=message):
@@ -106,6 +107,6 @@ def test_bad_plans_are_named(options, message):
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])
 def test_gpu_plans_need_their_number_of_units(platform):
-    with pytest.raises(ValueError, match="needs units=, the number of multiprocessors or compute units"):
+    with pytest.raises(ValueError, match=f"no {platform} device here, so a plan for it needs units="):
         make_plan(SPECS["plain"], platform=platform)
     assert make_plan(SPECS["plain"], platform=platform, units=132) == Plan(platform=platform, units=132)

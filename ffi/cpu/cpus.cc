@@ -7,7 +7,8 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <fstream>
+#include <cstdio>
+#include <initializer_list>
 #include <thread>
 
 namespace monokernel::cpu {
@@ -22,13 +23,27 @@ int affinity_cpus() {
   return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
 }
 
+// Whether the file begins with as many numbers. (No iostreams: see gpu/stub.cc.)
+bool read_numbers(const std::string& path, std::initializer_list<int64_t*> numbers) {
+  std::FILE* file = std::fopen(path.c_str(), "r");
+  if (!file) return false;
+  bool found = true;
+  for (int64_t* number : numbers) {
+    long long value = 0;
+    found = found && std::fscanf(file, "%lld", &value) == 1;
+    *number = found ? value : 0;
+  }
+  std::fclose(file);
+  return found;
+}
+
 }  // namespace
 
 int quota_cpus(const std::string& folder) {
   int64_t quota = 0, period = 0;
-  if (std::ifstream file(folder + "/cpu.max"); !(file >> quota >> period)) {  // "max" is no number
-    std::ifstream(folder + "/cpu/cpu.cfs_quota_us") >> quota;
-    std::ifstream(folder + "/cpu/cpu.cfs_period_us") >> period;
+  if (!read_numbers(folder + "/cpu.max", {&quota, &period})) {  // "max" is no number
+    read_numbers(folder + "/cpu/cpu.cfs_quota_us", {&quota});
+    read_numbers(folder + "/cpu/cpu.cfs_period_us", {&period});
   }
   if (quota <= 0 || period <= 0) return 0;
   return static_cast<int>(std::min<int64_t>((quota - 1) / period + 1, 1 << 20));

@@ -12,7 +12,6 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <iterator>
 #include <thread>
 #include <vector>
@@ -34,9 +33,12 @@ std::string header(const std::string& code) {
 }
 
 std::optional<std::string> read(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
+  std::FILE* file = std::fopen(path.c_str(), "rb");
   if (!file) return std::nullopt;
-  std::string content((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  std::string content;
+  char part[1 << 16];
+  for (size_t n; (n = std::fread(part, 1, sizeof(part), file)) > 0;) content.append(part, n);
+  std::fclose(file);
   if (content.size() >= kHeaderBytes) {
     std::string code = content.substr(kHeaderBytes);
     if (content.compare(0, kHeaderBytes, header(code)) == 0) return code;

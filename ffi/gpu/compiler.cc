@@ -1,7 +1,6 @@
 #include "gpu/compiler.h"
 
 #include <memory>
-#include <sstream>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -103,9 +102,11 @@ std::string compile(const Architecture& a, const std::string& source) {
     texts.push_back(header.text);
     names.push_back(header.name);
   }
-  std::istringstream flags(compile_flags(a));
+  const std::string flags = compile_flags(a) + " ";
   std::vector<std::string> options;
-  for (std::string flag; flags >> flag;) options.push_back(flag);
+  for (size_t begin = 0, end; (end = flags.find(' ', begin)) != std::string::npos; begin = end + 1) {
+    if (end > begin) options.push_back(flags.substr(begin, end - begin));
+  }
   std::vector<const char*> option_texts;
   for (const std::string& option : options) option_texts.push_back(option.c_str());
 

@@ -1,6 +1,5 @@
 #include <cctype>
 #include <cstdio>
-#include <sstream>
 #include <string>
 
 #include "gpu/request.h"
@@ -14,34 +13,27 @@ std::string literal(double value) {
   return text;
 }
 
+// No iostreams anywhere in this module: a Python process may hold several copies of the C++ library, and a stream that was set
+// up by one of them crashes in another.
 class Stub {
  public:
-  template <typename T>
-  void define(const char* field, const T& value) {
-    text_ << "#define MK_";
-    for (const char* c = field; *c; c++) text_ << static_cast<char>(std::toupper(static_cast<unsigned char>(*c)));
-    text_ << " " << value << "\n";
+  void define(const char* field, const std::string& value) {
+    text_ += "#define MK_";
+    for (const char* c = field; *c; c++) text_ += static_cast<char>(std::toupper(static_cast<unsigned char>(*c)));
+    text_ += " " + value + "\n";
   }
-  // `row(out, i)` writes the inside of row i.
+  void define(const char* field, int64_t value) { define(field, std::to_string(value)); }
+  // row(i) is the inside of row i.
   template <typename Row>
   void define_table(const char* field, int64_t rows, const Row& row) {
-    std::ostringstream table;
-    table << "{";
-    for (int64_t i = 0; i < rows; i++) {
-      table << "{";
-      row(table, i);
-      table << "},";
-    }
-    table << "}";
-    define(field, table.str());
+    std::string table = "{";
+    for (int64_t i = 0; i < rows; i++) table += "{" + row(i) + "},";
+    define(field, table + "}");
   }
-  std::string finish() {
-    text_ << "#include \"kernel.h\"\n";
-    return text_.str();
-  }
+  std::string finish() { return text_ + "#include \"kernel.h\"\n"; }
 
  private:
-  std::ostringstream text_;
+  std::string text_;
 };
 
 }  // namespace
@@ -60,18 +52,15 @@ std::string stub(const Request& request, int64_t shared_bytes) {
   s.define("task_heads", request.task_heads);
   s.define("shared_bytes", shared_bytes);
   s.define("trace", request.trace ? 1 : 0);
-  s.define_table("tile_table", kPhases * p.units,
-                 [&](std::ostream& out, int64_t i) { out << p.tiles[i].begin << "," << p.tiles[i].count; });
-  s.define_table("layer_table", p.num_layers,
-                 [&](std::ostream& out, int64_t l) { out << p.layers[l].window << "," << p.layers[l].rope; });
+  const auto pair = [](int64_t a, int64_t b) { return std::to_string(a) + "," + std::to_string(b); };
+  s.define_table("tile_table", kPhases * p.units, [&](int64_t i) { return pair(p.tiles[i].begin, p.tiles[i].count); });
+  s.define_table("layer_table", p.num_layers, [&](int64_t l) { return pair(p.layers[l].window, p.layers[l].rope); });
   constexpr RopeRow kNone{};  // so that the table has a row
-  s.define_table("rope_table", p.num_ropes > 0 ? p.num_ropes : 1, [&](std::ostream& out, int64_t r) {
+  s.define_table("rope_table", p.num_ropes > 0 ? p.num_ropes : 1, [&](int64_t r) {
     const RopeRow& rope = p.num_ropes > 0 ? p.ropes[r] : kNone;
-    out << static_cast<int>(rope.scaling);
-    for (double value : {rope.theta, rope.factor, rope.original_max_position, rope.attention_factor}) {
-      out << "," << literal(value);
-    }
-    out << "," << static_cast<int64_t>(rope.inv_freq_row);
+    std::string row = std::to_string(static_cast<int>(rope.scaling));
+    for (double value : {rope.theta, rope.factor, rope.original_max_position, rope.attention_factor}) row += "," + literal(value);
+    return row + "," + std::to_string(static_cast<int64_t>(rope.inv_freq_row));
   });
   return s.finish();
 }

@@ -1,6 +1,6 @@
 #include "gpu/trace.h"
 
-#include <fstream>
+#include <cstdio>
 #include <vector>
 
 #include "gpu/failure.h"
@@ -26,9 +26,9 @@ void Trace::save(void* stream) {
   std::vector<char> host(bytes_);
   device_.api().check(device_.api().copy_out_async(host.data(), buffer_, bytes_, stream), "read the timeline");
   device_.api().check(device_.api().stream_wait(stream), "read the timeline");
-  std::ofstream file(path_, std::ios::binary | std::ios::trunc);
-  file.write(host.data(), static_cast<std::streamsize>(host.size()));
-  if (!file.flush()) throw Failure(Code::kInvalid, "the timeline cannot be written to " + path_ + " (MONOKERNEL_TRACE)");
+  std::FILE* file = std::fopen(path_.c_str(), "wb");
+  const bool written = file && std::fwrite(host.data(), 1, host.size(), file) == host.size();
+  if ((file && std::fclose(file) != 0) || !written) throw Failure(Code::kInvalid, "the timeline cannot be written to " + path_ + " (MONOKERNEL_TRACE)");
 }
 
 }  // namespace monokernel::gpu

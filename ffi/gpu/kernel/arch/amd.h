@@ -16,6 +16,7 @@
   extern "C" __attribute__((global, visibility("protected"), amdgpu_flat_work_group_size((threads), (threads)),        \
                             amdgpu_waves_per_eu(((threads) + 255) / 256, ((threads) + 255) / 256)))
 #define MK_UNROLL _Pragma("unroll")
+#define MK_NO_UNROLL _Pragma("unroll 1")
 #define MK_REGISTER_RING 1
 
 namespace mk {

@@ -6,6 +6,7 @@
 #define MK_CONSTANT static __constant__
 #define MK_KERNEL(threads) extern "C" __global__ __launch_bounds__(threads, 1)
 #define MK_UNROLL _Pragma("unroll")
+#define MK_NO_UNROLL _Pragma("unroll 1")
 
 namespace mk {
 

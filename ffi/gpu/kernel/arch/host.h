@@ -11,6 +11,7 @@
 #define MK_CONSTANT [[maybe_unused]] static
 #define MK_KERNEL(threads) extern "C" __attribute__((visibility("hidden")))
 #define MK_UNROLL
+#define MK_NO_UNROLL
 
 namespace mk {
 

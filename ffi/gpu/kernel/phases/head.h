@@ -24,8 +24,9 @@ MK_DEVICE u32* logits_row(const Service& s, int request) {
   return s.at<u32>(kWorkspace.logits) + (i64)request * line(kVocab);
 }
 
+// Once a token, so its code is never in the instruction cache: small is fast.
 MK_DEVICE void merge_wave(Candidate& c) {
-  MK_UNROLL
+  MK_NO_UNROLL
   for (int mask = 1; mask < arch::kWave; mask *= 2) merge_lanes(c, mask);
 }
 
@@ -71,7 +72,7 @@ MK_DEVICE void publish_candidates(Service& s, Search& search) {
   Candidate& best = search.best;
   s.mark(kCandidates);
   // The lanes of a tile's rows, then all that have the same request.
-  MK_UNROLL
+  MK_NO_UNROLL
   for (int mask = 1; mask < kTileRows; mask *= 2) merge_lanes(best, mask);
   u32(*packed)[kPackedCandidate] = shared_at<u32[kPackedCandidate]>(kShared.sampling);
   if (s.index % kTileRows == 0) {
@@ -103,6 +104,7 @@ MK_DEVICE Candidate gather_candidates(Service& s, int request, u32* flags) {
   const Site site = s.token_site(h7_candidate, kWorkspace.candidate);
   Candidate best = no_candidate();
   *flags = 0;
+  MK_NO_UNROLL
   for (int first = 0; first < MK_UNITS; first += arch::kWave) {
     const int unit = first + s.lane;
     Vec4 v[2];
