@@ -11,9 +11,10 @@ MK_DEVICE void start_requests(Service& s) {
   Control& c = s.control();
   if (s.index < kBatch) {
     const int r = s.index;
-    c.position[r] = s.args.position[r];
-    c.token[r] = s.args.last_token[r];
-    c.status[r] = s.args.status[r];
+    // Words, as the owner of a request may be at its end already.
+    c.position[r] = (int)arch::load_word((const u32*)s.args.position + r);
+    c.token[r] = (int)arch::load_word((const u32*)s.args.last_token + r);
+    c.status[r] = (int)arch::load_word((const u32*)s.args.status + r);
     c.emitted[r] = 0;
     const bool valid = c.position[r] >= 0 && c.token[r] >= 0 && c.token[r] < kVocab;
     update_live(s, r);
@@ -47,59 +48,81 @@ MK_DEVICE void finish_requests(Service& s, bool cancelled) {
   if (r >= kBatch || owner_of(r) != s.unit) return;
   s.args.lengths[r] = c.emitted[r];
   if (c.status[r] != kInvalidRequest) {
-    s.args.position[r] = c.position[r];
-    s.args.last_token[r] = c.token[r];
-    s.args.status[r] = wants_more(s, r) && c.position[r] >= s.args.capacity ? kFull : c.status[r];
+    const bool full = wants_more(s, r) && c.position[r] >= s.args.capacity;
+    arch::store_word((u32*)s.args.position + r, (u32)c.position[r]);
+    arch::store_word((u32*)s.args.last_token + r, (u32)c.token[r]);
+    arch::store_word((u32*)s.args.status + r, (u32)(full ? kFull : c.status[r]));
   }
   if (r == 0 && cancelled && arch::claim(s.at<u32>(kWorkspace.abort) + 1)) s.args.report->reason = kCancelled;
 }
 
-MK_DEVICE void run_layer(Service& s, int layer) {
-  s.enter_layer(layer);
-  run_phase<kQkv>(s, layer, [&](const Tiles& deal, int segment) { publish_rows<kQkv>(s, layer, deal, segment); });
-  p2_attend(s, layer);
-  p2_combine(s, layer);
-  run_phase<kO>(s, layer, [&](const Tiles& deal, int segment) { publish_rows<kO>(s, layer, deal, segment); });
+MK_DEVICE void run_layer(Service& service, int layer) {
+  renew(service, [&](Service& s) { s.enter_layer(layer); });
+  run_phase<kQkv>(service, layer,
+                  [&](Service& s, const Tiles& deal, int segment) { publish_rows<kQkv>(s, layer, deal, segment); });
+  renew(service, [&](Service& s) {
+    p2_attend(s, layer);
+    p2_combine(s, layer);
+  });
+  run_phase<kO>(service, layer,
+                [&](Service& s, const Tiles& deal, int segment) { publish_rows<kO>(s, layer, deal, segment); });
   if constexpr (kPostNorm) {
-    add_projection<aligned_in_layer(MK_ATTN_POST_NORM)>(s, s.site(h4_projected, kWorkspace.projected, layer),
-                                                        s.constants + MK_ATTN_POST_NORM);
+    renew(service, [&](Service& s) {
+      add_projection<aligned_in_layer(MK_ATTN_POST_NORM)>(s, s.site(h4_projected, kWorkspace.projected, layer),
+                                                          s.constants + MK_ATTN_POST_NORM);
+    });
   }
-  run_phase<kGateUp>(s, layer, [&](const Tiles& deal, int segment) { publish_inner(s, layer, deal, segment); });
-  run_phase<kDown>(s, layer, [&](const Tiles& deal, int segment) { publish_rows<kDown>(s, layer, deal, segment); });
+  run_phase<kGateUp>(service, layer,
+                     [&](Service& s, const Tiles& deal, int segment) { publish_inner(s, layer, deal, segment); });
+  run_phase<kDown>(service, layer,
+                   [&](Service& s, const Tiles& deal, int segment) { publish_rows<kDown>(s, layer, deal, segment); });
   if constexpr (kPostNorm) {
-    add_projection<aligned_in_layer(MK_MLP_POST_NORM)>(s, s.residual_site(layer), s.constants + MK_MLP_POST_NORM);
+    renew(service, [&](Service& s) {
+      add_projection<aligned_in_layer(MK_MLP_POST_NORM)>(s, s.residual_site(layer), s.constants + MK_MLP_POST_NORM);
+    });
   }
 }
 
-MK_DEVICE void p6_head(Service& s) {
-  Search search = start_search(s);
-  run_phase<kHead>(s, MK_NUM_LAYERS, [&](const Tiles& deal, int segment) { search_logits(s, search, deal, segment); });
-  publish_candidates(s, search);
+MK_DEVICE void p6_head(Service& service) {
+  Search search;
+  renew(service, [&](Service& s) { search = start_search(s); });
+  run_phase<kHead>(service, MK_NUM_LAYERS, [&](Service& s, const Tiles& deal, int segment) {
+    search_logits(s, search, deal, segment);
+  });
+  renew(service, [&](Service& s) { publish_candidates(s, search); });
+}
+
+// Returns false when no request is live any more, or nobody wants the rest.
+MK_DEVICE bool start_token(Service& s, bool cancelled) {
+  if (s.index == 0) {
+    Control& c = s.control();
+    bool any = false;
+    for (int r = 0; r < kBatch; r++) any |= c.live[r] != 0;
+    c.go = any && !cancelled && !s.waiter.aborted;
+  }
+  arch::unit_sync();  // T
+  if (s.control().go == 0) return false;
+  s.waiter.deadline = arch::ticks() + s.args.timeout_ticks;
+  fill_angles(s);
+  start_residual(s);
+  s.mark(kTokenStart);
+  return true;
 }
 
 MK_DEVICE void serve(const Args& args) {
-  Service s(args);
-  start_requests(s);
+  Service service(args);
+  renew(service, [](Service& s) { start_requests(s); });
   bool cancelled = false;
   for (;;) {
-    if (s.index == 0) {
-      Control& c = s.control();
-      bool any = false;
-      for (int r = 0; r < kBatch; r++) any |= c.live[r] != 0;
-      c.go = any && !cancelled && !s.waiter.aborted;
-    }
-    arch::unit_sync();  // T
-    if (s.control().go == 0) break;
-    s.waiter.deadline = arch::ticks() + args.timeout_ticks;
-    fill_angles(s);
-    start_residual(s);
-    s.mark(kTokenStart);
-    for (int layer = 0; layer < MK_NUM_LAYERS; layer++) run_layer(s, layer);
-    p6_head(s);
-    cancelled = !p7_sample(s);
-    s.token++;
+    bool go;
+    renew(service, [&](Service& s) { go = start_token(s, cancelled); });
+    if (!go) break;
+    for (int layer = 0; layer < MK_NUM_LAYERS; layer++) run_layer(service, layer);
+    p6_head(service);
+    renew(service, [&](Service& s) { cancelled = !p7_sample(s); });
+    service.token++;
   }
-  finish_requests(s, cancelled);
+  renew(service, [&](Service& s) { finish_requests(s, cancelled); });
 }
 
 }  // namespace mk

@@ -48,6 +48,23 @@ struct Service {
   const float* constants;  // of the layer
   int events;              // of the timeline so far
 
+  // The same, with everything that follows from this lane's place computed anew (arch::kRenew).
+  MK_METHOD Service renewed() const {
+    if constexpr (!arch::kRenew) return *this;
+    Service s(arch::arguments(args));
+    s.keep(*this);
+    return s;
+  }
+  // Takes over what another one has changed.
+  MK_METHOD void keep(const Service& s) {
+    token = s.token;
+    squares_set = s.squares_set;
+    constants = s.constants;
+    events = s.events;
+    waiter.deadline = s.waiter.deadline;
+    waiter.aborted = s.waiter.aborted;
+  }
+
   MK_METHOD explicit Service(const Args& a) : args(a) {
     unit = arch::unit();
     wave = arch::wave() - kWaves;
@@ -118,6 +135,18 @@ struct Service {
     return arch::fast_rsqrt(sum * (1.0f / (float)size) + MK_NORM_EPS);
   }
 };
+
+// Calls use(s) with a renewed service.
+template <typename Use>
+MK_DEVICE void renew(Service& service, Use use) {
+  if constexpr (!arch::kRenew) {
+    use(service);
+  } else {
+    Service s = service.renewed();
+    use(s);
+    service.keep(s);
+  }
+}
 
 MK_DEVICE float wave_sum(float v) {
   MK_UNROLL
@@ -284,7 +313,10 @@ MK_DEVICE void gather_words(Service& s, const Site& site, const u32* row, int be
       if (bare || column + i * step < end) weights[i] = weights_of(column + i * step);
     }
     wait_words<count>(s.waiter, site, row + column, step, v,
-                      [&](int i) { return bare ? 4 : smaller(end, size) - (column + i * step); });
+                      [&](int i) {
+                        const int left = smaller(end, size) - (column + i * step);
+                        return bare ? 4 : size % 4 != 0 ? left : left > 0 ? 4 : 0;
+                      });
     MK_UNROLL
     for (int i = 0; i < count; i++) {
       if (bare || column + i * step < end) use(column + i * step, decode4(v[i]), weights[i]);

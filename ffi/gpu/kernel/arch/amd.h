@@ -39,10 +39,27 @@ using Shared = __attribute__((address_space(3))) T;
 using Words2 = u32 __attribute__((ext_vector_type(2)));
 using Words4 = u32 __attribute__((ext_vector_type(4)));
 
-MK_DEVICE int unit() { return (int)__builtin_amdgcn_workgroup_id_x(); }
-MK_DEVICE int lane() { return (int)(__builtin_amdgcn_workitem_id_x() & 63u); }
+// A value that the compiler knows nothing of: the same one.
+template <typename T>
+MK_DEVICE T fresh(T v) {
+  asm volatile("" : "+v"(v));
+  return v;
+}
+template <typename T>
+MK_DEVICE T fresh_uniform(T v) {
+  asm volatile("" : "+s"(v));
+  return v;
+}
+
+constexpr bool kRenew = true;
+MK_DEVICE int unit() { return fresh_uniform((int)__builtin_amdgcn_workgroup_id_x()); }
+MK_DEVICE int lane() { return fresh((int)(__builtin_amdgcn_workitem_id_x() & 63u)); }
 // Taken from the first lane, so that the compiler knows that it is uniform.
-MK_DEVICE int wave() { return (int)__builtin_amdgcn_readfirstlane(__builtin_amdgcn_workitem_id_x() >> 6); }
+MK_DEVICE int wave() { return fresh_uniform((int)__builtin_amdgcn_readfirstlane(__builtin_amdgcn_workitem_id_x() >> 6)); }
+// The kernel's only argument, to be read again from where the launch put it.
+MK_DEVICE const Args& arguments(const Args&) {
+  return *(const Args*)fresh_uniform((const __attribute__((address_space(4))) char*)__builtin_amdgcn_kernarg_segment_ptr());
+}
 MK_DEVICE char* shared() { return shared_memory; }
 
 // ---- Barriers ----
@@ -100,7 +117,7 @@ MK_DEVICE double fma(double a, double b, double c) { return __builtin_fma(a, b, 
 MK_DEVICE float sqrt(float v) { return __builtin_sqrtf(v); }
 MK_DEVICE double sqrt(double v) { return __builtin_sqrt(v); }
 MK_DEVICE float fast_rsqrt(float v) { return __builtin_amdgcn_rsqf(v); }
-MK_DEVICE float fast_divide(float a, float b) { return a / b; }
+MK_DEVICE float fast_divide(float a, float b) { return a * __builtin_amdgcn_rcpf(b); }
 // Round to nearest even; NaN stays NaN.
 MK_DEVICE u32 to_bf16(float v) {
   const u32 bits = as_u32(v);
@@ -147,6 +164,9 @@ MK_DEVICE Vec4 load_words(const u32* p) {
 MK_DEVICE void store_word(u32* p, u32 v) {
   __hip_atomic_store((Global<u32>*)p, v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }
+MK_DEVICE void store_byte(u8* p, u32 v) {
+  __hip_atomic_store((Global<u8>*)p, (u8)v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
 MK_DEVICE Vec4 load_shared_data(const void* p) { return load_words((const u32*)p); }
 MK_DEVICE Vec4 load_once(const void* p) {
   const Words4 v = __builtin_nontemporal_load((const Global<Words4>*)p);
@@ -166,6 +186,7 @@ MK_DEVICE u32 shared_add(u32* p, u32 v) {
   return __hip_atomic_fetch_add((Shared<u32>*)p, v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
 }
 MK_DEVICE u64 ticks() { return __builtin_amdgcn_s_memrealtime(); }  // 100 MHz, the same on the whole device
+MK_DEVICE u64 wall_clock() { return ticks() * 10; }  // ns
 
 // ---- Matrices ----
 

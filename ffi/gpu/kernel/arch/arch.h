@@ -5,6 +5,11 @@
 //   kWave                       lanes of a wave, 32 or 64
 //   unit(), wave(), lane()      where this lane is; wave() and everything derived from it is uniform over the wave
 //   shared()                    base of the unit's shared memory, 16-byte aligned
+//   kRenew, arguments(args), fresh(v)
+//                               true where values that follow from a lane's place or from the kernel's argument would fill the
+//                               registers if they were computed once for the whole launch; then unit(), wave(), lane(),
+//                               arguments(args) and fresh(v) return what the compiler knows nothing of, so that such values are
+//                               computed where they are needed
 //   enter()                     once, by all lanes, before anything else
 //   unit_sync()                 barrier of all waves of the unit; orders shared and global memory inside the unit
 //   group_sync<id, waves>()     barrier of `waves` whole waves (id 1 to 7)
@@ -13,6 +18,7 @@
 //   any(bool)                   over the wave
 //   load_word(p), load_words(p) relaxed, device scope: u32; four u32 (each atomic by itself, p 16-byte aligned)
 //   store_word(p, v)            relaxed, device scope
+//   store_byte(p, v)            of a word whose other bytes may be other units'
 //   load_shared_data(p)         16 bytes of device memory that other units may have written before the last acquire
 //   load_once(p)                16 bytes of read-only memory that is not needed again
 //   release(), acquire()        device-scope fences

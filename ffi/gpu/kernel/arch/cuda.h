@@ -27,6 +27,10 @@ MK_DEVICE char* shared() {
   return memory;
 }
 
+constexpr bool kRenew = false;
+MK_DEVICE const Args& arguments(const Args& args) { return args; }
+MK_DEVICE u32 fresh(u32 v) { return v; }
+
 MK_DEVICE void enter() {}
 MK_DEVICE void unit_sync() { asm volatile("barrier.sync 0;" ::: "memory"); }
 template <int id, int waves>
@@ -72,6 +76,7 @@ MK_DEVICE Vec4 load_words(const u32* p) {
   return v;
 }
 MK_DEVICE void store_word(u32* p, u32 v) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+MK_DEVICE void store_byte(u8* p, u32 v) { *p = (u8)v; }
 MK_DEVICE Vec4 load_shared_data(const void* p) { return load_words((const u32*)p); }
 MK_DEVICE Vec4 load_once(const void* p) {
   Vec4 v;

@@ -91,6 +91,10 @@ MK_DEVICE int wave() { return (int)host::current->wave; }
 MK_DEVICE int lane() { return (int)host::current->lane; }
 MK_DEVICE char* shared() { return host::shared_memory(); }
 
+constexpr bool kRenew = kWave == 64;  // as on the machines with such waves
+MK_DEVICE const Args& arguments(const Args& args) { return args; }
+MK_DEVICE u32 fresh(u32 v) { return v; }
+
 MK_DEVICE void enter() {}
 MK_DEVICE void unit_sync(host::Where at = host::here()) { host::barrier(0, host::geometry.waves, at); }
 template <int id, int waves>
@@ -130,6 +134,7 @@ MK_DEVICE u32 pack_bf16(float low, float high) { return to_bf16(low) | to_bf16(h
 MK_DEVICE u32 load_word(const u32* p, host::Where at = host::here()) { return host::load_word(p, at); }
 MK_DEVICE Vec4 load_words(const u32* p, host::Where at = host::here()) { return host::load_words(p, at); }
 MK_DEVICE void store_word(u32* p, u32 v, host::Where at = host::here()) { host::store_word(p, v, at); }
+MK_DEVICE void store_byte(u8* p, u32 v) { *p = (u8)v; }
 MK_DEVICE Vec4 load_shared_data(const void* p, host::Where at = host::here()) { return host::load_data(p, false, at); }
 MK_DEVICE Vec4 load_once(const void* p, host::Where at = host::here()) { return host::load_data(p, true, at); }
 MK_DEVICE void release(host::Where at = host::here()) { host::release(at); }

@@ -51,7 +51,7 @@ MK_DEVICE Key fold_in(Key key, u32 data) { return threefry2x32(key, {0u, data});
 
 // jax.random.bits(step_key, (n,), uint32)[i] for any n > i.
 MK_DEVICE u32 random_bits(Key step_key, u32 i) {
-  const Key x = threefry2x32(step_key, {0u, i});
+  const Key x = threefry2x32({arch::fresh(step_key.a), arch::fresh(step_key.b)}, {0u, i});
   return x.a ^ x.b;
 }
 

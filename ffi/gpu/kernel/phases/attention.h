@@ -309,7 +309,7 @@ MK_DEVICE void load_own(const float* x, int part, float (&out)[kLaneElems]) {
 
 MK_DEVICE void attend(Service& s, int layer, int task) {
   const int split = task % kSplits, group = task / kSplits % kGroupTasks, request = task / (kSplits * kGroupTasks);
-  const Site site = s.site(h1_qkv, kWorkspace.qkv, layer);
+  const u32 parity = s.site(h1_qkv, kWorkspace.qkv, layer).parity;
   const bool live = s.control().live[request] != 0;
   const int position = s.control().position[request];
   const int window = kLayers[layer].window;
@@ -329,7 +329,7 @@ MK_DEVICE void attend(Service& s, int layer, int task) {
   constexpr int wave_step = kWavePositions * kUnroll;
   const int end = blocks * kSplitBlock, own = s.wave * wave_step;
   auto place = [&](int i, int u) {  // the position, or one that nobody sees
-    const int at = i + u * kWavePositions + sub;
+    const int at = (int)arch::fresh((u32)(i + u * kWavePositions + sub));
     const int p = (begin_block + at / kSplitBlock * kSplits) * kSplitBlock + at % kSplitBlock;
     return at < end && p >= first ? p : position + 1;
   };
@@ -353,7 +353,9 @@ MK_DEVICE void attend(Service& s, int layer, int task) {
   load_keys(own);  // what is in the cache already is on its way while the query is not there
   load_values(own);
 
-  prepare_heads(s, site, layer, request, group, live && owns_last);
+  renew(s, [&](Service& now) {
+    prepare_heads(now, now.site(h1_qkv, kWorkspace.qkv, layer), layer, request, group, live && owns_last);
+  });
   s.mark(kPrepared);
 
   float q[kTaskHeads][kLaneElems], sums[kTaskHeads][kLaneElems], top[kTaskHeads], total[kTaskHeads];
@@ -475,13 +477,13 @@ MK_DEVICE void attend(Service& s, int layer, int task) {
     }
     if constexpr (kSplits == 1) {
       const float y = live ? sum / weights : 0.0f;
-      arch::store_word(s.at<u32>(kWorkspace.attended) + request * line(kQSize) + head * kHeadDim + d, encode(y, site.parity));
+      arch::store_word(s.at<u32>(kWorkspace.attended) + request * line(kQSize) + head * kHeadDim + d, encode(y, parity));
     } else {
       u32* to = s.at<u32>(kWorkspace.partial) + ((request * kHeads + head) * kSplits + split) * line(kHeadDim + 2);
-      arch::store_word(to + d, encode(sum, site.parity));
+      arch::store_word(to + d, encode(sum, parity));
       if (d == 0) {
-        arch::store_word(to + kHeadDim, encode(highest, site.parity));
-        arch::store_word(to + kHeadDim + 1, encode(weights, site.parity));
+        arch::store_word(to + kHeadDim, encode(highest, parity));
+        arch::store_word(to + kHeadDim + 1, encode(weights, parity));
       }
     }
   }

@@ -58,6 +58,7 @@ struct Filter {
   int index;  // of this lane
   FilterScratch& scratch;
 
+  MK_METHOD int place() const { return (int)arch::fresh((u32)index); }
   MK_METHOD void sync() const { arch::group_sync<group, MK_SERVICE_WAVES>(); }
   MK_METHOD u64 mass(float z) const { return (u64)(exp_(z - best) * kMassScale); }
 
@@ -79,8 +80,9 @@ struct Filter {
   MK_METHOD void for_logits(Use use) const {
     const int vectors = (MK_VOCAB_SIZE + 3) / 4;
     Vec4 next[ahead];
-    request(index, next);
-    for (int first = index; first < vectors; first += ahead * kLanes) {
+    const int begin = place();
+    request(begin, next);
+    for (int first = begin; first < vectors; first += ahead * kLanes) {
       Vec4 now[ahead];
       MK_UNROLL
       for (int i = 0; i < ahead; i++) now[i] = next[i];
@@ -142,11 +144,12 @@ struct Filter {
   MK_METHOD void sort(int n) const {
     int size = 2;
     while (size < n) size *= 2;
-    for (int i = n + index; i < size; i += kLanes) scratch.list[i] = 0;
+    const int own = place();
+    for (int i = n + own; i < size; i += kLanes) scratch.list[i] = 0;
     sync();
     for (int width = 2; width <= size; width *= 2) {
       for (int stride = width / 2; stride > 0; stride /= 2) {
-        for (int t = index; t < size / 2; t += kLanes) {
+        for (int t = own; t < size / 2; t += kLanes) {
           const int i = 2 * t - (t & (stride - 1)), j = i + stride;
           const u64 a = scratch.list[i], b = scratch.list[j];
           if ((a < b) == ((i & width) == 0)) {
@@ -172,7 +175,7 @@ struct Filter {
   // whole: a sum of masses, or 0 for the entries' own. `reached`: the entries have that much together.
   MK_METHOD int nucleus(int n, float share, double whole, bool& reached) const {
     const int chunk = (n + kLanes - 1) / kLanes;
-    const int begin = index * chunk, end = begin + chunk < n ? begin + chunk : n;
+    const int begin = place() * chunk, end = begin + chunk < n ? begin + chunk : n;
     u64 own = 0, total, count = 0;
     for (int i = begin; i < end; i++) own += mass(entry_value(scratch.list[i]));
     u64 before = sum_before(own, total);
@@ -242,7 +245,7 @@ struct Filter {
     if (options.top_k < n) {
       cut = entry_value(scratch.list[options.top_k - 1]);
       u64 kept = 0, total;
-      for (int i = index; i < n; i += kLanes) kept += entry_value(scratch.list[i]) >= cut;
+      for (int i = place(); i < n; i += kLanes) kept += entry_value(scratch.list[i]) >= cut;
       sum_before(kept, total);
       n = (int)total;
     }
@@ -252,7 +255,7 @@ struct Filter {
       cut = entry_value(scratch.list[nucleus(n, options.top_p, whole, reached) - 1]);
     }
     Race race = no_race();
-    for (int i = index; i < n; i += kLanes) {
+    for (int i = place(); i < n; i += kLanes) {
       const float z = entry_value(scratch.list[i]);
       if (z >= cut && z - best >= log_min_p) enter(race, options.step_key, entry_token(scratch.list[i]), z);
     }
@@ -292,7 +295,7 @@ struct Filter {
     for (bool linear = true; linear || low != high; linear = false) {
       int shift = 0;
       while (((high - low) >> shift) >= (u32)kBins) shift++;
-      for (int i = index; i < kBins; i += kLanes) scratch.bins[0][i] = scratch.bins[1][i] = 0;
+      for (int i = place(); i < kBins; i += kLanes) scratch.bins[0][i] = scratch.bins[1][i] = 0;
       sync();
       for_logits<kFewAhead>([&](int, const float(&z)[4]) {
         MK_UNROLL
@@ -310,17 +313,18 @@ struct Filter {
 
       // The first bin at which the running sum reaches the limit.
       constexpr int kChunk = (kBins + kLanes - 1) / kLanes;
+      const int mine = place();
       auto bin_sum = [&](int i) { return i < kBins ? (u64)scratch.bins[1][i] << 32 | scratch.bins[0][i] : 0; };
       u64 own = 0, total;
-      for (int i = 0; i < kChunk; i++) own += bin_sum(index * kChunk + i);
+      for (int i = 0; i < kChunk; i++) own += bin_sum(mine * kChunk + i);
       u64 running = sum_before(own, total) + above;
       if (linear && by_mass) limit = amount * (double)total;
       if (!(limit > 0.0 && (double)(above + total) >= limit)) return lowest;  // fewer than k tokens
       for (int i = 0; i < kChunk; i++) {
         const u64 before = running;
-        running += bin_sum(index * kChunk + i);
+        running += bin_sum(mine * kChunk + i);
         if ((double)before < limit && (double)running >= limit) {
-          scratch.bin = (u32)(index * kChunk + i);
+          scratch.bin = (u32)(mine * kChunk + i);
           scratch.above = before;
         }
       }

@@ -51,8 +51,9 @@ MK_DEVICE Search start_search(const Service& s) {
 // p6, for each segment.
 MK_DEVICE void search_logits(Service& s, Search& search, const Tiles& deal, int segment) {
   const float scale = products_scale<kHead, kTileRows>(s);
-  const RowOptions& options = search.options;
   const int request = search.request;
+  if constexpr (arch::kRenew) search.options = row_options(s.args, request, s.control().position[request]);
+  const RowOptions& options = search.options;
   for_products<kTileRows>(s, deal, segment, [&](int, int token, int row, auto sum) {
     if (token >= kVocab) return;
     float raw = sum(row) * scale * MK_LOGIT_MULTIPLIER;
@@ -138,8 +139,10 @@ MK_DEVICE void choose(Service& s, int request) {
     arch::acquire();
     best = *shared_best;
     s.sync();  // the scratch is free
-    best.best.token = sample_filtered<kServiceGroup>(options, best, (const float*)adjusted_row(s, request),
-                                                     shared_at<char>(kShared.sampling), s.index);
+    const Service now = s.renewed();
+    best.best.token = sample_filtered<kServiceGroup>(arch::kRenew ? row_options(now.args, request, control.position[request]) : options,
+                                                     best, (const float*)adjusted_row(now, request),
+                                                     shared_at<char>(kShared.sampling), now.index);
     if (options.wants_log_prob) best.raw = arch::as_f32(arch::load_word(logits_row(s, request) + best.best.token));
     s.sync();
   }
@@ -168,7 +171,7 @@ MK_DEVICE void mark_seen(const Service& s, int request, int token) {
   const int tile = token / kTileRows;
   if (tile < head.begin || tile >= head.begin + head.count) return;
   u8* at = s.args.seen + (i64)request * kVocab + token;
-  *at = (u8)(load_seen(s.args, request, token) | 2u);
+  arch::store_byte(at, load_seen(s.args, request, token) | 2u);
 }
 
 MK_DEVICE bool wants_more(const Service& s, int request) {
@@ -185,7 +188,7 @@ MK_DEVICE void update_live(const Service& s, int request) {
 // Chooses, and lets every unit know. Returns false if the user wants the launch to end.
 MK_DEVICE bool p7_sample(Service& s) {
   for (int request = 0; request < kBatch; request++) {
-    if (owner_of(request) == s.unit) choose(s, request);
+    if (owner_of(request) == s.unit) renew(s, [&](Service& now) { choose(now, request); });
   }
   s.mark(kChosen);
   const Site site = s.token_site(h8_token, kWorkspace.token);

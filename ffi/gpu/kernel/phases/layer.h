@@ -24,7 +24,10 @@ MK_DEVICE void start_residual(Service& s) {
       const HeadRow row = find_head_row(s.args, token);
       for (int column = s.team_lane * 4; column < kHidden; column += kTeamLanes * 4) {
         const Float4 x = embedding4(s, token, row, column);
-        for (int i = 0; i < 4 && column + i < kHidden; i++) s.residual(request)[column + i] = x.v[i];
+        MK_UNROLL
+        for (int i = 0; i < 4; i++) {
+          if (column + i < kHidden) s.residual(request)[column + i] = x.v[i];
+        }
       }
     });
   } else {
@@ -62,7 +65,9 @@ MK_DEVICE void add_projection(Service& s, const Site& site, const float* weights
     gather_words<kHidden, true>(s, site, site.words + request * line(kHidden), 0, kHidden,
                                 [&](int column) { return norm_weights<kHidden, aligned>(norm, column); },
                                 [&](int column, const Float4& y, const Float4& w) {
-                                  for (int i = 0; i < 4 && column + i < kHidden; i++) {
+                                  MK_UNROLL
+                                  for (int i = 0; i < 4; i++) {
+                                    if (column + i >= kHidden) continue;
                                     x[column + i] = x[column + i] + MK_RESIDUAL_MULTIPLIER * (y.v[i] * w.v[i]);
                                   }
                                 });
@@ -225,19 +230,18 @@ MK_DEVICE void publish_inner(Service& s, int layer, const Tiles& deal, int segme
   });
 }
 
-// A phase's multiplications: fills, barriers, and use(deal, segment) for what comes out. A unit without tiles does nothing.
+// A phase's multiplications: fills, barriers, and use(s, deal, segment) for what comes out. A unit without tiles does nothing.
 template <int phase, typename Use>
 MK_DEVICE void run_phase(Service& s, int layer, Use use) {
-  const Tiles deal = kTiles[phase * MK_UNITS + s.unit];
+  const Tiles deal = kTiles[phase * MK_UNITS + arch::unit()];
   if (deal.count == 0) return;
   s.squares_set ^= 1;
-  const Site site = source_of<phase>(s, layer);
   const int segments = segment_count(deal);
   constexpr int fills = fill_count(phase);
   for (int segment = 0; segment < segments; segment++) {
     for (int fill = 0; fill < fills; fill++) {
       if (fills > 1 || segment == 0) {
-        fill_activations<phase>(s, site, fill);
+        renew(s, [&](Service& now) { fill_activations<phase>(now, source_of<phase>(now, layer), fill); });
         s.mark(kPhaseEvents * phase + kGathered);
         arch::unit_sync();  // A
         s.mark(kPhaseEvents * phase + kFilled);
@@ -247,7 +251,7 @@ MK_DEVICE void run_phase(Service& s, int layer, Use use) {
     }
     // What comes next is in place already: let the stream waves go on before looking at what came out.
     if (fills == 1 && segment + 1 < segments) arch::unit_sync();  // A
-    use(deal, segment);
+    renew(s, [&](Service& now) { use(now, deal, segment); });
     s.mark(kPhaseEvents * phase + kPublished);
   }
 }
