@@ -148,6 +148,11 @@ MK_DEVICE u32 shuffle_xor(u32 v, int mask) {
   }
 }
 MK_DEVICE float shuffle_xor(float v, int mask) { return as_f32(shuffle_xor(as_u32(v), mask)); }
+// A matrix instruction adds up the quarters: its A is all ones, its B has a quarter's lanes as one row.
+MK_DEVICE float sum_quarters(float v) {
+  using Sums = float __attribute__((ext_vector_type(4)));
+  return __builtin_amdgcn_mfma_f32_16x16x4f32(1.0f, v, Sums{0.0f, 0.0f, 0.0f, 0.0f}, 0, 0, 0)[0];
+}
 MK_DEVICE bool any(bool v) { return __builtin_amdgcn_ballot_w64(v) != 0; }
 
 // ---- Memory ----

@@ -15,6 +15,7 @@
 //   group_sync<id, waves>()     barrier of `waves` whole waves (id 1 to 7)
 //   wave_sync()                 barrier and shared-memory order inside a wave
 //   shuffle(v, lane), shuffle_xor(v, mask)   u32 and float; all lanes take part
+//   sum_quarters(v)             wave 64: float, the sum over the lanes whose numbers differ by multiples of 16, in all of them
 //   any(bool)                   over the wave
 //   load_word(p), load_words(p) relaxed, device scope: u32; four u32 (each atomic by itself, p 16-byte aligned)
 //   store_word(p, v)            relaxed, device scope

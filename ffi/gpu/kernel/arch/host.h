@@ -116,6 +116,10 @@ MK_DEVICE u32 shuffle_xor(u32 v, int mask, host::Where at = host::here()) {
 MK_DEVICE float shuffle_xor(float v, int mask, host::Where at = host::here()) {
   return as_f32(host::shuffle(as_u32(v), (u32)(lane() ^ mask), at));
 }
+MK_DEVICE float sum_quarters(float v, host::Where at = host::here()) {
+  v += shuffle_xor(v, 16, at);
+  return v + shuffle_xor(v, 32, at);
+}
 MK_DEVICE bool any(bool v, host::Where at = host::here()) { return host::any(v, at); }
 
 MK_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }

@@ -152,10 +152,19 @@ MK_DEVICE void multiply_one(AnySums& s, const Vec4& w, const Vec4& x) {
   multiply(s, w, f);
 }
 
+#if MK_WAVE_SIZE == 64
+// Over the lanes of a row, which are kTileRows apart.
+MK_DEVICE float block_sum(float v) {
+  v += arch::shuffle_xor(v, 8);
+  v += arch::shuffle_xor(v, 4);
+  return arch::sum_quarters(v);
+}
+#endif
+
 // Adds a run's sums to products of `tile`, or starts them.
 template <typename AnySums>
 MK_DEVICE void flush(const AnySums& s, float* products, int tile, int wave, int lane, bool add) {
-  auto put = [&](int request, int row, float v) {
+  [[maybe_unused]] auto put = [&](int request, int row, float v) {
     float* to = products + ((tile * kBatch + request) * kTileRows + row) * kWaves + wave;
     *to = add ? *to + v : v;
   };
@@ -163,9 +172,13 @@ MK_DEVICE void flush(const AnySums& s, float* products, int tile, int wave, int 
     MK_UNROLL
     for (int b = 0; b < kBatch; b++) {
       float v = s.even[b] + s.odd[b];
-      // The lanes of a row are neighbours, or a multiple of kTileRows apart.
+#if MK_WAVE_SIZE == 32
+      // The lanes of a row are neighbours.
       MK_UNROLL
-      for (int i = 1; i < kBlocks; i *= 2) v += arch::shuffle_xor(v, MK_ROW_MAJOR_ATOM ? i : i * kTileRows);
+      for (int i = 1; i < kBlocks; i *= 2) v += arch::shuffle_xor(v, i);
+#else
+      v = block_sum(v);
+#endif
       if (lane_block(lane) == 0) put(b, lane_row(lane), v);
     }
   } else {
@@ -180,16 +193,24 @@ MK_DEVICE void flush(const AnySums& s, float* products, int tile, int wave, int 
       put(request + 8, row + 1, s.even[3] + s.odd[3]);
     }
 #else
-    // A lane has the 4 rows of its request, for its own k block.
+    // A lane has the 4 rows of its request, for its own k block. Of 16 lanes each takes one of these rows.
+    const int row = lane / 4 % 4;
     MK_UNROLL
     for (int i = 0; i < kFragments; i++) {
+      const int request = 4 * i + lane % 4;
+      const bool puts = lane < 16 && request < kBatch;
+      float* to = products + ((tile * kBatch + request) * kTileRows + row) * kWaves + wave;
+      const float before = puts && add ? *to : 0.0f;
+      float mine = 0.0f;
       MK_UNROLL
       for (int r = 0; r < 4; r++) {
         float v = s.even[4 * i + r] + s.odd[4 * i + r];
-        MK_UNROLL
-        for (int step = 4; step < 64; step *= 2) v += arch::shuffle_xor(v, step);
-        if (lane < 4 && 4 * i + lane < kBatch) put(4 * i + lane, r, v);
+        v += arch::shuffle_xor(v, 8);
+        v += arch::shuffle_xor(v, 4);
+        mine = r == row ? v : mine;
       }
+      mine = arch::sum_quarters(mine);
+      if (puts) *to = add ? before + mine : mine;
     }
 #endif
   }
