@@ -32,16 +32,27 @@ ffi::Error decode_on_cpu(Any streams, F32 constants, Any embedding, F32 temperat
                          U8 seen, ffi::Result<S32> tokens, ffi::Result<S32> lengths, ffi::Result<F32> log_probs,
                          ffi::Result<Any> k_cache_out, ffi::Result<Any> v_cache_out, ffi::Result<S32> position_out,
                          ffi::Result<S32> last_token_out, ffi::Result<S32> status_out, ffi::Result<U8> seen_out,
-                         ffi::Span<const int64_t> ints, ffi::Span<const float> floats, ffi::Span<const int64_t> layers,
-                         ffi::Span<const double> ropes, ffi::Span<const int64_t> tiles) {
+                         ffi::RemainingRets, ffi::Dictionary attributes) {
   const cpu::Operands operands{streams,        constants,  embedding,          temperature,      top_k,
                                top_p,          min_p,      repetition_penalty, presence_penalty, max_new_tokens,
                                eos_token_id,   logit_bias, key_data,           k_cache,          v_cache,
                                position,       last_token, status,             seen};
   cpu::Results results{tokens,       lengths,        log_probs,  k_cache_out, v_cache_out,
                        position_out, last_token_out, status_out, seen_out};
+  // A call that was made for a GPU has one more result and more attributes. It should get as far as being told so.
+  const auto ints = attributes.get<ffi::Span<const int64_t>>("ints"), layers = attributes.get<ffi::Span<const int64_t>>("layers"),
+             tiles = attributes.get<ffi::Span<const int64_t>>("tiles");
+  const auto floats = attributes.get<ffi::Span<const float>>("floats");
+  const auto ropes = attributes.get<ffi::Span<const double>>("ropes");
+  for (const auto& error : {ints.has_value() ? ffi::Error::Success() : ints.error(),
+                            floats.has_value() ? ffi::Error::Success() : floats.error(),
+                            layers.has_value() ? ffi::Error::Success() : layers.error(),
+                            ropes.has_value() ? ffi::Error::Success() : ropes.error(),
+                            tiles.has_value() ? ffi::Error::Success() : tiles.error()}) {
+    if (error.failure()) return error;
+  }
   try {
-    return cpu::decode(operands, results, {ints, floats, layers, ropes, tiles});
+    return cpu::decode(operands, results, {*ints, *floats, *layers, *ropes, *tiles});
   } catch (const std::exception& e) {  // no thread could be started, no memory
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string("jax_monokernel: ") + e.what());
   }
@@ -77,11 +88,8 @@ XLA_FFI_DEFINE_HANDLER(kDecodeOnCpu, decode_on_cpu,
                            .Ret<S32>()  // last_token
                            .Ret<S32>()  // status
                            .Ret<U8>()   // seen
-                           .Attr<ffi::Span<const int64_t>>("ints")
-                           .Attr<ffi::Span<const float>>("floats")
-                           .Attr<ffi::Span<const int64_t>>("layers")
-                           .Attr<ffi::Span<const double>>("ropes")
-                           .Attr<ffi::Span<const int64_t>>("tiles"));
+                           .RemainingRets()
+                           .Attrs());
 
 }  // namespace
 

@@ -26,6 +26,7 @@ from decoding import (
     spec_of,
     state_of,
     tape_of,
+    weights_of,
 )
 from jax.sharding import Mesh, PartitionSpec
 
@@ -34,6 +35,7 @@ from jax_monokernel.decode import decode as decode_any
 from jax_monokernel.plan import Plan
 from jax_monokernel.sampling import SamplingParams
 from jax_monokernel.state import FULL, RUNNING, STOPPED
+from jax_monokernel.tape import pack
 
 PLAIN = spec_of("plain")
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -394,7 +396,7 @@ def test_a_tape_of_another_layout_is_refused():
 
 
 def test_a_gpu_tape_does_not_run_on_the_cpu():
-    tape = dataclasses.replace(tape_of(PLAIN, 2), plan=Plan(platform="cuda", units=2))
+    tape = jax.jit(lambda w: pack(PLAIN, w, Plan(platform="cuda", units=2)))(weights_of(PLAIN))
     with pytest.raises(DECODE_ERRORS, match="packed for cuda, but this computation runs on the CPU"):
         jax.block_until_ready(decode_any(tape, state_of(PLAIN), params_of(PLAIN, 3), max_new_tokens=4))
 
