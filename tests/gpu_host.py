@@ -11,6 +11,7 @@ import re
 import subprocess
 import tempfile
 import threading
+from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,14 +96,17 @@ def build(stub: str, *, sanitize: bool = False, kernel: Path = KERNEL) -> Path:
     objects = _executor()
     key = hashlib.sha256(repr((stub, flags, objects, _compiler(), headers)).encode()).hexdigest()[:32]
     library = CACHE / f"kernel-{key}.so"
-    if not library.exists():
-        source = CACHE / f"kernel-{key}.cc"
-        source.write_text(stub)
-        # To an object first: linking with the sanitizers would bring in their run times.
-        compiled = _compile(source, (*flags, f"-I{kernel}"))
-        with _to_place(library) as out:
-            _run_compiler("-shared", "-Wl,-z,defs", compiled, *objects, "-ldl", "-o", out)
-        compiled.unlink()
+    with _lock:
+        lock = _locks[key]
+    with lock:  # another thread may be about it
+        if not library.exists():
+            source = CACHE / f"kernel-{key}.cc"
+            source.write_text(stub)
+            # To an object first: linking with the sanitizers would bring in their run times.
+            compiled = _compile(source, (*flags, f"-I{kernel}"))
+            with _to_place(library) as out:
+                _run_compiler("-shared", "-Wl,-z,defs", compiled, *objects, "-ldl", "-o", out)
+            compiled.unlink()
     return library
 
 
@@ -212,6 +216,7 @@ def _compiler() -> str:
 
 
 _lock = threading.Lock()
+_locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
 
 def _executor() -> tuple[Path, ...]:

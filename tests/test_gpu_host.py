@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import gpu_host
 import jax
@@ -22,6 +23,7 @@ from decoding import (
     decode,
     mixed_params,
     params_of,
+    reference,
     reference_of_mixed,
     replace_row,
     rows_of,
@@ -54,38 +56,56 @@ def split_up(name: str, wave: int, dtype: str = "float32", **options) -> Kernel:
     return Kernel(spec, plan, batch=1, splits=3, task_heads=2 if heads % 2 == 0 else 1, **options)
 
 
-CASES = [make(name, wave) for name in SPECS for make in (one_chunk, split_up) for wave in (32, 64)]
-IDS = [f"{name}-{make}-{wave}" for name in SPECS for make in ("one_chunk", "split_up") for wave in (32, 64)]
+CASES = {
+    f"{name}-{make.__name__}-{wave}": make(name, wave)
+    for name in SPECS
+    for make in (one_chunk, split_up)
+    for wave in (32, 64)
+}
+CHECKED = {
+    f"{name}-{make.__name__}-{wave}-{dtype}": make(name, wave, dtype, sanitize=True)
+    for make, name, wave, dtype in [
+        (one_chunk, "windows", 32, "float32"),
+        (one_chunk, "plain", 64, "bfloat16"),
+        (split_up, "nope", 64, "float32"),
+        (split_up, "post_norm", 32, "float16"),
+    ]
+}
+EXACT = [
+    one_chunk(*case) for case in [("plain", 32, "bfloat16"), ("post_norm", 32, "float16"), ("plain", 64, "float16")]
+]
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    """compiled(case): one of CASES. Meanwhile, the next ones are compiled."""
-    with ThreadPoolExecutor(2) as pool:
-        builds: dict[int, Future] = {}
-
-        def get(case: int) -> Kernel:
-            for ahead in range(case, min(case + 3, len(CASES))):
-                if ahead not in builds:
-                    builds[ahead] = pool.submit(lambda kernel: kernel.library, CASES[ahead])
-            builds[case].result()
-            return CASES[case]
-
-        yield get
-        for build in builds.values():
-            build.cancel()
+@pytest.fixture(scope="module", autouse=True)
+def _compile_ahead(request):
+    """Compiles kernels while the first tests run, if most of them are to run."""
+    if sum(item.module is request.module for item in request.session.items) < 40:
+        yield
+        return
+    pool = ThreadPoolExecutor(2)
+    for kernel in (*CASES.values(), *EXACT, *CHECKED.values()):
+        pool.submit(lambda kernel=kernel: kernel.library)
+    yield
+    pool.shutdown(cancel_futures=True)
 
 
 # ---- The same results as the reference ----
 
 
-@pytest.mark.parametrize("case", range(len(CASES)), ids=IDS)
-def test_tokens_equal_the_reference(case, compiled):
-    kernel = compiled(case)
+@functools.cache
+def eight_tokens(spec):
+    """A batch of three kinds of requests for eight tokens: its state, its parameters, and what the reference gives."""
+    state, params = state_of(spec), dataclasses.replace(mixed_params(spec, 3), max_new_tokens=jnp.full(3, 8, jnp.int32))
+    return state, params, reference(spec, state, params)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tokens_equal_the_reference(name):
+    kernel, number = CASES[name], list(CASES).index(name)
     spec = kernel.spec
-    state, params, want = state_of(spec), mixed_params(spec, 3), reference_of_mixed(spec)
+    state, params, want = eight_tokens(spec)
     for turn in range(3):
-        policy, stores = ORDERS[(5 * case + turn) % len(ORDERS)]
+        policy, stores = ORDERS[(5 * number + turn) % len(ORDERS)]
         rows = slice(None) if kernel.batch == 3 else slice(turn, turn + 1)
         before = rows_of(state, rows)
         got, run = decode_on_host(
@@ -95,7 +115,7 @@ def test_tokens_equal_the_reference(case, compiled):
             STEPS,
             policy=policy,
             stores=stores,
-            seed=100 * case + turn,
+            seed=100 * number + turn,
             unit=turn,
         )
         assert run.report["reason"] == 0, run.report
@@ -106,21 +126,17 @@ def test_tokens_equal_the_reference(case, compiled):
 def test_results_have_the_same_bits_in_every_order(wave):
     kernel = one_chunk("windows", wave)
     state, params = state_of(kernel.spec), mixed_params(kernel.spec, 3)
-    want, _ = decode_on_host(kernel, state, params, 6, policy="round_robin", stores="now")
+    want, _ = decode_on_host(kernel, state, params, 4, policy="round_robin", stores="now")
     for seed, (policy, stores) in enumerate(ORDERS):
-        got, _ = decode_on_host(kernel, state, params, 6, policy=policy, stores=stores, seed=seed, unit=seed % 3)
+        got, _ = decode_on_host(kernel, state, params, 4, policy=policy, stores=stores, seed=seed, unit=seed % 3)
         assert_bit_equal(got, want)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "wave"),
-    [("plain", "bfloat16", 32), ("post_norm", "float16", 32), ("plain", "float16", 64), ("post_norm", "bfloat16", 64)],
-)
-def test_16_bit_models_are_as_exact_as_on_the_cpu(name, dtype, wave):
-    kernel = one_chunk(name, wave, dtype)
+@pytest.mark.parametrize("kernel", EXACT, ids=lambda kernel: f"{kernel.spec.dtype}-{kernel.plan.wave_size}")
+def test_16_bit_models_are_as_exact_as_on_the_cpu(kernel):
     spec, params = kernel.spec, params_of(kernel.spec, 3)
     state = state_of(spec)
-    exact_spec = spec_of(name)
+    exact_spec = spec.replace(dtype="float32", kv_dtype="float32")
     exact_state = dataclasses.replace(
         state, k_cache=state.k_cache.astype(jnp.float32), v_cache=state.v_cache.astype(jnp.float32)
     )
@@ -163,9 +179,8 @@ def test_a_batch_of_sixteen(wave, dtype):
 
 
 @pytest.mark.xfail(reason="units without a tile in a layer are not waited for, those without any tile end too early")
-@pytest.mark.parametrize(("name", "sanitize"), [("plain", True), ("windows", False)])
-@WAVE_SIZES
-def test_more_units_than_tiles(wave, name, sanitize):
+@pytest.mark.parametrize(("name", "wave", "sanitize"), [("plain", 64, True), ("windows", 32, False)])
+def test_more_units_than_tiles(name, wave, sanitize):
     spec = spec_of(name).replace(vocab_size=7, hidden_size=8, intermediate_size=8)
     kernel = Kernel(spec, gpu_plan(spec, wave, 25), batch=1, sanitize=sanitize)
     state, params = state_of(spec, (7,)), params_of(spec, 1)
@@ -294,21 +309,14 @@ def test_a_word_that_never_comes_is_reported(field, kind):
 
 # ---- What may not be, whether or not it changes a token ----
 
-CHECKED = [
-    one_chunk("windows", 32, sanitize=True),
-    one_chunk("plain", 64, "bfloat16", sanitize=True),
-    split_up("nope", 64, sanitize=True),
-    split_up("post_norm", 32, "float16", sanitize=True),
-]
 
-
-@pytest.mark.parametrize("case", range(len(CHECKED)), ids=["windows-32", "plain-64", "nope-64", "post_norm-32"])
-def test_no_race_no_access_out_of_bounds_nothing_undefined(case):
-    kernel = CHECKED[case]
+@pytest.mark.parametrize("name", CHECKED)
+def test_no_race_no_access_out_of_bounds_nothing_undefined(name):
+    kernel = CHECKED[name]
     state, params = state_of(kernel.spec), mixed_params(kernel.spec, 3)
     for seed in range(3):
         rows = slice(None) if kernel.batch == 3 else slice(seed, seed + 1)
-        _, run = decode_on_host(kernel, rows_of(state, rows), rows_of(params, rows), 6, seed=seed)
+        _, run = decode_on_host(kernel, rows_of(state, rows), rows_of(params, rows), 4, seed=seed)
         assert run.report["reason"] == 0, run.report
 
 
@@ -354,13 +362,14 @@ def test_a_broken_kernel_is_noticed(mistake, tmp_path):
     kernel = one_chunk("windows", 32, source=source, sanitize=message is not None)
     spec = kernel.spec
     state, params, want = state_of(spec), mixed_params(spec, 3), reference_of_mixed(spec)
-    noticed = []
     for seed in range(4):
         try:
             got, run = decode_on_host(kernel, state, params, STEPS, seed=seed, timeout_ticks=60_000, max_steps=10**6)
         except HostError as error:
-            noticed.append(message is None or re.search(message, str(error)) is not None)
+            noticed = message is None or re.search(message, str(error)) is not None
         else:
             wrong = run.report["reason"] != 0 or not np.array_equal(got.tokens, want.tokens)
-            noticed.append(message is None and wrong)
-    assert any(noticed)
+            noticed = message is None and wrong
+        if noticed:
+            return
+    pytest.fail("nothing was noticed")
