@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import os
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -256,6 +257,11 @@ def chunks(cols: int, geo_atom_cols: int, chunk_cols: int, waves: int) -> list[l
 
 
 def _gpu_geometry(spec: DecoderSpec, plan: Plan) -> Geometry:
+    if spec.head_dim % 2 and spec.kv_dtype != "float32":
+        raise ValueError(
+            f"GPU kernels store a KV cache of 16-bit elements in pairs, and head_dim is {spec.head_dim}; "
+            'use kv_dtype="float32"'
+        )
     vector = 16 // np.dtype(np.float32 if spec.dtype == "float32" else np.float16).itemsize
     atom_cols = plan.wave_size // plan.tile_rows * vector
     chunk_cols = atom_cols * plan.chunk_atoms
@@ -277,8 +283,12 @@ def _gpu_geometry(spec: DecoderSpec, plan: Plan) -> Geometry:
     load = [0] * plan.units
     counts = {"o": _deal_least(tiles["o"], width["o"] + width["down"], load)}
     counts["down"] = counts["o"]
-    for phase in ("gate_up", "qkv", "head"):
+    for phase in ("gate_up", "qkv"):
         counts[phase] = _deal_least(tiles[phase], width[phase], load)
+    # With post-norms every unit with a part of the head follows the residual stream through all layers. Others wait only
+    # for units that give them something in each layer, so it must be one of those.
+    among = [u for u in range(plan.units) if not spec.post_norm or counts["gate_up"][u] + counts["qkv"][u] > 0]
+    counts["head"] = _deal_least(tiles["head"], width["head"], load, among)
 
     matrices = {
         p: Matrix(*padded[p], tiles[p], tuple(np.cumsum([0, *counts[p]]).tolist()), (0,) * plan.units) for p in PHASES
@@ -305,13 +315,15 @@ def _gpu_geometry(spec: DecoderSpec, plan: Plan) -> Geometry:
     )
 
 
-def _deal_least(tiles: int, cost: int, load: list[int]) -> list[int]:
-    """Deals tiles evenly, those left over to the units with the least load; adds the cost of all to the load."""
-    units = len(load)
-    counts = [tiles // units] * units
-    for u in sorted(range(units), key=lambda u: (load[u], u))[: tiles % units]:
-        counts[u] += 1
-    for u in range(units):
+def _deal_least(tiles: int, cost: int, load: list[int], among: Sequence[int] | None = None) -> list[int]:
+    """Deals tiles evenly among some units, by default all; those left over to the units with the least load.
+
+    Adds the cost of all to the load.
+    """
+    among = range(len(load)) if among is None else among
+    counts = [0] * len(load)
+    for place, u in enumerate(sorted(among, key=lambda u: (load[u], u))):
+        counts[u] = tiles // len(among) + (place < tiles % len(among))
         load[u] += counts[u] * cost
     return counts
 

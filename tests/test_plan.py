@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tape_specs import specs
 
+from jax_monokernel import LayerSpec
 from jax_monokernel.plan import PHASES, VECTOR_ROLES, Plan, available_cpus, geometry, make_plan
 from jax_monokernel.weights import layer_shapes
 
@@ -110,3 +111,30 @@ def test_gpu_plans_need_their_number_of_units(platform):
     with pytest.raises(ValueError, match=f"no {platform} device here, so a plan for it needs units="):
         make_plan(SPECS["plain"], platform=platform)
     assert make_plan(SPECS["plain"], platform=platform, units=132) == Plan(platform=platform, units=132)
+
+
+def test_gpu_kernels_need_pairs_of_16_bit_elements():
+    spec = SPECS["nope"].replace(head_dim=5, ropes=(), layers=(LayerSpec(rope=None),), kv_dtype="bfloat16")
+    plan = make_plan(spec, platform="cuda", units=2)
+    with pytest.raises(ValueError, match="head_dim is 5; use kv_dtype"):
+        geometry(spec, plan)
+    assert geometry(spec.replace(kv_dtype="float32"), plan).unit_elems > 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(spec=specs(), units=st.integers(1, 40), platform=st.sampled_from(["cuda", "rocm"]))
+def test_gpu_tiles_are_dealt_evenly(spec, units, platform):
+    if spec.head_dim % 2:
+        spec = spec.replace(kv_dtype="float32")
+    plan = Plan(platform=platform, units=units)
+    geo = geometry(spec, plan)
+    counts = {phase: [b - a for a, b in itertools.pairwise(m.begin)] for phase, m in geo.matrices.items()}
+    for phase, m in geo.matrices.items():
+        assert m.rows == m.tiles * plan.tile_rows
+        assert m.cols % geo.atom_cols == 0
+        assert sum(counts[phase]) == m.tiles
+        dealt = [n for n in counts[phase] if n] if phase == "head" else counts[phase]
+        assert max(dealt) - min(dealt) <= 1
+    assert counts["o"] == counts["down"]  # the same unit adds both to its rows of the residual stream
+    if spec.post_norm:  # who follows the residual stream gives something in every layer
+        assert all(q + g > 0 for q, g, h in zip(counts["qkv"], counts["gate_up"], counts["head"], strict=True) if h)

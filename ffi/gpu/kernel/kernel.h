@@ -98,11 +98,10 @@ MK_DEVICE bool start_token(Service& s, bool cancelled) {
     Control& c = s.control();
     bool any = false;
     for (int r = 0; r < kBatch; r++) any |= c.live[r] != 0;
-    c.go = any && !cancelled && !s.waiter.aborted;
+    c.go[s.token & 1] = any && !cancelled && !s.waiter.aborted;
   }
   arch::unit_sync();  // T
-  if (s.control().go == 0) return false;
-  s.waiter.deadline = arch::ticks() + s.args.timeout_ticks;
+  if (s.control().go[s.token & 1] == 0) return false;
   fill_angles(s);
   start_residual(s);
   s.mark(kTokenStart);

@@ -84,6 +84,10 @@ struct Service {
   MK_METHOD T* at(i64 offset) const {
     return (T*)((char*)args.workspace + offset);
   }
+  // Whether the unit multiplies the residual stream by anything.
+  MK_METHOD bool reads_residual() const {
+    return kTiles[kQkv * MK_UNITS + unit].count + kTiles[kGateUp * MK_UNITS + unit].count + kTiles[kHead * MK_UNITS + unit].count > 0;
+  }
   MK_METHOD Control& control() const { return *shared_at<Control>(kShared.control); }
   MK_METHOD void sync() const { arch::group_sync<kServiceGroup, kServiceWaves>(); }
 

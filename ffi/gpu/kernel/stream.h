@@ -7,7 +7,7 @@ namespace mk {
 
 // Written by the service waves before the barrier that starts a token.
 struct Control {
-  int go;  // 0: the launch is over
+  int go[2];  // for tokens of even and of odd number; 0: the launch is over
   int position[kBatch];
   int token[kBatch];
   int status[kBatch];
@@ -40,6 +40,7 @@ struct StreamWave {
   Tiles deal;
   bool padding;  // the atoms at the end of the stream
   int total;     // atoms of a token that are no padding
+  int token;     // of this launch
 
   MK_METHOD float* products() { return shared_at<float>(kShared.products) + (segment & 1) * kSegmentTiles * kBatch * kTileRows * kWaves; }
   MK_METHOD int chunks() { return chunk_count_of(phase); }
@@ -82,10 +83,17 @@ struct StreamWave {
     return true;
   }
 
+  // After T. The service waves may be one token ahead by now, where a unit has nothing to multiply, but not two.
+  MK_METHOD bool goes_on() {
+    const bool go = shared_at<Control>(kShared.control)->go[token & 1] != 0;
+    token++;
+    return go;
+  }
+
   // Returns false when the launch is over.
   MK_METHOD bool start_token() {
     arch::unit_sync();  // T: control is set
-    if (shared_at<Control>(kShared.control)->go == 0) return false;
+    if (!goes_on()) return false;
     layer = 0;
     phase = kQkv;
     padding = false;
@@ -223,7 +231,7 @@ struct StreamWave {
           const int begin = (c - first) * kChunkAtoms;
           if (rest == 0 || c < chunks - 1) {
             column = (begin + kChunkAtoms / kWaves * wave) * kAtomCols;
-            if constexpr (atoms(p) >= kChunkAtoms) multiply_chunk<whole>(activations, c > 0);
+            if constexpr (atoms(p) >= kChunkAtoms && whole > 0) multiply_chunk<whole>(activations, c > 0);
           } else {
             column = (begin + atoms(p) % kChunkAtoms / kWaves * wave) * kAtomCols;
             if constexpr (rest > 0) multiply_chunk<rest>(activations, c > 0);
@@ -237,7 +245,7 @@ struct StreamWave {
   MK_METHOD void run_even() {
     for (;;) {
       arch::unit_sync();  // T
-      if (shared_at<Control>(kShared.control)->go == 0) return;
+      if (!goes_on()) return;
       for (int l = 0; l < MK_NUM_LAYERS; l++) {
         multiply_phase<kQkv>();
         multiply_phase<kO>();
@@ -259,6 +267,7 @@ struct StreamWave {
     wave = arch::wave();
     lane = arch::lane();
     total = count_atoms();
+    token = 0;
     const u64 bytes = (u64)round_up(larger(total, 1), 8) * arch::kWave * 16;
     const i64 stream = (i64)(arch::unit() * kWaves + wave) * MK_WAVE_ELEMS * kWeightBytes;
     ring.start(shared_at<char>(kShared.ring) + wave * Ring::kBytes, shared_at<char>(kShared.barriers) + wave * Ring::kBarrierBytes,

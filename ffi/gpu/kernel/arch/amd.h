@@ -90,7 +90,7 @@ MK_DEVICE void enter() {
 template <int id, int waves>
 MK_DEVICE void group_sync() {
   static_assert(1 <= id && id < kGroups, "no such barrier");
-  Shared<u32>* counter = group_counter(id);
+  Shared<u32>* counter = fresh(group_counter(id));  // in a register of every lane
   __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
   u32 before = 0;
   if (lane() == 0) before = __hip_atomic_fetch_add(counter, 1u, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);

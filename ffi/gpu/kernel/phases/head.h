@@ -211,6 +211,7 @@ MK_DEVICE bool p7_sample(Service& s) {
       }
       update_live(s, request);
     }
+    arch::wave_sync();  // its first lane looks at all requests next
   }
   s.mark(kKnown);
   return !cancelled;

@@ -48,6 +48,7 @@ MK_DEVICE void start_residual(Service& s) {
 // With post-norms: residual += multiplier * norm(projection) * weight, in the unit's own copy.
 template <bool aligned>
 MK_DEVICE void add_projection(Service& s, const Site& site, const float* weights) {
+  if (!s.reads_residual()) return;
   s.squares_set ^= 1;
   for_team_requests(s, [&](int request) {
     float sum = 0.0f;

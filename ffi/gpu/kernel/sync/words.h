@@ -29,7 +29,7 @@ struct Site {
 struct Waiter {
   const Args* args;
   u32* abort;  // in the workspace; not 0: nobody waits any more
-  u64 deadline;  // of the token
+  u64 deadline;  // of the wait
   bool aborted;
 };
 
@@ -46,8 +46,10 @@ MK_DEVICE bool ready(const Vec4& v, u32 parity) {
 }
 
 // Called now and then by a wave that waits. Returns true when there is no use in waiting.
-MK_DEVICE bool give_up(Waiter& waiter, const Site& site, u32 word, u32 seen) {
+// The clock of a wait starts with its first look, so that who reports is who misses a word, and not who waits for the waiter.
+MK_DEVICE bool give_up(Waiter& waiter, const Site& site, u32 word, u32 seen, bool first) {
   if (waiter.aborted) return true;
+  if (first) waiter.deadline = arch::ticks() + waiter.args->timeout_ticks;
   if (arch::load_word(waiter.abort) != 0) {
     waiter.aborted = true;
   } else if (arch::ticks() > waiter.deadline) {
@@ -92,7 +94,7 @@ MK_DEVICE void wait_words(Waiter& waiter, const Site& site, const u32* p, int st
       }
     }
     if (!arch::any(missing)) return;
-    if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, (u32)(p - site.words), v[0].x)) return;
+    if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, (u32)(p - site.words), v[0].x, spins == kSpinsBetweenLooks)) return;
   }
 }
 
@@ -110,7 +112,7 @@ MK_DEVICE void wait_single_words(Waiter& waiter, const Site& site, const u32* p,
   bool missing = load();
   for (int spins = 1; arch::any(missing); spins++) {
     if (missing) missing = load();
-    if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, (u32)(p - site.words), v[0])) return;
+    if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, (u32)(p - site.words), v[0], spins == kSpinsBetweenLooks)) return;
   }
 }
 
