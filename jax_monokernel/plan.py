@@ -285,8 +285,8 @@ def _gpu_geometry(spec: DecoderSpec, plan: Plan) -> Geometry:
     counts["down"] = counts["o"]
     for phase in ("gate_up", "qkv"):
         counts[phase] = _deal_least(tiles[phase], width[phase], load)
-    # With post-norms every unit with a part of the head follows the residual stream through all layers. Others wait only
-    # for units that give them something in each layer, so it must be one of those.
+    # With post-norms every unit with a part of the head follows the residual stream through all layers. Others wait
+    # only for units that give them something in each layer, so it must be one of those.
     among = [u for u in range(plan.units) if not spec.post_norm or counts["gate_up"][u] + counts["qkv"][u] > 0]
     counts["head"] = _deal_least(tiles["head"], width["head"], load, among)
 
