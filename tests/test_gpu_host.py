@@ -178,7 +178,6 @@ def test_a_batch_of_sixteen(wave, dtype):
     np.testing.assert_array_equal(got.state.seen, want.state.seen)
 
 
-@pytest.mark.xfail(reason="units without a tile in a layer are not waited for, those without any tile end too early")
 @pytest.mark.parametrize(("name", "wave", "sanitize"), [("plain", 64, True), ("windows", 32, False)])
 def test_more_units_than_tiles(name, wave, sanitize):
     spec = spec_of(name).replace(vocab_size=7, hidden_size=8, intermediate_size=8)
@@ -279,11 +278,8 @@ HANDOFFS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("field", "kind"),
-    # A candidate has one reader. That may be the unit it comes from, which sees what is held back from others.
-    [case for case in itertools.product(HANDOFFS, ["drop", "hold", "flip"]) if case != ("candidate", "hold")],
-)
+@pytest.mark.parametrize("kind", ["drop", "hold", "flip"])
+@pytest.mark.parametrize("field", HANDOFFS)
 def test_a_word_that_never_comes_is_reported(field, kind):
     kernel = split_up("windows", 32)
     spec, workspace = kernel.spec, kernel.workspace
@@ -297,9 +293,13 @@ def test_a_word_that_never_comes_is_reported(field, kind):
     got, run = decode_on_host(kernel, state, params, STEPS, fault=fault, timeout_ticks=60_000, seed=1)
     assert run.faults == 1
     report = run.report
+    if kind == "hold" and field in ("partial", "candidate") and report["reason"] == 0:
+        # Such a word has one reader. That may be the unit it comes from, which sees what is held back from others.
+        np.testing.assert_array_equal(got.tokens, reference_of_mixed(spec).tokens[2:])
+        return
     assert report["reason"] == 1, report
     assert report["token"] in (2, 3) if field == "token" else report["token"] == 2, report
-    # Who waits for those who wait may be the first whose time is up.
+    # A unit that does not read these words may wait for those who do, and have begun earlier.
     assert report["handoff"] in HANDOFFS.values(), report
     # What came before is as it should be.
     length = int(got.lengths[0])
