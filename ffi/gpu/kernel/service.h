@@ -309,7 +309,8 @@ MK_DEVICE void gather_words(Service& s, const Site& site, const u32* row, int be
   constexpr int step = kTeamLanes * 4;
   constexpr int most = (round_up(size, kAtomCols) + step - 1) / step, count = most < 4 ? most : 4;
   constexpr bool bare = whole && size % step == 0 && most % count == 0;  // nothing to check
-  for (int column = begin + s.team_lane * 4; column - s.team_lane * 4 < end; column += count * step) {
+  const int own = (int)arch::fresh((u32)s.team_lane) * 4;
+  for (int column = begin + own; column - own < end; column += count * step) {
     Vec4 v[count];
     Float4 weights[count];
     MK_UNROLL

@@ -112,7 +112,7 @@ MK_DEVICE void for_source(Service& s, const Site& site, int request, int begin, 
     const int token = s.control().token[request];
     HeadRow row = {};
     if constexpr (!kPostNorm && MK_TIED_HEAD) row = find_head_row(s.args, token);
-    for (int column = begin + s.team_lane * 4; column < end; column += kTeamLanes * 4) {
+    for (int column = begin + (int)arch::fresh((u32)s.team_lane) * 4; column < end; column += kTeamLanes * 4) {
       Float4 x = kZero4;
       if (column < kHidden) {
         if constexpr (kPostNorm) {
