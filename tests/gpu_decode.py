@@ -6,7 +6,9 @@ import ctypes
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gpu_host
 import jax
@@ -79,8 +81,9 @@ def decode_on_host(
     tape: Tape | None = None,
     return_log_probs: bool = True,
     timeout_ticks: int = 3_000_000,
+    run: Callable[..., Any] = gpu_host.run,
     **options,
-) -> tuple[DecodeResult, gpu_host.Run]:
+) -> tuple[DecodeResult, Any]:
     """What decode returns, and how the run went.
 
     Args:
@@ -88,7 +91,8 @@ def decode_on_host(
       state, sampling, max_new_tokens, return_log_probs: as for decode.
       tape: by default, one with the random weights of this spec.
       timeout_ticks: steps of the executor that a token may take.
-      options: of gpu_host.run.
+      run: what takes the kernel and its operands, and says how it went.
+      options: of `run`.
     """
     spec, batch = kernel.spec, state.batch
     tape = gpu_tape_of(spec, kernel.plan) if tape is None else tape
@@ -125,9 +129,7 @@ def decode_on_host(
         "eos_token_id",
     ):
         operands[name] = np.asarray(getattr(sampling, name))
-    done = gpu_host.run(
-        kernel.library, operands | carried | fresh, exchange_bytes=workspace["exchange_bytes"], **options
-    )
+    done = run(kernel.library, operands | carried | fresh, exchange_bytes=workspace["exchange_bytes"], **options)
     result = DecodeResult(
         **{name: None if x is None else jnp.asarray(x) for name, x in fresh.items()},
         state=dataclasses.replace(state, **{name: jnp.asarray(x) for name, x in carried.items()}),

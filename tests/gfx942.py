@@ -1,0 +1,160 @@
+"""Runs the GPU kernel's code object for gfx942 on this CPU.
+
+That takes an emulator of the instructions, which is not in this repository: the environment variable
+MONOKERNEL_GFX942_EMULATOR names the folder with its emulate.py, and TINYGRAD_DIR what that needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import amd_code
+import gpu_decode
+import gpu_host
+import numpy as np
+import pytest
+
+from jax_monokernel import DecodeState, SamplingParams
+from jax_monokernel.state import DecodeResult
+
+_VARIABLE = "MONOKERNEL_GFX942_EMULATOR"
+
+MISSING = amd_code.MISSING or (None if _VARIABLE in os.environ else f"{_VARIABLE} does not name an emulator's folder")
+# The emulator leaves files open.
+MARKS = [
+    pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@functools.cache
+def emulator() -> ModuleType:
+    path = Path(os.environ[_VARIABLE]) / "emulate.py"
+    found = importlib.util.spec_from_file_location("gfx942_emulate", path)
+    assert found is not None
+    assert found.loader is not None
+    os.environ["EMU_CACHE"] = str(gpu_host.ROOT / "build" / "gfx942")  # of instructions, as patched below
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module
+    found.loader.exec_module(module)
+    _keep_lanes_in_shared_memory(module)
+    return module
+
+
+def _keep_lanes_in_shared_memory(module: Any) -> None:
+    """Lanes that are switched off read shared memory too in the emulator, at addresses that may be anything.
+
+    For them an address is cut to the 64 KiB that there are. Those of other lanes are checked before.
+    """
+    lower = module.Semantics._tiny
+
+    def lowered(self: Any, inst: Any, raw: bytes) -> tuple[Any, Any, Any, str]:
+        base, mask, size, source = lower(self, inst, raw)
+        return base, mask, size, re.sub(r"\*\((data3_\d+)\+(\w+)\)", r"*(\1+(\2&0x3fff))", source)
+
+    module.Semantics._tiny = lowered
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a launch left behind."""
+
+    report: dict[str, int]  # mk::Report
+    violations: list[str]  # reads of what another work-group has written without making it visible
+    instructions: int  # of all waves
+
+
+def run(
+    kernel: amd_code.Kernel,
+    args: Mapping[str, np.ndarray | int | None],
+    *,
+    seed: int | None = None,
+    turn: int = 400,
+    xcc: Callable[[int], int] | None = None,
+    max_instructions: int = 2_000_000_000,
+    coherence: bool = True,
+) -> Run:
+    """Launches all work-groups of a kernel.
+
+    Args:
+      kernel: what runs.
+      args: arrays and numbers by the names of mk::Args; one left out or None is a null pointer. Arrays that are not
+        `const` there are changed in place.
+      seed: of the order in which waves take turns; None: one after the other.
+      turn: instructions of a wave's turn; with a seed, on average.
+      xcc: the XCD of each work-group.
+      max_instructions: of all waves, after which the kernel is taken to hang.
+      coherence: whether visibility between work-groups is checked.
+    """
+    emu: Any = emulator()
+    memory = emu.Memory()
+    struct = gpu_host._Args()
+    report = np.zeros(len(gpu_host._REPORT), np.uint32)
+    copies: dict[str, np.ndarray] = {}
+    for name, value in (dict(args) | {"report": report, "cancel": np.zeros(16, np.uint32)}).items():
+        if isinstance(value, np.ndarray):
+            # As bytes: some types of these arrays are unknown to the emulator.
+            copies[name] = np.frombuffer(value.tobytes(), np.uint8).copy()
+            value = memory.put(copies[name])
+        if value is not None:
+            setattr(struct, name, value)
+    try:
+        result = emu.run(
+            str(kernel.library),
+            "monokernel",
+            kernel.plan.units,
+            kernel.threads,
+            [bytes(struct)],
+            dyn_lds=kernel.shared_bytes,
+            mem=memory,
+            seed=seed,
+            slice=turn,
+            xcc=xcc,
+            max_instructions=max_instructions,
+            coherence=coherence,
+        )
+    finally:
+        memory.free()
+    for name, copy in copies.items():
+        original = report if name == "report" else args.get(name)
+        if not isinstance(original, np.ndarray):
+            continue
+        changed = np.frombuffer(copy.tobytes(), original.dtype).reshape(original.shape)
+        if name in gpu_host._WRITABLE:
+            original[...] = changed
+        else:
+            assert changed.tobytes() == original.tobytes(), f"the kernel changed {name}, which is only to be read"
+    return Run(
+        report=dict(zip(gpu_host._REPORT, report.tolist(), strict=True)),
+        violations=result.violations,
+        instructions=result.instructions,
+    )
+
+
+def decode_on_emulator(
+    kernel: amd_code.Kernel, state: DecodeState, sampling: SamplingParams, max_new_tokens: int, **options: Any
+) -> tuple[DecodeResult, Run]:
+    """What decode returns, and how the run went. `options` are those of `run`."""
+    return gpu_decode.decode_on_host(
+        kernel,
+        state,
+        sampling,
+        max_new_tokens,
+        timeout_ticks=2**40,
+        run=lambda _library, args, exchange_bytes, **rest: run(kernel, args, **rest),
+        **options,
+    )
+
+
+def without_scope(assembly: str) -> str:
+    """A kernel that stores words as if nobody else read them."""
+    return re.sub(r"(global_store_dword .*) sc1$", r"\1", assembly, flags=re.MULTILINE)

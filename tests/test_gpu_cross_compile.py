@@ -1,0 +1,148 @@
+"""The GPU kernel compiled for AMD GPUs that are not here: what registers, memory and instructions it takes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import amd_code
+import pytest
+from amd_code import Kernel, blocks, instructions, metadata, needs_clang, read_elf, waits
+from decoding import spec_of
+
+from jax_monokernel import DecoderSpec, LayerSpec, RopeSpec
+from jax_monokernel.plan import Plan, attention_tasks
+
+pytestmark = needs_clang
+
+# Llama-3.2-1B
+LARGE = DecoderSpec(
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=64,
+    layers=(LayerSpec(),) * 16,
+    ropes=(
+        RopeSpec(
+            theta=5e5,
+            rotary_dim=64,
+            scaling="llama3",
+            factor=32.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position=8192,
+        ),
+    ),
+    tied_head=True,
+    dtype="bfloat16",
+)
+UNITS = {"gfx942": 304, "gfx950": 256}
+IN_FLIGHT = 8  # loads of weights that a wave has on their way at least, 1 KiB each
+
+
+def large(arch: str, batch: int, capacity: int = 2048, **plan: int) -> Kernel:
+    laid_out = Plan(platform="rocm", units=UNITS[arch], **plan)
+    return Kernel(LARGE, laid_out, batch, *attention_tasks(LARGE, laid_out, batch, capacity), arch=arch)
+
+
+def small(name: str, dtype: str, arch: str, batch: int) -> Kernel:
+    return Kernel(spec_of(name, dtype), Plan(platform="rocm", units=7), batch, arch=arch)
+
+
+CASES = {
+    "llama-gfx942-batch_1": lambda: large("gfx942", 1),
+    "llama-gfx942-batch_4-long": lambda: large("gfx942", 4, capacity=32768),
+    # 64 KiB of shared memory are too little for this batch and a segment of 16 tiles.
+    "llama-gfx942-batch_16": lambda: large("gfx942", 16, segment_tiles=8),
+    "llama-gfx950-batch_16": lambda: large("gfx950", 16),
+    "windows-f16-gfx942-batch_3": lambda: small("windows", "float16", "gfx942", 3),
+    "post_norm-f32-gfx942-batch_3": lambda: small("post_norm", "float32", "gfx942", 3),
+    "nope-bf16-gfx950-batch_1": lambda: small("nope", "bfloat16", "gfx950", 1),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def kernel(request) -> Kernel:
+    return CASES[request.param]()
+
+
+def stream_loop(kernel: Kernel) -> list[str]:
+    """The loop in which stream waves multiply: the one that loads as many atoms as the ring has."""
+    bodies: dict[str, list[str]] = {}
+    for block in blocks(kernel.assembly):
+        for loop in block.loops:
+            bodies.setdefault(loop, []).extend(block.instructions)
+    atoms = kernel_atoms()
+    found = [body for body in bodies.values() if sum(map(is_weight_load, body)) == atoms and "s_barrier" in body]
+    assert len(found) == 1
+    return found[0]
+
+
+def kernel_atoms() -> int:
+    """Registers of a stream wave's ring, in atoms."""
+    found = re.search(r"kAtoms = (\d+);", (amd_code.gpu_host.KERNEL / "arch" / "amd.h").read_text())
+    assert found is not None
+    return int(found[1])
+
+
+def is_weight_load(line: str) -> bool:
+    return re.fullmatch(r"global_load_dwordx4 .* nt", line) is not None
+
+
+def test_registers_and_memory(kernel):
+    numbers = metadata(kernel.assembly)
+    per_simd = kernel.threads / 256  # waves that share the 512 registers of a lane
+    assert numbers["max_flat_workgroup_size"] == kernel.threads
+    assert numbers["wavefront_size"] == 64
+    assert numbers["vgpr_spill_count"] == numbers["sgpr_spill_count"] == 0
+    assert numbers["private_segment_fixed_size"] == 0
+    assert numbers["vgpr_count"] + numbers["agpr_count"] <= 512 / per_simd
+    # All shared memory is requested at launch; that the kernel needs no more is asserted when it is compiled.
+    assert numbers["group_segment_fixed_size"] == 0
+    assert kernel.shared_bytes == {"gfx942": 64, "gfx950": 160}[kernel.arch] * 1024
+
+
+def test_forbidden_instructions(kernel):
+    for line in instructions(kernel.assembly):
+        assert not re.match(r"flat_|scratch_|s_trap|s_store|s_atomic|s_swappc|buffer_(load|store|atomic)", line)
+        if line.startswith("global_atomic"):
+            assert line.startswith("global_atomic_cmpswap")  # claim
+    # Caches as a whole are written back and invalidated only where a filter reads all logits.
+    names = [line.split()[0] for line in instructions(kernel.assembly)]
+    assert names.count("buffer_wbl2") == names.count("buffer_inv") == 1
+
+
+def test_words_bypass_caches(kernel):
+    stores = [line for line in instructions(kernel.assembly) if line.startswith("global_store_dword ")]
+    assert sum(line.endswith("sc1") for line in stores) >= 10
+    # What is for the caller alone: results and the report.
+    assert sum(not line.endswith("sc1") for line in stores) <= 60
+
+
+def test_weights_stay_on_their_way(kernel):
+    loop = stream_loop(kernel)
+    assert not any(line.startswith("global_load") and not is_weight_load(line) for line in loop)
+    assert waits(loop)
+    assert min(waits(loop)) >= IN_FLIGHT - 1
+
+
+def test_matrix_instructions(kernel):
+    name = {"bfloat16": "v_mfma_f32_4x4x4_16b_bf16", "float16": "v_mfma_f32_4x4x4_16b_f16", "float32": None}
+    wanted = name[kernel.spec.dtype]
+    found = {line.split()[0] for line in stream_loop(kernel) if "mfma_f32_4x4x4" in line}
+    assert found == ({wanted} if wanted else set())
+
+
+def test_code_object(kernel):
+    elf = read_elf(kernel.library)
+    assert amd_code.is_ordinary(elf, kernel.arch)
+    assert elf.symbols["monokernel"][1] <= 256 * 1024
+    # Nothing else is asked for: the kernel's argument is all that a launch passes.
+    assert set(elf.symbols) - {"monokernel", "monokernel.kd"} <= {n for n in elf.symbols if n.startswith("__hip_cuid")}
+
+
+def test_too_little_shared_memory_says_what_to_do():
+    with pytest.raises(amd_code.CompileError, match="chunk_atoms or segment_tiles must be smaller"):
+        assert isinstance(large("gfx942", 16).assembly, Path)
