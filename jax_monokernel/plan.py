@@ -45,7 +45,7 @@ VECTOR_ROLES = (
 
 _GPU_DEFAULTS = {
     "cuda": {"wave_size": 32, "waves": 8, "service_waves": 8, "chunk_atoms": 64, "segment_tiles": 8},
-    "rocm": {"wave_size": 64, "waves": 4, "service_waves": 4, "chunk_atoms": 4, "segment_tiles": 16},
+    "rocm": {"wave_size": 64, "waves": 4, "service_waves": 4, "chunk_atoms": 8, "segment_tiles": 8},
 }
 
 

@@ -157,19 +157,28 @@ constexpr int kAttentionFloats =
 constexpr int kSamplingBytes = 16 * 1024;
 constexpr bool kResidualInShared = !kPostNorm || kBatch * kHidden * 4 <= 32 * 1024;
 
+constexpr int kScratchBytes = round_up(larger(kAttentionFloats * 4, kSamplingBytes), 128);
+// Whether attention and sampling have memory of their own. They can do with that of the activations, of which there are none
+// between the end of a phase that multiplies and the beginning of the next one.
+#if defined(MK_REGISTER_RING)
+constexpr bool kScratchApart = false;
+#else
+constexpr bool kScratchApart = true;
+#endif
+
 constexpr SharedLayout make_shared_layout() {
   SharedLayout s{};
   int at = 0;
   s.activations = at;
-  at += round_up(kBatch * kRowBytes, 128);
+  at += round_up(larger(kBatch * kRowBytes, kScratchApart ? 0 : kScratchBytes), 128);
   s.products = at;
   at += round_up(2 * kSegmentTiles * kBatch * kTileRows * kWaves * 4, 128);
   s.squares = at;
   at += round_up(2 * kBatch * kServiceWaves * 4, 128);
   s.residual = at;
   at += round_up((kPostNorm ? (kResidualInShared ? kBatch * kHidden : 0) : kBatch * kOwnRows) * 4, 128);
-  s.attention = s.sampling = at;  // never in use at the same time
-  at += round_up(larger(kAttentionFloats * 4, kSamplingBytes), 128);
+  s.attention = s.sampling = kScratchApart ? at : s.activations;  // never in use at the same time
+  at += kScratchApart ? kScratchBytes : 0;
   s.angles = at;
   at += round_up(kBatch * kRopeRows * 2 * kHalfRotary * 4, 128);
   s.control = at;
