@@ -67,34 +67,44 @@ class Kernel:
     def assembly(self) -> Path:
         """The file with the kernel's instructions."""
         source = _native.gpu_stub(**program(self.spec, self.plan), **self._request(), shared_bytes=self.shared_bytes)
-        headers = b"".join(path.read_bytes() for path in sorted(gpu_host.KERNEL.rglob("*.h")))
-        key = hashlib.sha256(repr((source, self.arch, _flags(), _version())).encode() + headers).hexdigest()[:32]
-        path = _CACHE / f"{key}.s"
-        if not path.exists():
-            _CACHE.mkdir(parents=True, exist_ok=True)
-            (_CACHE / f"{key}.hip").write_text(source)
-            with _to_place(path) as out:
-                _run(
-                    *("clang", "-x", "hip", f"--offload-arch={self.arch}"),
-                    *("--cuda-device-only", "-nogpulib", "-nogpuinc"),
-                    *("-Werror", *_flags(), f"-I{gpu_host.KERNEL}", "-S", _CACHE / f"{key}.hip", "-o", out),
-                )
-        return path
+        return compile_source(source, self.arch)
 
     @functools.cached_property
     def library(self) -> Path:
         """The linked code object."""
-        path = self.assembly.with_suffix(".hsaco")
-        if not path.exists():
-            target = ("-target", "amdgcn-amd-amdhsa", f"-mcpu={self.arch}")
-            with _to_place(path.with_suffix(".o")) as out:
-                _run("clang", *target, "-x", "assembler", "-c", self.assembly, "-o", out)
-            with _to_place(path) as out:
-                _run("ld.lld", "-shared", "--no-undefined", path.with_suffix(".o"), "-o", out)
-        return path
+        return link(self.assembly, self.arch)
 
     def _request(self) -> dict[str, int]:
         return {"batch": self.batch, "splits": self.splits, "task_heads": self.task_heads}
+
+
+def compile_source(source: str, arch: str) -> Path:
+    """Compiles HIP source, which finds the kernel's headers, as hipRTC would: the file with the instructions."""
+    headers = b"".join(path.read_bytes() for path in sorted(gpu_host.KERNEL.rglob("*.h")))
+    key = hashlib.sha256(repr((source, arch, _flags(), _version())).encode() + headers).hexdigest()[:32]
+    path = _CACHE / f"{key}.s"
+    if not path.exists():
+        _CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=_CACHE) as folder:
+            stub = Path(folder) / "stub.hip"
+            stub.write_text(source)
+            device_only = ("--cuda-device-only", "-nogpulib", "-nogpuinc")
+            flags = ("-x", "hip", f"--offload-arch={arch}", *device_only, "-Werror", *_flags(), f"-I{gpu_host.KERNEL}")
+            with _to_place(path) as out:
+                _run("clang", *flags, "-S", stub, "-o", out)
+    return path
+
+
+def link(assembly: Path, arch: str) -> Path:
+    """The code object of a file with instructions."""
+    path = assembly.with_suffix(".hsaco")
+    if not path.exists():
+        target = ("-target", "amdgcn-amd-amdhsa", f"-mcpu={arch}")
+        with _to_place(path.with_suffix(".o")) as out:
+            _run("clang", *target, "-x", "assembler", "-c", assembly, "-o", out)
+        with _to_place(path) as out:
+            _run("ld.lld", "-shared", "--no-undefined", path.with_suffix(".o"), "-o", out)
+    return path
 
 
 @contextlib.contextmanager

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import subprocess
+
+import amd_code
 import gfx942
+import gpu_host
+import numpy as np
 import pytest
 from amd_code import Kernel
 from decoding import (
@@ -113,7 +120,60 @@ def test_lost_word_is_noticed():
     text = kernel.assembly.read_text()
     broken = kernel.assembly.with_name("broken.s")
     broken.write_text(gfx942.without_scope(text))
-    object.__setattr__(kernel, "assembly", broken)
+    object.__setattr__(kernel, "assembly", broken)  # a cached property
     state = state_of(kernel.spec, (3,))
     _, run = gfx942.decode_on_emulator(kernel, state, params_of(kernel.spec, 1), 16)
     assert any("has not released" in violation for violation in run.violations)
+
+
+MATH = """
+#include "math/elementary.h"
+using namespace mk;
+MK_DEVICE void functions(float x, float y, float* out) {
+  out[0] = exp_(x);
+  out[1] = log_(x);
+  out[2] = tanh_(x);
+  out[3] = erf_(x);
+  sin_cos(x, out + 4, out + 5);
+  out[6] = arch::sqrt(x);
+  out[7] = x / y;
+  out[8] = (float)arch::sqrt((double)x);
+  out[9] = arch::fma(x, y, x);
+}
+"""
+FUNCTIONS = 10
+ON_DEVICE = """
+MK_KERNEL(64) void math(const float* x, const float* y, float* out) {
+  const int i = arch::unit() * 64 + arch::lane();
+  functions(x[i], y[i], out + i * 10);
+}
+"""
+ON_HOST = """
+extern "C" __attribute__((visibility("default"))) void math(const float* x, const float* y, float* out, long n) {
+  for (long i = 0; i < n; i++) functions(x[i], y[i], out + i * 10);
+}
+"""
+
+
+def test_elementary_functions_are_those_of_the_host(tmp_path):
+    """Bit for bit, as for tokens that are the same on every machine they must be."""
+    defines = "".join(f"#define MK_{name} 1\n" for name in ("UNITS", "WAVES", "SERVICE_WAVES"))
+    defines += "#define MK_WAVE_SIZE 64\n#define MK_SHARED_BYTES 1024\n"
+    device = amd_code.link(amd_code.compile_source(defines + MATH + ON_DEVICE, "gfx942"), "gfx942")
+    source, library = tmp_path / "math.cc", tmp_path / "math.so"
+    source.write_text("#define MK_HOST\n" + defines + MATH + ON_HOST)
+    flags = ("-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", f"-I{gpu_host.KERNEL}")
+    subprocess.run([os.environ.get("CXX", "g++"), *flags, source, "-o", library], check=True)
+
+    rng = np.random.default_rng(0)
+    n = 4096
+    x, y = (rng.integers(0, 2**32, n, np.uint32).view(np.float32) for _ in range(2))
+    x[: n // 2] = rng.standard_normal(n // 2) * np.exp2(rng.integers(-8, 7, n // 2))
+    got, want = np.zeros((2, n, FUNCTIONS), np.float32)
+    gfx942.emulator().run(str(device), "math", n // 64, 64, [x, y, got])
+    pointers = (array.ctypes.data_as(ctypes.c_void_p) for array in (x, y, want))
+    ctypes.CDLL(str(library)).math(*pointers, ctypes.c_long(n))
+    for function in range(FUNCTIONS):
+        a, b = got[:, function], want[:, function]
+        same = (a.view(np.uint32) == b.view(np.uint32)) | (np.isnan(a) & np.isnan(b))
+        assert same.all(), (function, x[~same][:3], y[~same][:3], a[~same][:3], b[~same][:3])
