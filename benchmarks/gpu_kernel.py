@@ -1,9 +1,9 @@
 """Times the GPU kernel alone, launched through the CUDA driver: random weights of real shapes, one line per variant.
 
-    python -m benchmarks.gpu_kernel qwen3-0.6b,llama-3.2-1b --define MK_POLL=0 --trace timeline.npy
+    python -m benchmarks.gpu_kernel qwen3-0.6b,llama-3.2-1b --trace timeline.npy
 
-For work on the kernel: no XLA handler in between, headers from the checkout, and preprocessor definitions to compare
-variants with. Users' speed is measured by `benchmarks.run`.
+For work on the kernel: no XLA handler in between, headers from the checkout, and preprocessor definitions for variants
+that these headers may have. Users' speed is measured by `benchmarks.run`.
 """
 
 from __future__ import annotations

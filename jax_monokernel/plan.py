@@ -130,7 +130,7 @@ def available_cpus() -> int:
                     period = [file.read()]
             if quota not in ("max", "-1"):
                 cpus = min(cpus, math.ceil(int(quota) / int(period[0])))
-        except (OSError, ValueError):
+        except (OSError, ValueError, ZeroDivisionError):
             continue
     return max(1, cpus)
 

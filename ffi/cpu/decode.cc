@@ -11,6 +11,7 @@
 #include "cpu/isa.h"
 #include "cpu/settings.h"
 #include "cpu/team.h"
+#include "read_fields.h"
 
 namespace monokernel::cpu {
 namespace {
@@ -22,8 +23,6 @@ ffi::Error invalid(const std::string& message) { return ffi::Error::InvalidArgum
 #define REQUIRE(condition, message) \
   if (!(condition)) return invalid(message)
 
-constexpr int64_t kLimit = int64_t{1} << 40;  // far above any model
-
 ffi::DataType xla_type(int64_t dtype) {
   return dtype == kBF16 ? ffi::DataType::BF16 : dtype == kF16 ? ffi::DataType::F16 : ffi::DataType::F32;
 }
@@ -31,28 +30,7 @@ ffi::DataType xla_type(int64_t dtype) {
 // Attributes come from jax_monokernel/_program.py, but an exported program may have been changed on its way here: nothing in
 // them may lead outside a buffer.
 ffi::Error read_program(const Attributes& a, Program* p) {
-  constexpr const char* kInts[] = {
-#define X(name) #name,
-      MONOKERNEL_INT_FIELDS(X)
-#undef X
-  };
-  constexpr const char* kFloats[] = {
-#define X(name) #name,
-      MONOKERNEL_FLOAT_FIELDS(X)
-#undef X
-  };
-  REQUIRE(a.ints.size() == std::size(kInts) && a.floats.size() == std::size(kFloats),
-          "the program was made by another version of jax_monokernel; trace or export it again");
-  int64_t i = 0, f = 0;
-#define X(name) p->name = a.ints[i++];
-  MONOKERNEL_INT_FIELDS(X)
-#undef X
-#define X(name) p->name = a.floats[f++];
-  MONOKERNEL_FLOAT_FIELDS(X)
-#undef X
-  for (size_t n = 0; n < std::size(kInts); n++) {
-    REQUIRE(a.ints[n] >= -1 && a.ints[n] < kLimit, std::string(kInts[n]) + " is out of range");
-  }
+  if (std::string error = read_fields(a.ints, a.floats, p); !error.empty()) return invalid(error);
   constexpr const char* kPlatforms[] = {"the CPU", "cuda", "rocm"};
   REQUIRE(p->platform >= 0 && p->platform < std::ssize(kPlatforms), "unknown platform");
   REQUIRE(p->platform == 0, std::string("the weights are packed for ") + kPlatforms[p->platform] +
@@ -63,7 +41,7 @@ ffi::Error read_program(const Attributes& a, Program* p) {
     REQUIRE(size >= 1 && size <= std::numeric_limits<int32_t>::max(), "a model dimension is out of range");
   }
   // Products of two dimensions, of which there may be eight or sixteen times as many elements, do not overflow from here on.
-  REQUIRE(p->num_heads <= kLimit / p->head_dim, "the heads are too large");
+  REQUIRE(p->num_heads <= kFieldLimit / p->head_dim, "the heads are too large");
   REQUIRE(p->num_heads % p->num_kv_heads == 0, "num_heads is not a multiple of num_kv_heads");
   REQUIRE(p->rotary_dim >= 0 && p->rotary_dim % 2 == 0 && p->rotary_dim <= p->head_dim, "rotary_dim is out of range");
   REQUIRE(p->num_ropes >= 0, "num_ropes is out of range");

@@ -7,42 +7,13 @@
 #include <limits>
 
 #include "gpu/failure.h"
+#include "read_fields.h"
 
 namespace monokernel::gpu {
 namespace {
 
-constexpr int64_t kLimit = int64_t{1} << 40;  // far above any model
-
 void require(bool condition, const std::string& message) {
   if (!condition) throw Failure(Code::kInvalid, message);
-}
-
-void read_fields(const Attributes& a, Program* p) {
-  constexpr const char* kInts[] = {
-#define X(name) #name,
-      MONOKERNEL_INT_FIELDS(X)
-#undef X
-  };
-  constexpr const char* kFloats[] = {
-#define X(name) #name,
-      MONOKERNEL_FLOAT_FIELDS(X)
-#undef X
-  };
-  require(a.ints.size() == std::size(kInts) && a.floats.size() == std::size(kFloats),
-          "the program was made by another version of jax_monokernel; trace or export it again");
-  size_t i = 0, f = 0;
-#define X(name) p->name = a.ints[i++];
-  MONOKERNEL_INT_FIELDS(X)
-#undef X
-#define X(name) p->name = a.floats[f++];
-  MONOKERNEL_FLOAT_FIELDS(X)
-#undef X
-  for (size_t n = 0; n < std::size(kInts); n++) {
-    require(a.ints[n] >= -1 && a.ints[n] < kLimit, std::string(kInts[n]) + " is out of range");
-  }
-  for (size_t n = 0; n < std::size(kFloats); n++) {
-    require(std::isfinite(a.floats[n]), std::string(kFloats[n]) + " is not finite");
-  }
 }
 
 void check_model(const Program& p) {
@@ -147,7 +118,11 @@ void check_constants(const Program& p) {
 Request read_request(const Attributes& a, int64_t batch, int64_t splits, int64_t task_heads) {
   Request request;
   Program& p = request.program;
-  read_fields(a, &p);
+  const std::string error = read_fields(a.ints, a.floats, &p);
+  require(error.empty(), error);
+#define X(name) require(std::isfinite(p.name), #name " is not finite");
+  MONOKERNEL_FLOAT_FIELDS(X)
+#undef X
   require(p.platform != 0, "the weights are packed for the CPU, but this computation runs on a GPU; pack them with a plan for it");
   require(p.platform == 1 || p.platform == 2, "unknown platform");
   check_model(p);

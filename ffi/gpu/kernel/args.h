@@ -12,7 +12,7 @@ using i64 = long long;
 
 // Why a launch ended early. The first unit to find a reason writes it.
 struct Report {
-  u32 reason;    // kOk, kTimeout or kCancelled
+  u32 reason;    // enum Reason
   u32 handoff;   // 1 to 9: h1_qkv to h9_final (docs/kernel.md)
   u32 layer;
   u32 token;     // of this launch

@@ -90,6 +90,13 @@ constexpr Run run_of(int phase, int chunk, int wave) {
   return {start + begin, end - begin};
 }
 
+// Atoms of one row of tiles that wave `wave` multiplies.
+constexpr int wave_atoms(int phase, int wave) {
+  int n = 0;
+  for (int chunk = 0; chunk < chunk_count(phase); chunk++) n += run_of(phase, chunk, wave).count;
+  return n;
+}
+
 // Every run is a multiple of kGroup atoms, so that a wave looks for the end of a run only that often.
 constexpr int find_group() {
   int group = 8;
@@ -113,7 +120,7 @@ constexpr int kSlotAtoms = kEven ? kGroup : 8;  // of a ring in shared memory
 // ---- Shared memory ----
 
 // A request's activations. The rest of 64 modulo 128 bytes spreads the lanes' rows over all banks.
-constexpr int kResidentLimitBytes = kBatch == 1 ? 64 * 1024 : 64 * 1024;
+constexpr int kResidentLimitBytes = 64 * 1024;
 constexpr int row_bytes(int columns) { return round_up(columns * kWeightBytes, 128) + 64; }
 constexpr int find_resident() {  // chunks that are in shared memory at once
   int chunks = (kWidest / kAtomCols + kChunkAtoms - 1) / kChunkAtoms;
@@ -186,10 +193,7 @@ constexpr SharedLayout make_shared_layout() {
   s.barriers = at;
   at += 1024;
   s.ring = at;
-#if !defined(MK_RING_LIMIT)
-#define MK_RING_LIMIT 1000
-#endif
-  s.ring_slots = smaller(MK_RING_LIMIT, smaller((MK_SHARED_BYTES - at) / (kWaves * kSlotAtoms * arch::kWave * 16), 1024 / 8 / kWaves));
+  s.ring_slots = smaller((MK_SHARED_BYTES - at) / (kWaves * kSlotAtoms * arch::kWave * 16), 1024 / 8 / kWaves);
   return s;
 }
 constexpr SharedLayout kShared = make_shared_layout();

@@ -191,15 +191,6 @@ struct HeadRow {
   int tile, row, tiles_of_segment, unit;
 };
 
-MK_DEVICE int wave_atoms(int phase, int wave) {
-  int n = 0;
-  for (int c = 0; c < StreamWave::chunk_count_of(phase); c++) {
-    const int size = smaller(kChunkAtoms, StreamWave::atoms_of(phase) - c * kChunkAtoms);
-    n += size * (wave + 1) / kWaves - size * wave / kWaves;
-  }
-  return n;
-}
-
 MK_DEVICE HeadRow find_head_row(const Args& args, int token) {
   const int tile = token / kTileRows;
   int low = 0, high = MK_UNITS - 1;  // the last unit that begins at or before the tile and is not empty
@@ -226,16 +217,13 @@ MK_DEVICE Vec4 load_head_row(const HeadRow& r, int column) {
   const int atom = column / kAtomCols, chunk = atom / kChunkAtoms, in_chunk = atom % kChunkAtoms;
   const int n = smaller(kChunkAtoms, atoms(kHead) - chunk * kChunkAtoms);
   const int wave = ((in_chunk + 1) * kWaves - 1) / n;
-  const int begin = n * wave / kWaves, count = n * (wave + 1) / kWaves - begin;
+  const Run run = run_of(kHead, chunk, wave);
   int before = 0;  // atoms of the wave that stand before
   for (int p = 0; p < kHead; p++) before += wave_atoms(p, wave) * kTiles[p * MK_UNITS + r.unit].count;
   before *= MK_NUM_LAYERS;
   before += r.tile / kSegmentTiles * kSegmentTiles * wave_atoms(kHead, wave);
-  for (int c = 0; c < chunk; c++) {
-    const int size = smaller(kChunkAtoms, atoms(kHead) - c * kChunkAtoms);
-    before += r.tiles_of_segment * (size * (wave + 1) / kWaves - size * wave / kWaves);
-  }
-  before += r.tile % kSegmentTiles * count + in_chunk - begin;
+  for (int c = 0; c < chunk; c++) before += r.tiles_of_segment * run_of(kHead, c, wave).count;
+  before += r.tile % kSegmentTiles * run.count + atom - run.begin;
   const int block = column % kAtomCols / kVector, element = column % kVector;
   const int place = (MK_ROW_MAJOR_ATOM ? r.row * kBlocks + block : block * kTileRows + r.row) * kVector + element;
   const char* p = r.unit_stream + ((i64)wave * MK_WAVE_ELEMS + (i64)before * arch::kWave * kVector + place) * kWeightBytes;

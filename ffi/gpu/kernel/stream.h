@@ -43,18 +43,11 @@ struct StreamWave {
   int token;     // of this launch
 
   MK_METHOD float* products() { return shared_at<float>(kShared.products) + (segment & 1) * kSegmentTiles * kBatch * kTileRows * kWaves; }
-  MK_METHOD int chunks() { return chunk_count_of(phase); }
-  static MK_METHOD int chunk_count_of(int p) {
-    return p == kO ? chunk_count(kO) : p == kDown ? chunk_count(kDown) : chunk_count(kQkv);
-  }
-  static MK_METHOD int atoms_of(int p) { return p == kO ? atoms(kO) : p == kDown ? atoms(kDown) : atoms(kQkv); }
 
   MK_METHOD void enter_run() {
-    const int start = chunk * kChunkAtoms;
-    const int n = smaller(kChunkAtoms, atoms_of(phase) - start);
-    const int begin = n * wave / kWaves;
-    left = n * (wave + 1) / kWaves - begin;
-    column = (start + begin - fill * kResident * kChunkAtoms) * kAtomCols;
+    const Run run = run_of(phase, chunk, wave);
+    left = run.count;
+    column = (run.begin - fill * kResident * kChunkAtoms) * kAtomCols;
     clear(sums);
   }
 
@@ -119,12 +112,12 @@ struct StreamWave {
         continue;
       }
       tile = 0;
-      if (++chunk < smaller(chunks(), (fill + 1) * kResident)) {
+      if (++chunk < smaller(chunk_count(phase), (fill + 1) * kResident)) {
         enter_run();
         continue;
       }
       arch::unit_sync();  // B: products are in place
-      if (chunk < chunks()) {
+      if (chunk < chunk_count(phase)) {
         fill++;
         enter_segment();
         continue;
@@ -144,12 +137,7 @@ struct StreamWave {
   MK_METHOD int count_atoms() {
     int sum = 0;
     for (int p = 0; p < kPhases; p++) {
-      int n = 0;
-      for (int c = 0; c < chunk_count_of(p); c++) {
-        const int size = smaller(kChunkAtoms, atoms_of(p) - c * kChunkAtoms);
-        n += size * (wave + 1) / kWaves - size * wave / kWaves;
-      }
-      sum += n * kTiles[p * MK_UNITS + arch::unit()].count * (p == kHead ? 1 : MK_NUM_LAYERS);
+      sum += wave_atoms(p, wave) * kTiles[p * MK_UNITS + arch::unit()].count * (p == kHead ? 1 : MK_NUM_LAYERS);
     }
     return sum;
   }

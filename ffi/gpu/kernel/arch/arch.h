@@ -1,6 +1,7 @@
 // What the kernel asks of a machine. The only folder with vendor conditionals; each file below provides exactly this:
 //
-//   MK_DEVICE, MK_CONSTANT      function and table qualifiers
+//   MK_DEVICE, MK_METHOD, MK_CONSTANT   function, member function and table qualifiers
+//   MK_UNROLL, MK_NO_UNROLL     before a loop
 //   MK_KERNEL(threads)          qualifier of the kernel entry
 //   kWave                       lanes of a wave, 32 or 64
 //   unit(), wave(), lane()      where this lane is; wave() and everything derived from it is uniform over the wave
@@ -25,7 +26,9 @@
 //   release(), acquire()        device-scope fences
 //   load_host(p)                u32 of host memory, not cached
 //   claim(p)                    true for the first caller of a launch (atomic compare and swap of 0 by 1)
+//   shared_add(p, v)            adds to a u32 of shared memory and returns what it was; no order with other accesses
 //   ticks()                     u64 clock for timeouts and traces, monotonic on one unit
+//   wall_clock()                u64 nanoseconds, the same on all units; for traces only
 //   as_u32(f), as_f32(u)        bit casts
 //   fma(a, b, c), sqrt(x)       f32, correctly rounded (f64 overloads likewise)
 //   fast_rsqrt(x), fast_divide(a, b)   f32, within a few units in the last place
@@ -34,7 +37,8 @@
 //   mfma_4x4x4(c, a, b)         wave 64: float c[4], u32 a[2], u32 b[2] as v_mfma_f32_4x4x4 with 16 blocks; likewise
 //   Ring                        the stream of one wave:
 //     static constexpr int kSlotAtoms            atoms that are waited for and requested together
-//     void start(shared, stream, bytes)          starts reading `bytes` at `stream`, again and again; bytes is a whole
+//     static constexpr int kBytes, kBarrierBytes of shared memory that a wave gives it for its slots and barriers
+//     void start(ring, barriers, stream, bytes)  starts reading `bytes` at `stream`, again and again; bytes is a whole
 //                                                number of slots
 //     void wait()                                until the current slot is there
 //     template <int n> void read(int atom, Vec4 (&w)[n])   atoms `atom` to atom + n - 1 of the slot, 16 bytes a lane

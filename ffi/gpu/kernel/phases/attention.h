@@ -21,10 +21,7 @@ constexpr int kPositionLanes = smaller(arch::kWave, power_of_two(kPositionVector
 constexpr int kLaneVectors = (kPositionVectors + kPositionLanes - 1) / kPositionLanes;
 constexpr int kLaneElems = kLaneVectors * kKvVector;
 constexpr int kWavePositions = arch::kWave / kPositionLanes;  // that a wave looks at together
-#if !defined(MK_POSITIONS)
-#define MK_POSITIONS 4
-#endif
-constexpr int kUnroll = kLaneVectors > 1 ? 2 : MK_POSITIONS;
+constexpr int kUnroll = kLaneVectors > 1 ? 2 : 4;
 constexpr bool kKvAligned = kHeadDim * kKvBytes % 16 == 0;
 static_assert(kHeadDim % 2 == 0 || kKvType == kF32, "elements of 16 bits are stored in pairs");
 
