@@ -214,7 +214,7 @@ class Launcher:
         )
         self.check(self.driver.cuMemsetD8_v2(ctypes.c_void_p(args.workspace), 0, ctypes.c_size_t(self.workspace.size)))
         plan = self.tape.plan
-        threads = (plan.waves + plan.service_waves) * plan.wave_size
+        threads = (plan.waves + plan.service_waves + 1) * plan.wave_size  # and the feed wave
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
         start = time.perf_counter()
         launch = self.driver.cuLaunchCooperativeKernel

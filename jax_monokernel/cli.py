@@ -115,7 +115,7 @@ def _generate(
     from jax_monokernel import _native, models
     from jax_monokernel.decode import decode
     from jax_monokernel.generation_config import GenerationConfig
-    from jax_monokernel.plan import make_plan
+    from jax_monokernel.plan import default_platform, make_plan
     from jax_monokernel.prefill import bucket, check_ids
     from jax_monokernel.prepared import prepare
     from jax_monokernel.prompts import pad
@@ -130,6 +130,8 @@ def _generate(
     if tokenizer is None:
         raise ValueError(f"{source} has no tokenizer.json, so text cannot be turned into tokens")
     spec = loaded.spec
+    if threads is not None and default_platform() != "cpu":
+        raise ValueError("--threads is for CPUs, and JAX uses a GPU here; leave it out, or set JAX_PLATFORMS=cpu")
     ready = prepare(loaded, make_plan(spec, units=threads))
     ids = tokenizer.encode(text)
     if not ids:
@@ -178,6 +180,18 @@ def _generate(
 
 
 def _print_stats(made: int, seconds_per_token: float, first: float, tape: Any) -> None:
+    rate = tape.bytes_per_token / seconds_per_token
+    share = ""
+    if tape.plan.platform == "cpu":
+        share = f", {_share_of_roof(tape, rate)}"
+    typer.echo(
+        f"\n{made} tokens, {1 / seconds_per_token:,.0f} tok/s; weights read at {rate / 1e9:.1f} GB/s{share}; "
+        f"first text after {first:.1f} s, compilation included",
+        err=True,
+    )
+
+
+def _share_of_roof(tape: Any, rate: float) -> str:
     from jax_monokernel import _native
 
     # The roof: how fast as many threads read as many bytes and do nothing else with them, at best. Of larger models a
@@ -185,13 +199,7 @@ def _print_stats(made: int, seconds_per_token: float, first: float, tape: Any) -
     threads = min(tape.plan.units, _native.available_cpus())
     size = min(max(tape.bytes_per_token, 1 << 16), 2 << 30)
     roof = max(_native.read_bandwidth(size, threads, min(max(2 * 10**9 // size, 7), 1000)))
-    rate = tape.bytes_per_token / seconds_per_token
-    typer.echo(
-        f"\n{made} tokens, {1 / seconds_per_token:,.0f} tok/s; weights read at {rate / 1e9:.1f} GB/s, "
-        f"{rate / roof:.0%} of the {roof / 1e9:.1f} GB/s that {threads} threads can read; "
-        f"first text after {first:.1f} s, compilation included",
-        err=True,
-    )
+    return f"{rate / roof:.0%} of the {roof / 1e9:.1f} GB/s that {threads} threads can read"
 
 
 @app.command(name="compile")

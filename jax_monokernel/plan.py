@@ -44,7 +44,7 @@ VECTOR_ROLES = (
 
 
 _GPU_DEFAULTS = {
-    "cuda": {"wave_size": 32, "waves": 8, "service_waves": 8, "chunk_atoms": 64, "segment_tiles": 8},
+    "cuda": {"wave_size": 32, "waves": 8, "service_waves": 7, "chunk_atoms": 64, "segment_tiles": 8},
     "rocm": {"wave_size": 64, "waves": 4, "service_waves": 4, "chunk_atoms": 8, "segment_tiles": 8},
 }
 
@@ -81,11 +81,23 @@ class Plan:
         return {0: 16, 32: 8, 64: 4}[self.wave_size]
 
 
-def make_plan(spec: DecoderSpec, *, platform: Platform = "cpu", units: int | None = None) -> Plan:
+def default_platform() -> Platform:
+    """Where JAX puts arrays by default: `jax_default_device` if it is set, else the default backend."""
+    device = getattr(jax.config, "jax_default_device", None)
+    if device is None:
+        device = jax.local_devices()[0]
+    elif isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    if device.platform != "gpu":
+        return "cpu"
+    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+
+
+def make_plan(spec: DecoderSpec, *, platform: Platform | None = None, units: int | None = None) -> Plan:
     """The default plan for `spec` on a platform.
 
     Args:
-      platform: where decode will run.
+      platform: where decode will run; by default where JAX puts arrays (`default_platform`).
       units: execution units to cut the weights for. By default, on the CPU: `MONOKERNEL_THREADS` if set, else the CPUs
         this process may use, but no more than the smallest matrix has row tiles. On a GPU: all multiprocessors or
         compute units of the first device of that platform.
@@ -93,6 +105,7 @@ def make_plan(spec: DecoderSpec, *, platform: Platform = "cpu", units: int | Non
     Raises:
       ValueError: units out of range, or not given where JAX sees no device of that platform.
     """
+    platform = platform or default_platform()
     if units is None:
         units = _default_threads(spec) if platform == "cpu" else _device_units(platform)
     return Plan(platform=platform, units=units)

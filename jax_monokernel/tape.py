@@ -62,7 +62,7 @@ def pack(spec: DecoderSpec, weights: DecoderWeights, plan: Plan | None = None) -
     Args:
       spec: the model.
       weights: its weights, of the shapes and dtype that `weight_shapes(spec)` gives.
-      plan: device geometry; `make_plan(spec)` by default, which is for the CPU.
+      plan: device geometry; `make_plan(spec)` by default, which is for where JAX puts arrays.
 
     Raises:
       ValueError: weights that do not fit the spec, naming the role.

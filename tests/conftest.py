@@ -1,5 +1,7 @@
 """Settings for the whole test session."""
 
+import signal
+
 import jax
 import pytest
 
@@ -8,6 +10,9 @@ jax.config.update("jax_num_cpu_devices", 4)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell that runs the tests in the background has them ignore Ctrl-C, which some send to themselves.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "sanitize: exercises the native part; .ci/sanitize runs these under sanitizers")
 
 

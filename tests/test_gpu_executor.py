@@ -377,7 +377,7 @@ RING = """
 struct Ring : arch::Ring {};
 constexpr int kTurn = Ring::kAtoms;
 #else
-struct Ring : arch::Ring<1, 8> {};
+struct Ring : arch::Ring<1, 8, false> {};
 constexpr int kTurn = Ring::kSlotAtoms;
 #endif
 """

@@ -293,8 +293,9 @@ def test_a_word_that_never_comes_is_reported(field, kind):
     got, run = decode_on_host(kernel, state, params, STEPS, fault=fault, timeout_ticks=60_000, seed=1)
     assert run.faults == 1
     report = run.report
-    if kind == "hold" and field in ("partial", "candidate") and report["reason"] == 0:
-        # Such a word has one reader. That may be the unit it comes from, which sees what is held back from others.
+    if kind == "hold" and field not in ("qkv", "token") and report["reason"] == 0:
+        # Such a word, or a copy of it, has few readers. They may be the unit it comes from, which sees what is held
+        # back from others.
         np.testing.assert_array_equal(got.tokens, reference_of_mixed(spec).tokens[2:])
         return
     assert report["reason"] == 1, report

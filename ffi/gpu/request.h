@@ -27,7 +27,10 @@ struct Request {
   int64_t task_heads = 0;  // query heads of one attention task
   bool trace = false;
 
-  int threads() const { return static_cast<int>((program.waves + program.service_waves) * program.wave_size); }
+  int threads() const {
+    const int64_t feed_waves = program.wave_size == 32;  // MK_FEED_WAVE of kernel/arch/cuda.h
+    return static_cast<int>((program.waves + program.service_waves + feed_waves) * program.wave_size);
+  }
 };
 
 constexpr int64_t kMaxBatch = 16;

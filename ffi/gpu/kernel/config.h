@@ -35,7 +35,12 @@ constexpr int common_divisor(int a, int b) { return b == 0 ? a : common_divisor(
 constexpr int kBatch = MK_BATCH;
 constexpr int kWaves = MK_WAVES;                 // stream waves
 constexpr int kServiceWaves = MK_SERVICE_WAVES;  // waves kWaves and up
-constexpr int kThreads = (kWaves + kServiceWaves) * arch::kWave;
+#if defined(MK_FEED_WAVE)
+constexpr int kFeedWaves = 1;
+#else
+constexpr int kFeedWaves = 0;
+#endif
+constexpr int kThreads = (kWaves + kServiceWaves + kFeedWaves) * arch::kWave;
 constexpr int kServiceLanes = kServiceWaves * arch::kWave;
 constexpr int kServiceGroup = 1;  // of group_sync
 
@@ -98,8 +103,13 @@ constexpr int wave_atoms(int phase, int wave) {
 }
 
 // Every run is a multiple of kGroup atoms, so that a wave looks for the end of a run only that often.
+#if defined(MK_REGISTER_RING)
+constexpr int kMostGroup = 8;
+#else
+constexpr int kMostGroup = 4;  // of which a wave holds two groups in registers
+#endif
 constexpr int find_group() {
-  int group = 8;
+  int group = kMostGroup;
   for (int phase = 0; phase < kPhases; phase++) {
     for (int chunk = 0; chunk < chunk_count(phase); chunk++) {
       for (int wave = 0; wave < kWaves; wave++) group = common_divisor(group, run_of(phase, chunk, wave).count);
@@ -109,13 +119,32 @@ constexpr int find_group() {
 }
 constexpr int kGroup = find_group();
 
-// Streams whose runs are all of 4 or 8 atoms, or a multiple, are read a tile's run at a time (stream.h).
+// Streams whose runs are all of 4 atoms, or a multiple, are read in loops (stream.h).
 #if defined(MK_REGISTER_RING)
 constexpr bool kEven = false;
 #else
-constexpr bool kEven = kGroup >= 4;
+constexpr bool kEven = kGroup == kMostGroup;
 #endif
+
+// How a unit's weights are requested in the layers, where hand-offs wait behind all that is on its way, and in the head. What
+// served best on one H200 (docs/performance-log.md): a layer that takes its hand-offs' time anyway leaves memory time to idle.
+constexpr bool kLongLayers =
+    ((i64)kQkvSize * kHidden + (i64)kHidden * kQSize + (i64)(kGated ? 3 : 2) * kHidden * kInner) * kWeightBytes / MK_UNITS > 512 * 1024;
+#if !defined(MK_FLIGHT_BYTES)
+#define MK_FLIGHT_BYTES (kLongLayers ? 48 * 1024 : 32 * 1024)  // on their way at most
+#endif
+#if !defined(MK_PACE)
+#define MK_PACE (kLongLayers ? 0 : 72)  // clock ticks for a KiB at least
+#endif
+#if !defined(MK_HEAD_FLIGHT_BYTES)
+#define MK_HEAD_FLIGHT_BYTES (96 * 1024)
+#endif
+
 constexpr int kSlotAtoms = kEven ? kGroup : 8;  // of a ring in shared memory
+
+// Where one matrix instruction takes all requests, half its rows are free: the second instruction of an atom uses them, with
+// the same registers, if the middle words of every 16 bytes of activations are swapped (math/matrix.h).
+constexpr bool kSwapped = arch::kWave == 32 && kWeightType != kF32 && kBatch <= 8;
 
 // ---- Shared memory ----
 
@@ -154,6 +183,7 @@ struct SharedLayout {
   int angles;       // f32 [batch][ropes][2][kHalfRotary]: cosines, then sines
   int sampling;     // scratch of p6 and p7
   int control;      // struct Control
+  int stop;  // u32: the feed wave is to stop
   int barriers;
   int ring;
   int ring_slots;  // of each stream wave
@@ -190,10 +220,12 @@ constexpr SharedLayout make_shared_layout() {
   at += round_up(kBatch * kRopeRows * 2 * kHalfRotary * 4, 128);
   s.control = at;
   at += round_up(64 + kBatch * 64, 128);
+  s.stop = at;
+  at += 128;
   s.barriers = at;
-  at += 1024;
+  at += 4096;
   s.ring = at;
-  s.ring_slots = smaller((MK_SHARED_BYTES - at) / (kWaves * kSlotAtoms * arch::kWave * 16), 1024 / 8 / kWaves);
+  s.ring_slots = smaller((MK_SHARED_BYTES - at) / (kWaves * kSlotAtoms * arch::kWave * 16), 4096 / 16 / kWaves);
   return s;
 }
 constexpr SharedLayout kShared = make_shared_layout();

@@ -59,13 +59,13 @@ MK_DEVICE void finish_requests(Service& s, bool cancelled) {
 MK_DEVICE void run_layer(Service& service, int layer) {
   renew(service, [&](Service& s) { s.enter_layer(layer); });
   run_phase<kQkv>(service, layer,
-                  [&](Service& s, const Tiles& deal, int segment) { publish_rows<kQkv>(s, layer, deal, segment); });
+                  [&](Service& s, const Tiles& deal, int segment, float scale) { publish_rows<kQkv>(s, layer, deal, segment, scale); });
   renew(service, [&](Service& s) {
     p2_attend(s, layer);
     p2_combine(s, layer);
   });
   run_phase<kO>(service, layer,
-                [&](Service& s, const Tiles& deal, int segment) { publish_rows<kO>(s, layer, deal, segment); });
+                [&](Service& s, const Tiles& deal, int segment, float scale) { publish_rows<kO>(s, layer, deal, segment, scale); });
   if constexpr (kPostNorm) {
     renew(service, [&](Service& s) {
       add_projection<aligned_in_layer(MK_ATTN_POST_NORM)>(s, s.site(h4_projected, kWorkspace.projected, layer),
@@ -73,9 +73,9 @@ MK_DEVICE void run_layer(Service& service, int layer) {
     });
   }
   run_phase<kGateUp>(service, layer,
-                     [&](Service& s, const Tiles& deal, int segment) { publish_inner(s, layer, deal, segment); });
+                     [&](Service& s, const Tiles& deal, int segment, float scale) { publish_inner(s, layer, deal, segment, scale); });
   run_phase<kDown>(service, layer,
-                   [&](Service& s, const Tiles& deal, int segment) { publish_rows<kDown>(s, layer, deal, segment); });
+                   [&](Service& s, const Tiles& deal, int segment, float scale) { publish_rows<kDown>(s, layer, deal, segment, scale); });
   if constexpr (kPostNorm) {
     renew(service, [&](Service& s) {
       add_projection<aligned_in_layer(MK_MLP_POST_NORM)>(s, s.residual_site(layer), s.constants + MK_MLP_POST_NORM);
@@ -86,8 +86,8 @@ MK_DEVICE void run_layer(Service& service, int layer) {
 MK_DEVICE void p6_head(Service& service) {
   Search search;
   renew(service, [&](Service& s) { search = start_search(s); });
-  run_phase<kHead>(service, MK_NUM_LAYERS, [&](Service& s, const Tiles& deal, int segment) {
-    search_logits(s, search, deal, segment);
+  run_phase<kHead>(service, MK_NUM_LAYERS, [&](Service& s, const Tiles& deal, int segment, float scale) {
+    search_logits(s, search, deal, segment, scale);
   });
   renew(service, [&](Service& s) { publish_candidates(s, search); });
 }
@@ -100,7 +100,8 @@ MK_DEVICE bool start_token(Service& s, bool cancelled) {
     for (int r = 0; r < kBatch; r++) any |= c.live[r] != 0;
     c.go[s.token & 1] = any && !cancelled && !s.waiter.aborted;
   }
-  arch::unit_sync();  // T
+  arch::open_gate();  // T
+  arch::take_over();
   if (s.control().go[s.token & 1] == 0) return false;
   fill_angles(s);
   start_residual(s);
@@ -128,6 +129,18 @@ MK_DEVICE void serve(const Args& args) {
 
 MK_KERNEL(mk::kThreads) void monokernel(mk::Args args) {
   mk::arch::enter();
+#if defined(MK_FEED_WAVE)
+  const bool feeds = mk::arch::wave() == mk::kWaves + mk::kServiceWaves;
+  if (feeds) {
+    *mk::shared_at<mk::u32>(mk::kShared.stop) = 0;
+    mk::Ring::make_barriers(mk::shared_at<char>(mk::kShared.barriers));
+  }
+  mk::arch::unit_sync();
+  if (feeds) {
+    mk::feed(args);
+    return;
+  }
+#endif
   if (mk::arch::wave() < mk::kWaves) {
     mk::StreamWave stream;
     stream.run(args);

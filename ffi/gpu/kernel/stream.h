@@ -20,11 +20,36 @@ enum Status : int { kRunning, kStopped, kFull, kInvalidRequest /* inside the ker
 MK_DEVICE int segment_count(const Tiles& t) { return (t.count + kSegmentTiles - 1) / kSegmentTiles; }
 
 #if !defined(MK_REGISTER_RING)
-using Ring = arch::Ring<kShared.ring_slots, kSlotAtoms>;
+using Ring = arch::Ring<kShared.ring_slots, kSlotAtoms, kEven>;
 constexpr int kTurnAtoms = Ring::kSlotAtoms;  // atoms between two looks at the ring
 #else
 using Ring = arch::Ring;
 constexpr int kTurnAtoms = Ring::kAtoms;
+#endif
+
+// Atoms of one token of a wave's stream; in its layers only.
+MK_DEVICE int count_atoms(int wave, bool head) {
+  int sum = 0;
+  for (int p = 0; p < (head ? kPhases : kHead); p++) {
+    sum += wave_atoms(p, wave) * kTiles[p * MK_UNITS + arch::unit()].count * (p == kHead ? 1 : MK_NUM_LAYERS);
+  }
+  return sum;
+}
+MK_DEVICE u64 stream_bytes(int wave) { return (u64)round_up(larger(count_atoms(wave, true), 1), 8) * arch::kWave * 16; }
+MK_DEVICE const char* stream_of(const Args& args, int wave) {
+  return (const char*)args.streams + (i64)(arch::unit() * kWaves + wave) * MK_WAVE_ELEMS * kWeightBytes;
+}
+
+#if defined(MK_FEED_WAVE)
+MK_DEVICE void feed(const Args& args) {
+  const int ring = arch::lane();
+  if (ring >= Ring::kRings) return;
+  auto share = [&](int bytes) { return (u32)larger(1, (bytes / Ring::kEntryBytes + ring) / Ring::kRings); };  // entries
+  Ring::feed(Ring::memory_of(shared_at<char>(kShared.ring), ring), Ring::barriers_of(shared_at<char>(kShared.barriers), ring),
+             shared_at<u32>(kShared.stop), stream_of(args, ring), (u32)stream_bytes(ring), (i64)MK_WAVE_ELEMS * kWeightBytes,
+             (u32)count_atoms(ring, false) * arch::kWave * 16, share(MK_FLIGHT_BYTES), share(MK_HEAD_FLIGHT_BYTES),
+             MK_PACE * Ring::kEntryBytes / 1024 * Ring::kRings);
+}
 #endif
 
 // Walks the stream: what the next atoms of this wave are. The order is that of jax_monokernel/_gpu_tape.py.
@@ -55,7 +80,7 @@ struct StreamWave {
     tiles = smaller(kSegmentTiles, deal.count - segment * kSegmentTiles);
     chunk = fill * kResident;
     tile = 0;
-    arch::unit_sync();  // A: activations are in place, products are free
+    arch::pass_gate();  // A: activations are in place, products are free
     enter_run();
   }
 
@@ -76,8 +101,11 @@ struct StreamWave {
     return true;
   }
 
-  // After T. The service waves may be one token ahead by now, where a unit has nothing to multiply, but not two.
+  // T: control is set. Returns false when the launch is over. The service waves may be one token ahead afterwards, where a unit
+  // has nothing to multiply, but not two.
   MK_METHOD bool goes_on() {
+    arch::pass_gate();
+    arch::hand_over();
     const bool go = shared_at<Control>(kShared.control)->go[token & 1] != 0;
     token++;
     return go;
@@ -85,7 +113,6 @@ struct StreamWave {
 
   // Returns false when the launch is over.
   MK_METHOD bool start_token() {
-    arch::unit_sync();  // T: control is set
     if (!goes_on()) return false;
     layer = 0;
     phase = kQkv;
@@ -116,7 +143,7 @@ struct StreamWave {
         enter_run();
         continue;
       }
-      arch::unit_sync();  // B: products are in place
+      arch::hand_over();  // B: products are in place
       if (chunk < chunk_count(phase)) {
         fill++;
         enter_segment();
@@ -131,15 +158,6 @@ struct StreamWave {
       if (!enter_phase()) start_padding();
     }
     return true;
-  }
-
-  // Atoms of one token.
-  MK_METHOD int count_atoms() {
-    int sum = 0;
-    for (int p = 0; p < kPhases; p++) {
-      sum += wave_atoms(p, wave) * kTiles[p * MK_UNITS + arch::unit()].count * (p == kHead ? 1 : MK_NUM_LAYERS);
-    }
-    return sum;
   }
 
   // From an atom of the ring to its last. No loop: compilers refuse to unroll one that is so long.
@@ -165,34 +183,40 @@ struct StreamWave {
 #if !defined(MK_REGISTER_RING)
   // ---- Even streams: loops instead of a walk. The barriers are those of the walk. ----
 
-  // A chunk of kGroup * steps atoms for `count` tiles side by side: sums that do not depend on each other.
+  // `count` slots one after the other, of count / steps tiles, with sums that do not depend on each other.
   template <int steps, int count>
-  MK_METHOD void multiply_tiles(const Vec4 (&x)[kGroup * steps], const char* activations, int first, bool add) {
+  MK_METHOD void multiply_slots(const Vec4 (&x)[kGroup * steps], const char* activations, int first, bool add) {
     Sums s[count];
+    Vec4 w[count][kGroup];
     MK_UNROLL
-    for (int t = 0; t < count; t++) {
-      clear(s[t]);
+    for (int k = 0; k < count; k++) {
+      clear(s[k]);
+      ring.wait();
+      ring.template read<kGroup>(0, w[k]);
+      ring.template done<kGroup>(0);
+      ring.next();
+    }
+    MK_UNROLL
+    for (int i = 0; i < kGroup; i++) {
       MK_UNROLL
-      for (int step = 0; step < steps; step++) {
-        Vec4 w[kGroup];
-        ring.wait();
-        ring.template read<kGroup>(0, w);
-        MK_UNROLL
-        for (int i = 0; i < kGroup; i++) {
-          if constexpr (kFragments == 1) {
-            multiply_one(s[t], w[i], x[step * kGroup + i]);
-          } else {
-            multiply(s[t], w[i], load_fragments(activations, column + (step * kGroup + i) * kAtomCols, lane));
-          }
+      for (int k = 0; k < count; k++) {
+        const int atom = k % steps * kGroup + i;
+        if constexpr (kFragments == 1) {
+          multiply_one(s[k], w[k][i], x[atom]);
+        } else {
+          multiply(s[k], w[k][i], load_fragments(activations, column + atom * kAtomCols, lane));
         }
-        ring.template done<kGroup>(0);
-        ring.next();
       }
     }
     MK_UNROLL
-    for (int t = 0; t < count; t++) flush(s[t], products(), first + t, wave, lane, add);
+    for (int k = 0; k < count; k += steps) {
+      MK_UNROLL
+      for (int j = 1; j < steps; j++) join(s[k], s[k + j]);
+      flush(s[k], products(), first + k / steps, wave, lane, add);
+    }
   }
 
+  // A chunk of kGroup * steps atoms.
   template <int steps>
   MK_METHOD void multiply_chunk(const char* activations, bool add) {
     Vec4 x[kGroup * steps];
@@ -200,9 +224,11 @@ struct StreamWave {
       MK_UNROLL
       for (int i = 0; i < kGroup * steps; i++) x[i] = load_fragments(activations, column + i * kAtomCols, lane).x[0];
     }
+    constexpr int at_once = steps > 1 ? 1 : 2;  // tiles
     int t = 0;
-    for (; t + 2 <= tiles; t += 2) multiply_tiles<steps, 2>(x, activations, t, add);
-    if (t < tiles) multiply_tiles<steps, 1>(x, activations, t, add);
+    MK_NO_UNROLL
+    for (; t + at_once <= tiles; t += at_once) multiply_slots<steps, at_once * steps>(x, activations, t, add);
+    if (t < tiles) multiply_slots<steps, steps>(x, activations, t, add);
   }
 
   template <int p>
@@ -214,7 +240,7 @@ struct StreamWave {
     for (segment = 0; segment < segment_count(deal); segment++) {
       tiles = smaller(kSegmentTiles, deal.count - segment * kSegmentTiles);
       for (int first = 0; first < chunks; first += kResident) {
-        arch::unit_sync();  // A
+        arch::pass_gate();  // A
         for (int c = first; c < smaller(chunks, first + kResident); c++) {
           const int begin = (c - first) * kChunkAtoms;
           if (rest == 0 || c < chunks - 1) {
@@ -225,14 +251,13 @@ struct StreamWave {
             if constexpr (rest > 0) multiply_chunk<rest>(activations, c > 0);
           }
         }
-        arch::unit_sync();  // B
+        arch::hand_over();  // B
       }
     }
   }
 
   MK_METHOD void run_even() {
     for (;;) {
-      arch::unit_sync();  // T
       if (!goes_on()) return;
       for (int l = 0; l < MK_NUM_LAYERS; l++) {
         multiply_phase<kQkv>();
@@ -249,21 +274,27 @@ struct StreamWave {
       }
     }
   }
+
 #endif
+
+  MK_METHOD void finish() {
+    ring.drain();
+#if defined(MK_FEED_WAVE)
+    if (wave == 0 && lane == 0) *shared_at<volatile u32>(kShared.stop) = 1;
+#endif
+  }
 
   MK_METHOD void run(const Args& args) {
     wave = arch::wave();
     lane = arch::lane();
-    total = count_atoms();
+    total = count_atoms(wave, true);
     token = 0;
-    const u64 bytes = (u64)round_up(larger(total, 1), 8) * arch::kWave * 16;
-    const i64 stream = (i64)(arch::unit() * kWaves + wave) * MK_WAVE_ELEMS * kWeightBytes;
-    ring.start(shared_at<char>(kShared.ring) + wave * Ring::kBytes, shared_at<char>(kShared.barriers) + wave * Ring::kBarrierBytes,
-               (const char*)args.streams + stream, bytes);
+    ring.start(shared_at<char>(kShared.ring), shared_at<char>(kShared.barriers), stream_of(args, wave),
+               stream_bytes(wave));
 #if !defined(MK_REGISTER_RING)
     if constexpr (kEven) {
       run_even();
-      ring.drain();
+      finish();
       return;
     }
 #endif
@@ -275,7 +306,7 @@ struct StreamWave {
         ring.next();
       }
     }
-    ring.drain();
+    finish();
   }
 };
 

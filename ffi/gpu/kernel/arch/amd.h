@@ -78,6 +78,10 @@ MK_DEVICE void unit_sync() {
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
 }
 
+MK_DEVICE void open_gate() { unit_sync(); }
+MK_DEVICE void pass_gate() { unit_sync(); }
+MK_DEVICE void hand_over() { unit_sync(); }
+MK_DEVICE void take_over() { unit_sync(); }
 MK_DEVICE void enter() {
   if (__builtin_amdgcn_workitem_id_x() < kGroups) {
     __hip_atomic_store(group_counter((int)__builtin_amdgcn_workitem_id_x()), 0u, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
@@ -118,6 +122,7 @@ MK_DEVICE float sqrt(float v) { return __builtin_sqrtf(v); }
 MK_DEVICE double sqrt(double v) { return __builtin_sqrt(v); }
 MK_DEVICE float fast_rsqrt(float v) { return __builtin_amdgcn_rsqf(v); }
 MK_DEVICE float fast_divide(float a, float b) { return a * __builtin_amdgcn_rcpf(b); }
+MK_DEVICE float fast_exp2(float v) { return __builtin_amdgcn_exp2f(v); }
 // Round to nearest even; NaN stays NaN.
 MK_DEVICE u32 to_bf16(float v) {
   const u32 bits = as_u32(v);
@@ -220,7 +225,6 @@ MK_DEVICE void mfma_4x4x4(float* c, const u32 (&a)[2], const u32 (&b)[2]) {
 struct Ring {
   static constexpr int kSlotAtoms = 8;
   static constexpr int kAtoms = 16;  // in flight or not yet read: 16 KiB
-  static constexpr int kBytes = 0, kBarrierBytes = 0;  // of shared memory
   static constexpr int kAtomBytes = kWave * 16;
 
   Words4 atoms[kAtoms];

@@ -15,6 +15,11 @@
 //   unit_sync()                 barrier of all waves of the unit; orders shared and global memory inside the unit
 //   group_sync<id, waves>()     barrier of `waves` whole waves (id 1 to 7)
 //   wave_sync()                 barrier and shared-memory order inside a wave
+//   open_gate()                 by all service waves: what they have written is there for the stream waves
+//   pass_gate()                 by all stream waves: waits for that
+//   hand_over()                 by all stream waves: what they have written is there for the service waves
+//   take_over()                 by all service waves: waits for that. The four take turns in this order
+//   MK_FEED_WAVE                defined where another wave, after stream and service waves, runs Ring::feed
 //   shuffle(v, lane), shuffle_xor(v, mask)   u32 and float; all lanes take part
 //   sum_quarters(v)             wave 64: float, the sum over the lanes whose numbers differ by multiples of 16, in all of them
 //   any(bool)                   over the wave
@@ -31,7 +36,8 @@
 //   wall_clock()                u64 nanoseconds, the same on all units; for traces only
 //   as_u32(f), as_f32(u)        bit casts
 //   fma(a, b, c), sqrt(x)       f32, correctly rounded (f64 overloads likewise)
-//   fast_rsqrt(x), fast_divide(a, b)   f32, within a few units in the last place
+//   fast_rsqrt(x), fast_divide(a, b), fast_exp2(x)   f32, within a few units in the last place; results of exp2 that are
+//                               subnormal may be 0
 //   pack_bf16(low, high)        two floats, rounded to nearest even, as one word
 //   mma_16x8x16(c, a, b)        wave 32: float c[4], u32 a[4], u32 b[2] as PTX's mma.m16n8k16; template on bf16 or f16
 //   mfma_4x4x4(c, a, b)         wave 64: float c[4], u32 a[2], u32 b[2] as v_mfma_f32_4x4x4 with 16 blocks; likewise

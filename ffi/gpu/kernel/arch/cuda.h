@@ -7,6 +7,7 @@
 #define MK_KERNEL(threads) extern "C" __global__ __launch_bounds__(threads, 1)
 #define MK_UNROLL _Pragma("unroll")
 #define MK_NO_UNROLL _Pragma("unroll 1")
+#define MK_FEED_WAVE 1
 
 namespace mk {
 
@@ -37,6 +38,12 @@ template <int id, int waves>
 MK_DEVICE void group_sync() {
   asm volatile("barrier.sync %0, %1;" ::"n"(id), "n"(waves * 32) : "memory");
 }
+// Barriers at which one side arrives and the other waits.
+constexpr int kOpened = 2, kHandedOver = 3, kAllLanes = (MK_WAVES + MK_SERVICE_WAVES) * 32;
+MK_DEVICE void open_gate() { asm volatile("barrier.arrive %0, %1;" ::"n"(kOpened), "n"(kAllLanes) : "memory"); }
+MK_DEVICE void pass_gate() { asm volatile("barrier.sync %0, %1;" ::"n"(kOpened), "n"(kAllLanes) : "memory"); }
+MK_DEVICE void hand_over() { asm volatile("barrier.arrive %0, %1;" ::"n"(kHandedOver), "n"(kAllLanes) : "memory"); }
+MK_DEVICE void take_over() { asm volatile("barrier.sync %0, %1;" ::"n"(kHandedOver), "n"(kAllLanes) : "memory"); }
 MK_DEVICE void wave_sync() { __syncwarp(); }
 
 MK_DEVICE u32 as_u32(float v) { return __float_as_uint(v); }
@@ -55,6 +62,11 @@ MK_DEVICE double sqrt(double v) { return __dsqrt_rn(v); }
 // Within 2 units in the last place.
 MK_DEVICE float fast_rsqrt(float v) { return rsqrtf(v); }
 MK_DEVICE float fast_divide(float a, float b) { return __fdividef(a, b); }
+MK_DEVICE float fast_exp2(float v) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(v));
+  return y;
+}
 // Two floats, rounded to nearest even, as the low and the high half of a word.
 MK_DEVICE u32 pack_bf16(float low, float high) {
   u32 v;
@@ -109,12 +121,12 @@ MK_DEVICE u64 wall_clock() {
 template <bool bf16>
 MK_DEVICE void mma_16x8x16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   if constexpr (bf16) {
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -123,57 +135,93 @@ MK_DEVICE void mma_16x8x16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 
 MK_DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// One wave's stream through a ring in shared memory, filled by bulk copies that lane 0 requests. A slot's barrier counts
-// one arrival (the request) and its bytes.
-template <int slots, int slot_atoms>
+// The streams of a unit's waves through rings in shared memory, which the feed wave keeps filled by bulk copies. However many
+// slots are free, only a few copies are on their way at a time, and they are requested at an even pace: what other units have
+// written waits behind all that the memory has been asked for (docs/performance-log.md).
+//
+// Where the waves' streams are in step (`even`), one lane of the feed wave goes round a single ring, of which an entry is a slot
+// of every wave. Elsewhere each wave has a ring of its own, and that a lane of the feed wave. An entry has two barriers: one for
+// the arrival of its bytes, one for the end of their use.
+template <int slots, int slot_atoms, bool even>
 struct Ring {
   static constexpr int kSlotAtoms = slot_atoms;
   static constexpr int kSlotBytes = kSlotAtoms * 512;
-  static constexpr int kBytes = slots * kSlotBytes;  // of shared memory
-  static constexpr int kBarrierBytes = slots * 8;
+  static constexpr int kUsers = even ? MK_WAVES : 1;  // waves of an entry
+  static constexpr int kEntryBytes = kUsers * kSlotBytes;
+  static constexpr int kRings = MK_WAVES / kUsers;
 
-  u32 memory, barriers;
-  const char *begin, *end, *request;
+  const char* memory;  // of the slot with number 0
+  u32 barriers;
   u32 slot, parity;
 
-  MK_METHOD void start(char* ring, char* full, const void* stream, u64 bytes) {
-    memory = shared_address(ring);
-    barriers = shared_address(full);
-    begin = request = (const char*)stream;
-    end = begin + bytes;
-    slot = 0;
-    parity = 0;
-    if (lane() == 0) {
-      for (int i = 0; i < slots; i++) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + i * 8) : "memory");
-      }
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  static MK_METHOD char* memory_of(char* all, int ring) { return all + ring * slots * kEntryBytes; }
+  static MK_METHOD u32 barriers_of(char* all, int ring) { return shared_address(all) + ring * slots * 16; }
+
+  // By all lanes of the feed wave, before the others start.
+  static MK_METHOD void make_barriers(char* all) {
+    for (int i = lane(); i < kRings * slots * 2; i += 32) {
+      const int arrivals = i / slots % 2 == 0 ? 1 : kUsers;
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(all) + i * 8), "r"(arrivals) : "memory");
     }
-    wave_sync();
-    for (int i = 0; i < slots; i++) fill(i);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+
+  // What a lane of the feed wave does until *stop: keeps a ring filled with `bytes` at `streams`, again and again. The streams of
+  // an entry's waves are `stride` bytes apart. Of the first slow_bytes, `limit` entries are on their way at most, requested no
+  // faster than one in `pace` clock ticks; of the rest late_limit.
+  static MK_METHOD void feed(char* ring, u32 barriers, const volatile u32* stop, const char* streams, u32 bytes, i64 stride,
+                             u32 slow_bytes, u32 limit, u32 late_limit, i32 pace) {
+    Place arriving = {0, 0}, next = {0, 1};
+    u32 flying = 0, at = 0, due = clock();
+    for (;;) {
+      if (flying > 0 && is_over(barriers + arriving.slot * 8, arriving.parity)) {
+        flying--;
+        arriving.step();
+      }
+      const bool slow = at < slow_bytes;
+      if (flying < (slow ? limit : late_limit) && (!slow || (i32)(clock() - due) >= 0) &&
+          is_over(barriers + (slots + next.slot) * 8, next.parity)) {
+        const u32 now = clock();
+        due = ((i32)(now - due) < pace ? due : now) + pace;
+        const u32 to = shared_address(ring) + next.slot * kEntryBytes, arrival = barriers + next.slot * 8;
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrival), "n"(kEntryBytes) : "memory");
+        MK_UNROLL
+        for (int i = 0; i < kUsers; i++) copy(to + i * kSlotBytes, streams + at + i * stride, arrival);
+        flying++;
+        next.step();
+        at = at + kSlotBytes == bytes ? 0 : at + kSlotBytes;
+      } else if (*stop != 0) {
+        break;
+      }
+    }
+    for (; flying > 0; flying--) {
+      while (!is_over(barriers + arriving.slot * 8, arriving.parity)) {
+      }
+      arriving.step();
+    }
+  }
+
+  MK_METHOD void start(char* rings, char* all_barriers, const void*, u64) {
+    memory = memory_of(rings, even ? 0 : wave()) + (even ? wave() * kSlotBytes : 0) + lane() * 16;
+    barriers = barriers_of(all_barriers, even ? 0 : wave());
+    slot = parity = 0;
   }
 
   MK_METHOD void wait() {
     u32 ready;
     do {
-      asm volatile(
-          "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-          : "=r"(ready)
-          : "r"(barriers + slot * 8), "r"(parity)
-          : "memory");
+      asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                   : "=r"(ready)
+                   : "r"(barriers + slot * 8), "r"(parity)
+                   : "memory");
     } while (!ready);
   }
 
   template <int n>
   MK_METHOD void read(int atom, Vec4 (&w)[n]) {
-    const u32 from = memory + slot * kSlotBytes + atom * 512 + lane() * 16;
+    const char* from = memory + slot * kEntryBytes + atom * 512;
     MK_UNROLL
-    for (int i = 0; i < n; i++) {
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(w[i].x), "=r"(w[i].y), "=r"(w[i].z), "=r"(w[i].w)
-                   : "r"(from + i * 512)
-                   : "memory");
-    }
+    for (int i = 0; i < n; i++) w[i] = *(const Vec4*)(from + i * 512);
   }
 
   template <int n>
@@ -181,37 +229,46 @@ struct Ring {
 
   MK_METHOD void next() {
     wave_sync();
-    fill(slot);
-    step();
-  }
-
-  MK_METHOD void drain() {
-    for (int i = 0; i < slots; i++) {
-      wait();
-      step();
-    }
-  }
-
- private:
-  MK_METHOD void step() {
-    slot++;
-    if (slot == slots) {
+    if (lane() == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barriers + (slots + slot) * 8) : "memory");
+    if (++slot == slots) {
       slot = 0;
       parity ^= 1;
     }
   }
 
-  MK_METHOD void fill(u32 i) {
-    if (lane() == 0) {
-      const u32 bar = barriers + i * 8;
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "n"(kSlotBytes) : "memory");
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(memory + i * kSlotBytes),
-          "l"(request), "n"(kSlotBytes), "r"(bar)
-          : "memory");
+  MK_METHOD void drain() {}
+
+ private:
+  // A place in the ring that goes round.
+  struct Place {
+    u32 slot, parity;
+    MK_METHOD void step() {
+      if (++slot == slots) {
+        slot = 0;
+        parity ^= 1;
+      }
     }
-    request += kSlotBytes;
-    if (request == end) request = begin;
+  };
+
+  static MK_METHOD u32 clock() {
+    u32 v;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(v));
+    return v;
+  }
+
+  static MK_METHOD bool is_over(u32 barrier, u32 parity) {
+    u32 over;
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(over)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return over != 0;
+  }
+
+  static MK_METHOD void copy(u32 to, const char* from, u32 arrival) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+                 "n"(kSlotBytes), "r"(arrival)
+                 : "memory");
   }
 };
 

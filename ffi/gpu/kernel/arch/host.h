@@ -102,6 +102,10 @@ MK_DEVICE void group_sync(host::Where at = host::here()) {
   static_assert(1 <= id && id <= 7 && 1 <= waves && waves <= MK_WAVES + MK_SERVICE_WAVES);
   host::barrier(id, waves, at);
 }
+MK_DEVICE void open_gate(host::Where at = host::here()) { unit_sync(at); }
+MK_DEVICE void pass_gate(host::Where at = host::here()) { unit_sync(at); }
+MK_DEVICE void hand_over(host::Where at = host::here()) { unit_sync(at); }
+MK_DEVICE void take_over(host::Where at = host::here()) { unit_sync(at); }
 MK_DEVICE void wave_sync(host::Where at = host::here()) { host::wave_sync(at); }
 
 MK_DEVICE u32 as_u32(float v) { return __builtin_bit_cast(u32, v); }
@@ -128,6 +132,7 @@ MK_DEVICE float sqrt(float v) { return __builtin_sqrtf(v); }
 MK_DEVICE double sqrt(double v) { return __builtin_sqrt(v); }
 MK_DEVICE float fast_rsqrt(float v) { return 1.0f / __builtin_sqrtf(v); }
 MK_DEVICE float fast_divide(float a, float b) { return a / b; }
+MK_DEVICE float fast_exp2(float v) { return __builtin_exp2f(v); }
 // Round to nearest even; NaN stays NaN.
 MK_DEVICE u32 to_bf16(float v) {
   const u32 bits = as_u32(v);
@@ -168,7 +173,6 @@ MK_DEVICE void mfma_4x4x4(float* c, const u32 (&a)[2], const u32 (&b)[2], host::
 struct Ring {
   static constexpr int kSlotAtoms = 8;
   static constexpr int kAtoms = 16;
-  static constexpr int kBytes = 0, kBarrierBytes = 0;  // of shared memory
   static constexpr int kSlotBytes = kSlotAtoms * kWave * 16;
 
   Vec4 atoms[kAtoms];
@@ -231,12 +235,11 @@ struct Ring {
 
 // One wave's stream through a ring in shared memory. Each lane keeps its own part of a slot: it appears in wait(), and
 // done() destroys it.
-template <int slots, int slot_atoms>
+template <int slots, int slot_atoms, bool even>
 struct Ring {
   static constexpr int kSlotAtoms = slot_atoms;
   static constexpr int kSlotBytes = kSlotAtoms * kWave * 16;
   static constexpr int kBytes = slots * kSlotBytes;  // of shared memory
-  static constexpr int kBarrierBytes = slots * 8;
 
   char* memory;
   const char *begin, *end, *at;  // at: the current slot's atoms
@@ -248,7 +251,7 @@ struct Ring {
     if (bytes == 0 || bytes % kSlotBytes != 0) {
       host::fail(where, "the stream has %llu bytes, which is no whole number of slots of %d", bytes, kSlotBytes);
     }
-    memory = ring;
+    memory = ring + wave() * kBytes;
     begin = at = (const char*)stream;
     end = begin + bytes;
     slot = 0;

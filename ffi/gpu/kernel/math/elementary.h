@@ -32,6 +32,16 @@ MK_DEVICE float exp_(float x) {
   return p * arch::as_f32((half + 127u) << 23) * arch::as_f32((exponent - half + 127u) << 23);
 }
 
+// e^x within a few ulp, in half the time; 0 below -150, and no more than e^88.
+MK_DEVICE float fast_exp(float x) {
+  float c = x < -150.0f ? -150.0f : x;
+  c = c > 88.0f ? 88.0f : c;
+  const float high = c * 1.44269502f;
+  const float low = arch::fma(c, 1.92596303e-8f, arch::fma(c, 1.44269502f, -high));  // log2(e) in two parts
+  const float y = arch::fast_exp2(high);
+  return arch::fma(y, low * 0.693147181f, y);
+}
+
 // Natural logarithm within 1 ulp; -inf at 0, NaN below. log(x) = n log(2) + log(1 + f) with 2/3 <= 1 + f < 4/3.
 MK_DEVICE float log_(float x) {
   const bool subnormal = x < 1.17549435e-38f;

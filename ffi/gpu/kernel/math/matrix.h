@@ -90,9 +90,9 @@ MK_DEVICE Fragments load_fragments(const char* activations, int column, int lane
   const char* at = activations + (column + lane_block(lane) * kVector) * kWeightBytes;
   MK_UNROLL
   for (int i = 0; i < kFragments; i++) {
-    const int request = i * kColumns + (kMatrixUnit ? lane_row(lane) : 0);
-    f.x[i] = zero_vector();
-    if (request < kBatch) f.x[i] = *(const Vec4*)(at + request * kRowBytes);
+    // Rows of a matrix without a request may hold anything: theirs are sums that nobody looks at.
+    const int request = smaller(i * kColumns + (kMatrixUnit ? lane_row(lane) : 0), kBatch - 1);
+    f.x[i] = *(const Vec4*)(at + request * kRowBytes);
   }
   return f;
 }
@@ -113,6 +113,14 @@ MK_DEVICE void clear(Sums& s) {
   for (int i = 0; i < kSums; i++) s.even[i] = s.odd[i] = 0.0f;
 }
 
+MK_DEVICE void join(Sums& s, const Sums& other) {
+  MK_UNROLL
+  for (int i = 0; i < kSums; i++) {
+    s.even[i] += other.even[i];
+    s.odd[i] += other.odd[i];
+  }
+}
+
 // A template, so that the instructions of the other kind of weights need not exist.
 template <typename AnySums>
 MK_DEVICE void multiply(AnySums& s, const Vec4& w, const Fragments& f) {
@@ -128,6 +136,13 @@ MK_DEVICE void multiply(AnySums& s, const Vec4& w, const Fragments& f) {
 #if MK_WAVE_SIZE == 32
     // Any order of the columns will do, if it is the same for both operands: here lane block q holds columns 8q to 8q + 7,
     // of which the first instruction takes four and the second the others.
+    if constexpr (kSwapped) {
+      // Rows 0 to 7 of the first operand are words 0 and 2 of the requests' activations, rows 8 to 15 words 1 and 3.
+      const u32 x[4] = {f.x[0].x, f.x[0].y, f.x[0].z, f.x[0].w};
+      arch::mma_16x8x16<kWeightType == kBF16>(s.even, x, w.x, w.y);
+      arch::mma_16x8x16<kWeightType == kBF16>(s.odd, x, w.z, w.w);
+      return;
+    }
     const Vec4 top = f.x[0], bottom = kFragments > 1 ? f.x[kFragments - 1] : zero_vector();
     const u32 first[4] = {top.x, bottom.x, top.y, bottom.y}, second[4] = {top.z, bottom.z, top.w, bottom.w};
     arch::mma_16x8x16<kWeightType == kBF16>(s.even, first, w.x, w.y);
@@ -185,8 +200,8 @@ MK_DEVICE void flush(const AnySums& s, float* products, int tile, int wave, int 
 #if MK_WAVE_SIZE == 32
     const int request = lane / 4, row = lane % 4 * 2;
     if (request < kBatch) {
-      put(request, row, s.even[0] + s.odd[0]);
-      put(request, row + 1, s.even[1] + s.odd[1]);
+      put(request, row, s.even[0] + s.odd[kSwapped ? 2 : 0]);
+      put(request, row + 1, s.even[1] + s.odd[kSwapped ? 3 : 1]);
     }
     if (kBatch > 8 && request + 8 < kBatch) {
       put(request + 8, row, s.even[2] + s.odd[2]);

@@ -324,7 +324,9 @@ MK_DEVICE void attend(Service& s, int layer, int task) {
   const int begin_block = first_block + (split - first_block % kSplits + kSplits) % kSplits;
   const int blocks = live && begin_block <= last_block ? (last_block - begin_block) / kSplits + 1 : 0;
   constexpr int wave_step = kWavePositions * kUnroll;
-  const int end = blocks * kSplitBlock, own = s.wave * wave_step;
+  // Places of this part, without those after the last position.
+  const int end = owns_last && blocks > 0 ? (blocks - 1) * kSplitBlock + position % kSplitBlock + 1 : blocks * kSplitBlock;
+  const int own = s.wave * wave_step;
   auto place = [&](int i, int u) {  // the position, or one that nobody sees
     const int at = (int)arch::fresh((u32)(i + u * kWavePositions + sub));
     const int p = (begin_block + at / kSplitBlock * kSplits) * kSplitBlock + at % kSplitBlock;
@@ -398,12 +400,12 @@ MK_DEVICE void attend(Service& s, int layer, int task) {
         if constexpr (MK_ATTN_SOFTCAP > 0.0f) score[h][u] = soft_cap(score[h][u], MK_ATTN_SOFTCAP);
         if (seen[u] && score[h][u] > higher) higher = score[h][u];
       }
-      fade[h] = exp_(top[h] - higher);
+      fade[h] = fast_exp(top[h] - higher);
       top[h] = higher;
       total[h] *= fade[h];
       MK_UNROLL
       for (int u = 0; u < kUnroll; u++) {
-        score[h][u] = seen[u] ? exp_(score[h][u] - higher) : 0.0f;
+        score[h][u] = seen[u] ? fast_exp(score[h][u] - higher) : 0.0f;
         total[h] += score[h][u];
       }
       MK_UNROLL
@@ -430,7 +432,7 @@ MK_DEVICE void attend(Service& s, int layer, int task) {
     for (int step = kPositionLanes; step < arch::kWave; step *= 2) {
       const float other_top = arch::shuffle_xor(top[h], step), other_total = arch::shuffle_xor(total[h], step);
       const float higher = other_top > top[h] ? other_top : top[h];
-      const float mine = exp_(top[h] - higher), theirs = exp_(other_top - higher);
+      const float mine = fast_exp(top[h] - higher), theirs = fast_exp(other_top - higher);
       top[h] = higher;
       total[h] = total[h] * mine + other_total * theirs;
       MK_UNROLL
@@ -468,13 +470,13 @@ MK_DEVICE void attend(Service& s, int layer, int task) {
     float sum = 0.0f, weights = 0.0f;
     MK_UNROLL
     for (int w = 0; w < kServiceWaves; w++) {
-      const float weight = exp_(from[w * stride + kHeadDim] - highest);
+      const float weight = fast_exp(from[w * stride + kHeadDim] - highest);
       sum = arch::fma(weight, from[w * stride + d], sum);
       weights = arch::fma(weight, from[w * stride + kHeadDim + 1], weights);
     }
     if constexpr (kSplits == 1) {
       const float y = live ? sum / weights : 0.0f;
-      arch::store_word(s.at<u32>(kWorkspace.attended) + request * line(kQSize) + head * kHeadDim + d, encode(y, parity));
+      publish<kQSize>(s.at<u32>(kWorkspace.attended) + request * line(kQSize) + head * kHeadDim + d, encode(y, parity));
     } else {
       u32* to = s.at<u32>(kWorkspace.partial) + ((request * kHeads + head) * kSplits + split) * line(kHeadDim + 2);
       arch::store_word(to + d, encode(sum, parity));
@@ -513,7 +515,7 @@ MK_DEVICE void p2_combine(Service& s, int layer) {
         for (int j = 0; j < at_once; j++) {
           if (!in_head(j)) continue;
           const float t = decode(tops[j]), higher = t > top ? t : top;
-          const float fade = exp_(top - higher), weight = exp_(t - higher);
+          const float fade = fast_exp(top - higher), weight = fast_exp(t - higher);
           sum = sum * fade + decode(values[j]) * weight;
           weights = weights * fade + decode(totals[j]) * weight;
           top = higher;
@@ -522,7 +524,7 @@ MK_DEVICE void p2_combine(Service& s, int layer) {
       const int request = head / kHeads;
       const float y = s.control().live[request] != 0 ? sum / weights : 0.0f;
       if (d < kHeadDim) {
-        arch::store_word(s.at<u32>(kWorkspace.attended) + request * line(kQSize) + head % kHeads * kHeadDim + d, encode(y, site.parity));
+        publish<kQSize>(s.at<u32>(kWorkspace.attended) + request * line(kQSize) + head % kHeads * kHeadDim + d, encode(y, site.parity));
       }
     }
   }

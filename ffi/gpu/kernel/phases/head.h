@@ -49,8 +49,7 @@ MK_DEVICE Search start_search(const Service& s) {
 }
 
 // p6, for each segment.
-MK_DEVICE void search_logits(Service& s, Search& search, const Tiles& deal, int segment) {
-  const float scale = products_scale<kHead, kTileRows>(s);
+MK_DEVICE void search_logits(Service& s, Search& search, const Tiles& deal, int segment, float scale) {
   const int request = search.request;
   if constexpr (arch::kRenew) search.options = row_options(s.args, request, s.control().position[request]);
   const RowOptions& options = search.options;

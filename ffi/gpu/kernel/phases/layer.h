@@ -47,8 +47,9 @@ MK_DEVICE void start_residual(Service& s) {
 
 // With post-norms: residual += multiplier * norm(projection) * weight, in the unit's own copy.
 template <bool aligned>
-MK_DEVICE void add_projection(Service& s, const Site& site, const float* weights) {
+MK_DEVICE void add_projection(Service& s, const Site& first, const float* weights) {
   if (!s.reads_residual()) return;
+  const Site site = s.own_copy(first, kHidden);
   s.squares_set ^= 1;
   for_team_requests(s, [&](int request) {
     float sum = 0.0f;
@@ -91,11 +92,11 @@ MK_DEVICE const float* norm_of(const Service& s) {
 // Where a phase's input comes from. words null: the residual stream is at hand, in the unit's own copy or the embedding.
 template <int phase>
 MK_DEVICE Site source_of(const Service& s, int layer) {
-  if constexpr (phase == kO) return s.site(h2_attended, kWorkspace.attended, layer);
-  if constexpr (phase == kDown) return s.site(h5_inner, kWorkspace.inner, layer);
+  if constexpr (phase == kO) return s.own_copy(s.site(h2_attended, kWorkspace.attended, layer), kQSize);
+  if constexpr (phase == kDown) return s.own_copy(s.site(h5_inner, kWorkspace.inner, layer), kInner);
   if constexpr (!kPostNorm) {
-    if constexpr (phase == kGateUp) return s.site(h4_projected, kWorkspace.projected, layer);
-    if (phase == kHead || layer > 0) return s.residual_site(layer - 1);
+    if constexpr (phase == kGateUp) return s.own_copy(s.site(h4_projected, kWorkspace.projected, layer), kHidden);
+    if (phase == kHead || layer > 0) return s.own_copy(s.residual_site(layer - 1), kHidden);
   }
   return {};
 }
@@ -168,10 +169,15 @@ MK_DEVICE void fill_activations(Service& s, const Site& site, int fill) {
   });
 }
 
-// What a phase's products are to be multiplied with, for the only request of this lane; rows: outputs of a tile.
-template <int phase, int rows>
+// Outputs of a tile.
+constexpr int output_rows(int phase) { return phase == kGateUp && kGated ? kTileRows / 2 : kTileRows; }
+
+// What a phase's products are to be multiplied with, for the only request of this lane.
+template <int phase>
 MK_DEVICE float products_scale(const Service& s) {
   if constexpr (!kScaleAfter || !has_norm(phase)) return 1.0f;
+  s.sync();  // all parts of the sum of squares are there
+  constexpr int rows = output_rows(phase);
   return s.norm_scale(s.index % (kBatch * rows) / rows, kHidden);
 }
 
@@ -184,7 +190,7 @@ MK_DEVICE float bias(const Service& s, int row) {
 }
 
 MK_DEVICE float activate(float x) {
-  if constexpr (MK_ACTIVATION == 0) return arch::fast_divide(x, 1.0f + exp_(-x));
+  if constexpr (MK_ACTIVATION == 0) return arch::fast_divide(x, 1.0f + fast_exp(-x));
   if constexpr (MK_ACTIVATION == 1) return 0.5f * x * (1.0f + erf_(x * 0.70710678118654752f));
   if constexpr (MK_ACTIVATION == 2) {
     return 0.5f * x * (1.0f + tanh_(0.7978845608028654f * arch::fma(0.044715f * x * x, x, x)));
@@ -194,13 +200,12 @@ MK_DEVICE float activate(float x) {
 
 // p1, p3 and p5: bias, residual, and off to the others.
 template <int phase>
-MK_DEVICE void publish_rows(Service& s, int layer, const Tiles& deal, int segment) {
+MK_DEVICE void publish_rows(Service& s, int layer, const Tiles& deal, int segment, float scale) {
   constexpr int size = phase == kQkv ? kQkvSize : kHidden;
   constexpr int bias_offset = phase == kQkv ? MK_Q_BIAS : phase == kO ? MK_O_BIAS : MK_DOWN_BIAS;
   const Site to = phase == kQkv ? s.site(h1_qkv, kWorkspace.qkv, layer)
                   : phase == kO ? s.site(h4_projected, kWorkspace.projected, layer)
                                 : s.residual_site(layer);
-  const float scale = products_scale<phase, kTileRows>(s);
   for_products<kTileRows>(s, deal, segment, [&](int request, int out, int row, auto sum) {
     if (out >= size) return;
     float y = sum(row) * scale + bias<bias_offset>(s, out);
@@ -209,15 +214,18 @@ MK_DEVICE void publish_rows(Service& s, int layer, const Tiles& deal, int segmen
       y = x + MK_RESIDUAL_MULTIPLIER * y;
       x = y;
     }
-    arch::store_word((u32*)to.words + request * line(size) + out, encode(y, to.parity));
+    if constexpr (phase == kQkv) {
+      arch::store_word((u32*)to.words + request * line(size) + out, encode(y, to.parity));
+    } else {
+      publish<size>(to.words + request * line(size) + out, encode(y, to.parity));
+    }
   });
 }
 
 // p4: activation.
-MK_DEVICE void publish_inner(Service& s, int layer, const Tiles& deal, int segment) {
-  constexpr int rows = kGated ? kTileRows / 2 : kTileRows;
+MK_DEVICE void publish_inner(Service& s, int layer, const Tiles& deal, int segment, float scale) {
+  constexpr int rows = output_rows(kGateUp);
   const Site to = s.site(h5_inner, kWorkspace.inner, layer);
-  const float scale = products_scale<kGateUp, rows>(s);
   for_products<rows>(s, deal, segment, [&](int request, int out, int row, auto sum) {
     if (out >= kInner) return;
     float y;
@@ -227,11 +235,11 @@ MK_DEVICE void publish_inner(Service& s, int layer, const Tiles& deal, int segme
     } else {
       y = activate(sum(row) * scale + bias<MK_UP_BIAS>(s, out));
     }
-    arch::store_word((u32*)to.words + request * line(kInner) + out, encode(y, to.parity));
+    publish<kInner>(to.words + request * line(kInner) + out, encode(y, to.parity));
   });
 }
 
-// A phase's multiplications: fills, barriers, and use(s, deal, segment) for what comes out. A unit without tiles does nothing.
+// A phase's multiplications: fills, barriers, and use(s, deal, segment, scale) for what comes out, which is to be scaled. A unit without tiles does nothing.
 template <int phase, typename Use>
 MK_DEVICE void run_phase(Service& s, int layer, Use use) {
   const Tiles deal = kTiles[phase * MK_UNITS + arch::unit()];
@@ -239,20 +247,22 @@ MK_DEVICE void run_phase(Service& s, int layer, Use use) {
   s.squares_set ^= 1;
   const int segments = segment_count(deal);
   constexpr int fills = fill_count(phase);
+  float scale = 1.0f;
   for (int segment = 0; segment < segments; segment++) {
     for (int fill = 0; fill < fills; fill++) {
       if (fills > 1 || segment == 0) {
         renew(s, [&](Service& now) { fill_activations<phase>(now, source_of<phase>(now, layer), fill); });
         s.mark(kPhaseEvents * phase + kGathered);
-        arch::unit_sync();  // A
+        arch::open_gate();  // A
+        if (fill == fills - 1) renew(s, [&](Service& now) { scale = products_scale<phase>(now); });
         s.mark(kPhaseEvents * phase + kFilled);
       }
-      arch::unit_sync();  // B
+      arch::take_over();  // B
       s.mark(kPhaseEvents * phase + kMultiplied);
     }
     // What comes next is in place already: let the stream waves go on before looking at what came out.
-    if (fills == 1 && segment + 1 < segments) arch::unit_sync();  // A
-    renew(s, [&](Service& now) { use(now, deal, segment); });
+    if (fills == 1 && segment + 1 < segments) arch::open_gate();  // A
+    renew(s, [&](Service& now) { use(now, deal, segment, scale); });
     s.mark(kPhaseEvents * phase + kPublished);
   }
 }

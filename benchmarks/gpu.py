@@ -1,0 +1,184 @@
+"""Measures decode on a GPU beside what a JAX user would write and a probe of the memory, all in one process.
+
+    python -m benchmarks.gpu --shapes llama3.2-1b,qwen3-0.6b --output benchmarks/results/gpu
+
+One JSON file for each shape, batch and prompt: every peer's times, a hash of its tokens, the device, driver and
+commit. Rounds are interleaved; a first one, in which everything is compiled, is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.machine import describe_commit, describe_machine, versions
+from benchmarks.shapes import SHAPES, kv_bytes, weight_bytes
+from benchmarks.worker import make_prompt
+from jax_monokernel import DecoderSpec, DecoderWeights
+from jax_monokernel.weights import weight_shapes
+
+_PROBE_BYTES = 4 << 30
+
+
+def random_weights(spec: DecoderSpec) -> DecoderWeights:
+    """As those of `benchmarks.shapes` in distribution, made on the device."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(weight_shapes(spec))
+
+    def make(key: jax.Array) -> list[jax.Array]:
+        made = []
+        for (path, leaf), k in zip(leaves, jax.random.split(key, len(leaves)), strict=True):
+            x = jax.random.normal(k, leaf.shape, leaf.dtype) * 0.02
+            made.append((1 + 5 * x if path[-1].name.endswith("norm") else x).astype(leaf.dtype))
+        return made
+
+    return jax.tree_util.tree_unflatten(tree, jax.jit(make)(jax.random.key(0)))
+
+
+class Probe:
+    """Reads memory with an XLA reduction: what a program that is nothing but reading reaches here."""
+
+    def __init__(self) -> None:
+        self._data = jnp.ones((_PROBE_BYTES // 2,), jnp.bfloat16)
+        self._read = jax.jit(lambda x: jnp.max(x.reshape(-1, 1 << 16), axis=1))
+        self._read(self._data).block_until_ready()
+
+    def measure(self) -> dict[str, Any]:
+        """{"gb_per_second": of the best of 10 passes}."""
+        best = float("inf")
+        for _ in range(10):
+            start = time.perf_counter()
+            self._read(self._data).block_until_ready()
+            best = min(best, time.perf_counter() - start)
+        return {"gb_per_second": _PROBE_BYTES / best / 1e9}
+
+
+def device() -> dict[str, Any]:
+    """The first device: its name, and the driver's version and clock rates if nvidia-smi is here."""
+    query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        found: dict[str, str] = {}
+    else:
+        values = done.stdout.splitlines()[0].split(", ")
+        found = dict(zip(query.split(","), values, strict=True))
+    return {"name": jax.devices()[0].device_kind, **found}
+
+
+def measure(shape: str, batch: int, prompt_tokens: int, new_tokens: int, repeats: int, peers: list[str]) -> dict:
+    """Rounds of all peers."""
+    spec = SHAPES[shape].spec()
+    prompt = make_prompt(batch, prompt_tokens, spec.vocab_size)
+    weights = random_weights(spec)
+    made: dict[str, Any] = {}
+    if "ours" in peers:
+        from benchmarks.ours import Ours
+
+        made["ours"] = Ours(spec, weights, prompt, new_tokens)
+    if "jax_loop" in peers:
+        from benchmarks.jax_loop import JaxLoop
+
+        made["jax_loop"] = JaxLoop(spec, weights, prompt, new_tokens)
+    if "probe" in peers:
+        made["probe"] = Probe()
+    del weights
+    rounds: dict[str, list[dict]] = {name: [] for name in made}
+    for i in range(repeats + 1):
+        for name, peer in made.items():
+            found = peer.measure()
+            if i > 0:
+                rounds[name].append(found)
+    visible = prompt_tokens + (new_tokens + 1) / 2
+    step_bytes = weight_bytes(spec) + batch * kv_bytes(spec, visible)
+    result: dict[str, Any] = {"bytes_per_step": step_bytes, "peers": {}}
+    for name, found in rounds.items():
+        if name == "probe":
+            rates = [f["gb_per_second"] for f in found]
+            result["peers"][name] = {
+                "gb_per_second": round(statistics.median(rates), 1),
+                "all": np.round(rates, 1).tolist(),
+            }
+            continue
+        seconds = [f["seconds"] for f in found]
+        step = statistics.median(seconds) / new_tokens
+        hashes = sorted({hashlib.sha256(np.asarray(f["tokens"], np.int32).tobytes()).hexdigest()[:16] for f in found})
+        result["peers"][name] = {
+            "tokens_per_second": round(batch / step, 1),
+            "us_per_step": round(step * 1e6, 1),
+            "gb_per_second": round(step_bytes / step / 1e9, 1),
+            "seconds": np.round(seconds, 6).tolist(),
+            "tokens_sha256": hashes,
+        }
+    if "ours" in rounds and "jax_loop" in rounds:
+        ours, loop = (np.asarray(rounds[n][0]["tokens"]) for n in ("ours", "jax_loop"))
+        same = np.cumprod(ours == loop, axis=1).sum(1)
+        result["tokens_until_the_first_that_differs"] = same.tolist()  # of random weights: near ties come early
+    return result
+
+
+def main() -> None:
+    """Prints a line for each peer and writes the files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="llama3.2-1b,qwen3-0.6b,smollm2-135m", help=", ".join(SHAPES))
+    parser.add_argument("--batch", default="1")
+    parser.add_argument("--prompt", default="32")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--peers", nargs="+", default=["ours", "jax_loop", "probe"])
+    parser.add_argument("--commit", help="of the code, where it is measured outside its repository")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    if jax.devices()[0].platform != "gpu":
+        sys.exit("JAX sees no GPU here")
+    for shape in options.shapes.split(","):
+        for batch in map(int, options.batch.split(",")):
+            for prompt in map(int, options.prompt.split(",")):
+                name = f"{shape}-p{prompt}-b{batch}"
+                found = measure(shape, batch, prompt, options.new_tokens, options.repeats, options.peers)
+                for peer, numbers in found["peers"].items():
+                    print(name, peer, {k: v for k, v in numbers.items() if not isinstance(v, list)}, flush=True)
+                if options.output is None:
+                    continue
+                commit = describe_commit() if options.commit is None else {"commit": options.commit, "dirty": False}
+                workload = {"shape": shape, "batch": batch, "prompt_tokens": prompt, "new_tokens": options.new_tokens}
+                result = {
+                    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                    "command": shlex.join(["python", "-m", "benchmarks.gpu", *_without_places(sys.argv[1:])]),
+                    **commit,
+                    "device": device(),
+                    "machine": describe_machine(),
+                    "versions": versions(),
+                    "workload": workload,
+                    **found,
+                }
+                options.output.mkdir(parents=True, exist_ok=True)
+                (options.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _without_places(arguments: list[str]) -> list[str]:
+    kept = []
+    skip = False
+    for a in arguments:
+        if not skip and a not in ("--output", "--commit"):
+            kept.append(a)
+        skip = a in ("--output", "--commit")
+    return kept
+
+
+if __name__ == "__main__":
+    main()
