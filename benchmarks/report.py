@@ -13,6 +13,8 @@ from benchmarks.shapes import SHAPES
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _RESULTS = _REPOSITORY / "benchmarks" / "results"
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+GPU_START, GPU_END = "<!-- gpu:start -->", "<!-- gpu:end -->"
+_GPU_COLUMNS = ("jax_monokernel, tok/s", "jitted JAX loop, tok/s", "faster by", "GB/s")
 PICTURE = Path("docs/images/decode-cpu.svg")
 # What the table and the picture show, under these names; other peers in a result are for looking at the JSON.
 _PEERS = {"ours": "jax_monokernel", "llama_cpp": "llama.cpp", "jax_loop": "jitted JAX loop"}
@@ -26,7 +28,8 @@ def load_results(folder: Path = _RESULTS) -> list[dict[str, Any]]:
 
     def key(result: dict[str, Any]) -> tuple:
         workload = result["workload"]
-        return order.index(workload["shape"]), workload["batch"], workload["prompt_tokens"], workload["threads"]
+        threads = workload.get("threads", 0)
+        return order.index(workload["shape"]), workload["batch"], workload["prompt_tokens"], threads
 
     return sorted(results, key=key)
 
@@ -126,6 +129,37 @@ def _provenance(results: list[dict[str, Any]]) -> list[str]:
     return [f"- {line}" for line in dict.fromkeys(lines)]
 
 
+def gpu_section(results: list[dict[str, Any]]) -> str:
+    """The README's table of GPU results as Markdown, without the markers."""
+    lines = [
+        f"| Shape (random weights) | Batch | Prompt | {' | '.join(_GPU_COLUMNS)} |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for result in results:
+        workload, peers = result["workload"], result["peers"]
+        ours, loop = (peers.get(name, {}).get("tokens_per_second") for name in ("ours", "jax_loop"))
+        cells = [
+            SHAPES[workload["shape"]].title,
+            *(str(workload[name]) for name in ("batch", "prompt_tokens")),
+            *(_number(speed) for speed in (ours, loop)),
+            _number(ours / loop if ours and loop else None, "{:.2f}x"),
+            _number(peers.get("ours", {}).get("gb_per_second")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    notes = []
+    for result in results:
+        device, commit = result["device"], (result["commit"] or "unknown")[:12]
+        dirty = " with uncommitted changes" if result["dirty"] else ""
+        packages = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        driver = device.get("driver_version", "unknown")
+        line = (
+            f"- {device['name']}, driver {driver}; commit {commit}{dirty}; {packages}; "
+            f"bfloat16, greedy, {result['workload']['new_tokens']} new tokens; medians; `{result['command']}`"
+        )
+        notes.append(line)
+    return "\n".join([*lines, "", *dict.fromkeys(notes)])
+
+
 def _number(value: float | None, form: str | None = None) -> str:
     if value is None:
         return "-"
@@ -172,16 +206,16 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         pyplot.close(figure)
 
 
-def with_section(readme: str, text: str) -> str:
+def with_section(readme: str, text: str, start: str = START, end: str = END) -> str:
     """`readme` with `text` between the markers.
 
     Raises:
       ValueError: the markers are not there, once each and in order.
     """
-    if readme.count(START) != 1 or readme.count(END) != 1 or readme.index(START) > readme.index(END):
-        raise ValueError(f"the README needs one line {START} and, after it, one line {END}")
-    before, rest = readme.split(START)
-    return f"{before}{START}\n{text}\n{END}{rest.split(END)[1]}"
+    if readme.count(start) != 1 or readme.count(end) != 1 or readme.index(start) > readme.index(end):
+        raise ValueError(f"the README needs one line {start} and, after it, one line {end}")
+    before, rest = readme.split(start)
+    return f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -193,7 +227,11 @@ def main(argv: list[str] | None = None) -> None:
     results = load_results(arguments.results)
     if not results:
         parser.error(f"no results in {arguments.results}; make some with python -m benchmarks.run")
-    arguments.readme.write_text(with_section(arguments.readme.read_text(), section(results)))
+    readme = with_section(arguments.readme.read_text(), section(results))
+    gpu_results = load_results(arguments.results / "gpu")
+    if gpu_results:
+        readme = with_section(readme, gpu_section(gpu_results), GPU_START, GPU_END)
+    arguments.readme.write_text(readme)
     draw(results, arguments.readme.parent / PICTURE)
 
 

@@ -182,6 +182,9 @@ def test_readme_shows_the_committed_results():
         pytest.skip("no results are committed")
     readme = (_REPOSITORY / "README.md").read_text()
     assert report.with_section(readme, report.section(results)) == readme, "run python -m benchmarks.report"
+    on_gpu = report.gpu_section(report.load_results(_REPOSITORY / "benchmarks" / "results" / "gpu"))
+    shown = report.with_section(readme, on_gpu, report.GPU_START, report.GPU_END)
+    assert shown == readme, "run python -m benchmarks.report"
 
 
 def test_readme_without_markers_is_an_error():

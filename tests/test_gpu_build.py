@@ -413,9 +413,19 @@ def nvrtc_version() -> str | None:
 
 
 @pytest.mark.skipif(nvrtc_version() is None, reason="NVRTC is not installed (pip install nvidia-cuda-nvrtc)")
-def test_nvrtc_compiles_the_kernel(environment, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "batch"),
+    [
+        ({}, 1),
+        ({"dtype": "float32", "kv_dtype": "float32"}, 3),
+        ({"hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 151936}, 1),  # its streams are even
+        ({"hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 151936}, 16),
+        ({"hidden_size": 576, "intermediate_size": 1536, "post_norm": True}, 2),
+    ],
+)
+def test_nvrtc_compiles_the_kernel(environment, tmp_path, options, batch):
     environment("MONOKERNEL_CACHE_DIR", str(tmp_path))
-    compiled = _gpu.compile_ahead(spec_of(), _gpu.Target("cuda", "sm_90", 3), batch=1, capacity=64)
+    compiled = _gpu.compile_ahead(spec_of(**options), _gpu.Target("cuda", "sm_90", 132), batch=batch, capacity=64)
     assert compiled.code[:4] == b"\x7fELF"
     assert b"monokernel" in compiled.code
     assert 0 < compiled.seconds < 120

@@ -18,7 +18,6 @@ WorkspaceSize workspace_size(const Request& request) {
   dims.vocab = p.vocab_size;
   // What the kernel needs at most: it keeps small residuals in shared memory. They come last, so no offset depends on it.
   dims.own_residual = p.post_norm ? request.batch * p.hidden_size : 0;
-  dims.copies = mk::copies_of(p.wave_size);
   const mk::Workspace w = mk::make_workspace(dims);
   return {w.bytes, w.exchange_bytes};
 }

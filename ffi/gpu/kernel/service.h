@@ -8,9 +8,8 @@
 
 namespace mk {
 
-constexpr int kCopies = (int)copies_of(MK_WAVE_SIZE);
 constexpr Workspace kWorkspace = make_workspace({kBatch, MK_UNITS, kSplits, kHidden, kInner, kQSize, kQkvSize, kHeads, kVocab,
-                                                 kPostNorm && !kResidualInShared ? kBatch * kHidden : 0, kCopies});
+                                                 kPostNorm && !kResidualInShared ? kBatch * kHidden : 0});
 
 // Requests are dealt to teams of service waves.
 constexpr int kTeamWaves = larger(1, kServiceWaves / kBatch);
@@ -122,12 +121,6 @@ struct Service {
     return {at<u32>(offset), handoff, 0, (u32)token, (u32)(token + 1) & 1u};
   }
 
-  // The copy that this unit reads of a hand-off with rows of `size` words.
-  MK_METHOD Site own_copy(Site site, int size) const {
-    site.words += unit % kCopies * kBatch * line(size);
-    return site;
-  }
-
   // The f32 residual stream: of the unit's own rows, or all of it where there are post-norms.
   MK_METHOD float* residual(int request) const {
     if constexpr (!kPostNorm) return shared_at<float>(kShared.residual) + request * kOwnRows;
@@ -146,13 +139,6 @@ struct Service {
     return arch::fast_rsqrt(sum * (1.0f / (float)size) + MK_NORM_EPS);
   }
 };
-
-// Stores a word of a hand-off with rows of `size` words; to: in the first copy.
-template <int size>
-MK_DEVICE void publish(const u32* to, u32 word) {
-  MK_UNROLL
-  for (int i = 0; i < kCopies; i++) arch::store_word((u32*)to + i * kBatch * line(size), word);
-}
 
 // Calls use(s) with a renewed service.
 template <typename Use>

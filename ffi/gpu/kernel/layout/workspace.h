@@ -9,14 +9,7 @@ struct Dims {
   i64 batch, units, splits;
   i64 hidden, inner, q_size, qkv_size, heads, vocab;
   i64 own_residual;  // f32 of a unit's private copy of the residual stream; 0: it is in shared memory
-  i64 copies;        // of what all units read
 };
-
-// The more units ask for the same words, the longer a word takes to get there (docs/performance-log.md).
-#if !defined(MK_COPIES)
-#define MK_COPIES 4
-#endif
-constexpr i64 copies_of(i64 wave_size) { return wave_size == 32 ? MK_COPIES : 1; }
 
 constexpr int kCandidateWords = 8;
 constexpr int kTokenWords = 4;
@@ -24,12 +17,12 @@ constexpr int kTokenWords = 4;
 // Offsets in bytes from the workspace's start. The first exchange_bytes are zeroed before every launch.
 struct Workspace {
   i64 qkv;        // h1: words [batch][qkv_size]
-  i64 attended;   // h2: words [copies][batch][q_size]
+  i64 attended;   // h2: words [batch][q_size]
   i64 partial;    // h3: words [batch][heads][splits][head_dim + 2], only if splits > 1
-  i64 projected;  // h4: words [copies][batch][hidden]
-  i64 inner;      // h5: words [copies][batch][inner]
-  i64 residual;   // h6: words [copies][batch][hidden]
-  i64 final_;      // h9: words [copies][batch][hidden]
+  i64 projected;  // h4: words [batch][hidden]
+  i64 inner;      // h5: words [batch][inner]
+  i64 residual;   // h6: words [batch][hidden]
+  i64 final_;      // h9: words [batch][hidden]
   i64 candidate;  // h7: words [batch][units][kCandidateWords]
   i64 token;      // h8: words [batch][kTokenWords]
   i64 exchange_bytes;
@@ -52,12 +45,12 @@ constexpr Workspace make_workspace(Dims d) {
   auto line = [](i64 n) { return (n + 31) / 32 * 32; };
   w.abort = place(32);
   w.qkv = place(d.batch * line(d.qkv_size));
-  w.attended = place(d.copies * d.batch * line(d.q_size));
+  w.attended = place(d.batch * line(d.q_size));
   w.partial = place(d.splits > 1 ? d.batch * d.heads * d.splits * line(d.q_size / d.heads + 2) : 0);
-  w.projected = place(d.copies * d.batch * line(d.hidden));
-  w.inner = place(d.copies * d.batch * line(d.inner));
-  w.residual = place(d.copies * d.batch * line(d.hidden));
-  w.final_ = place(d.copies * d.batch * line(d.hidden));
+  w.projected = place(d.batch * line(d.hidden));
+  w.inner = place(d.batch * line(d.inner));
+  w.residual = place(d.batch * line(d.hidden));
+  w.final_ = place(d.batch * line(d.hidden));
   w.candidate = place(d.batch * d.units * kCandidateWords);
   w.token = place(d.batch * line(kTokenWords));
   w.exchange_bytes = at;

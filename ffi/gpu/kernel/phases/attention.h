@@ -476,7 +476,7 @@ MK_DEVICE void attend(Service& s, int layer, int task) {
     }
     if constexpr (kSplits == 1) {
       const float y = live ? sum / weights : 0.0f;
-      publish<kQSize>(s.at<u32>(kWorkspace.attended) + request * line(kQSize) + head * kHeadDim + d, encode(y, parity));
+      arch::store_word(s.at<u32>(kWorkspace.attended) + request * line(kQSize) + head * kHeadDim + d, encode(y, parity));
     } else {
       u32* to = s.at<u32>(kWorkspace.partial) + ((request * kHeads + head) * kSplits + split) * line(kHeadDim + 2);
       arch::store_word(to + d, encode(sum, parity));
@@ -524,7 +524,7 @@ MK_DEVICE void p2_combine(Service& s, int layer) {
       const int request = head / kHeads;
       const float y = s.control().live[request] != 0 ? sum / weights : 0.0f;
       if (d < kHeadDim) {
-        publish<kQSize>(s.at<u32>(kWorkspace.attended) + request * line(kQSize) + head % kHeads * kHeadDim + d, encode(y, site.parity));
+        arch::store_word(s.at<u32>(kWorkspace.attended) + request * line(kQSize) + head % kHeads * kHeadDim + d, encode(y, site.parity));
       }
     }
   }

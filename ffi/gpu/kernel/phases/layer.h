@@ -47,9 +47,8 @@ MK_DEVICE void start_residual(Service& s) {
 
 // With post-norms: residual += multiplier * norm(projection) * weight, in the unit's own copy.
 template <bool aligned>
-MK_DEVICE void add_projection(Service& s, const Site& first, const float* weights) {
+MK_DEVICE void add_projection(Service& s, const Site& site, const float* weights) {
   if (!s.reads_residual()) return;
-  const Site site = s.own_copy(first, kHidden);
   s.squares_set ^= 1;
   for_team_requests(s, [&](int request) {
     float sum = 0.0f;
@@ -92,11 +91,11 @@ MK_DEVICE const float* norm_of(const Service& s) {
 // Where a phase's input comes from. words null: the residual stream is at hand, in the unit's own copy or the embedding.
 template <int phase>
 MK_DEVICE Site source_of(const Service& s, int layer) {
-  if constexpr (phase == kO) return s.own_copy(s.site(h2_attended, kWorkspace.attended, layer), kQSize);
-  if constexpr (phase == kDown) return s.own_copy(s.site(h5_inner, kWorkspace.inner, layer), kInner);
+  if constexpr (phase == kO) return s.site(h2_attended, kWorkspace.attended, layer);
+  if constexpr (phase == kDown) return s.site(h5_inner, kWorkspace.inner, layer);
   if constexpr (!kPostNorm) {
-    if constexpr (phase == kGateUp) return s.own_copy(s.site(h4_projected, kWorkspace.projected, layer), kHidden);
-    if (phase == kHead || layer > 0) return s.own_copy(s.residual_site(layer - 1), kHidden);
+    if constexpr (phase == kGateUp) return s.site(h4_projected, kWorkspace.projected, layer);
+    if (phase == kHead || layer > 0) return s.residual_site(layer - 1);
   }
   return {};
 }
@@ -214,11 +213,7 @@ MK_DEVICE void publish_rows(Service& s, int layer, const Tiles& deal, int segmen
       y = x + MK_RESIDUAL_MULTIPLIER * y;
       x = y;
     }
-    if constexpr (phase == kQkv) {
-      arch::store_word((u32*)to.words + request * line(size) + out, encode(y, to.parity));
-    } else {
-      publish<size>(to.words + request * line(size) + out, encode(y, to.parity));
-    }
+    arch::store_word((u32*)to.words + request * line(size) + out, encode(y, to.parity));
   });
 }
 
@@ -235,7 +230,7 @@ MK_DEVICE void publish_inner(Service& s, int layer, const Tiles& deal, int segme
     } else {
       y = activate(sum(row) * scale + bias<MK_UP_BIAS>(s, out));
     }
-    publish<kInner>(to.words + request * line(kInner) + out, encode(y, to.parity));
+    arch::store_word((u32*)to.words + request * line(kInner) + out, encode(y, to.parity));
   });
 }
 
