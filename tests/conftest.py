@@ -5,15 +5,41 @@ import signal
 import jax
 import pytest
 
+_BACKEND = pytest.StashKey[tuple[str, jax.Device]]()
+
 # Several devices, so that tests can shard over them. Everything else runs on the first one, as without this.
 jax.config.update("jax_num_cpu_devices", 4)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        choices=["cpu", "cuda", "rocm"],
+        help="where test_backend.py decodes; by default on the GPU if JAX has one, else on the CPU",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    from jax_monokernel.plan import default_platform
+
+    platform = config.getoption("--backend") or default_platform()
+    try:
+        device = jax.local_devices(backend=platform)[0]
+    except RuntimeError as error:
+        raise pytest.UsageError(f"--backend={platform}, but JAX has no such device here: {error}") from error
+    config.stash[_BACKEND] = platform, device
+    if default_platform() != "cpu":  # all other tests are of what needs no GPU
+        jax.config.update("jax_default_device", jax.local_devices(backend="cpu")[0])
     # A shell that runs the tests in the background has them ignore Ctrl-C, which some send to themselves.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "sanitize: exercises the native part; .ci/sanitize runs these under sanitizers")
+
+
+@pytest.fixture(scope="session")
+def backend(request: pytest.FixtureRequest) -> tuple[str, jax.Device]:
+    """(platform, device) that test_backend.py tests."""
+    return request.config.stash[_BACKEND]
 
 
 @pytest.fixture

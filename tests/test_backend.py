@@ -1,0 +1,176 @@
+"""Decode where this machine decodes best: on its GPU if JAX has one, else on the CPU. `--backend` chooses another.
+
+Everything is compared with the pure-JAX reference or with what transformers computed. On a GPU a kernel is compiled for
+each model and batch, which takes seconds the first time.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoding import (
+    DECODE_ERRORS,
+    SPECS,
+    STEPS,
+    assert_bit_equal,
+    assert_same_decode,
+    mixed_params,
+    params_of,
+    reference,
+    spec_of,
+    state_of,
+    weights_of,
+)
+from golden.cases import CASES
+from golden.models import golden_model
+
+from jax_monokernel import GenerationConfig, cancel, empty_state, sampling_params
+from jax_monokernel.decode import decode
+from jax_monokernel.plan import Plan, make_plan
+from jax_monokernel.prefill import prefill
+from jax_monokernel.reference import decode_reference
+from jax_monokernel.tape import pack
+
+REPEATS = int(os.environ.get("MONOKERNEL_TEST_REPEATS", "20"))
+_ONE_EACH = {case.config["model_type"]: name for name, case in reversed(CASES.items())}
+_step = jax.jit(decode, static_argnames=("max_new_tokens", "return_log_probs"))
+
+
+class Target:
+    """The device that is tested."""
+
+    def __init__(self, backend):
+        self.platform, self.device = backend
+        self._tapes = {}
+
+    def put(self, tree):
+        return jax.device_put(tree, self.device)
+
+    def pack(self, spec, weights):
+        with jax.default_device(self.device):
+            plan = Plan(platform="cpu", units=2) if self.platform == "cpu" else make_plan(spec, platform=self.platform)
+            return jax.jit(lambda w: pack(spec, w, plan))(self.put(weights))
+
+    def tape(self, spec):
+        if spec not in self._tapes:
+            self._tapes[spec] = self.pack(spec, weights_of(spec))
+        return self._tapes[spec]
+
+    def decode(self, spec, state, params, steps=STEPS, *, tape=None):
+        """Where the reference is: on the CPU."""
+        tape = self.tape(spec) if tape is None else tape
+        with jax.default_device(self.device):
+            result = _step(tape, self.put(state), self.put(params), max_new_tokens=steps, return_log_probs=True)
+            return jax.device_get(result)
+
+
+@pytest.fixture(scope="module")
+def target(backend):
+    return Target(backend)
+
+
+def agreement(got, want) -> np.ndarray:
+    """Of tokens, as far as all before them agree."""
+    return np.cumprod(np.asarray(got.tokens) == np.asarray(want.tokens), axis=1).astype(bool)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", SPECS)
+def test_equals_the_reference(target, name, batch):
+    spec = spec_of(name)
+    state, params = state_of(spec, (7, 0, 20)[:batch]), mixed_params(spec, batch)
+    assert_same_decode(target.decode(spec, state, params), reference(spec, state, params), spec, state)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["plain", "windows"])
+def test_16_bits_are_as_near_as_their_rounding_allows(target, name, dtype):
+    """Another order of sums may choose the other of two logits that are near each other. Before that, numbers are."""
+    spec = spec_of(name, dtype)
+    state, params = state_of(spec), params_of(spec, 3)
+    got, want = target.decode(spec, state, params), reference(spec, state, params)
+    agree = agreement(got, want)
+    assert agree.mean() > 0.6
+    error = np.abs(np.asarray(got.log_probs) - np.asarray(want.log_probs))[agree]
+    assert error.max() < {"bfloat16": 0.15, "float16": 0.02}[dtype]
+
+
+@pytest.mark.parametrize("name", sorted(_ONE_EACH.values()))
+def test_every_family_gives_the_tokens_of_transformers(target, name):
+    case = golden.read(name)
+    model = golden_model(case)
+    spec, weights, length = model.spec, model.decoder_weights(), len(case.prompt)
+    state = empty_state(spec, batch=1, capacity=length + golden.NEW_TOKENS - 1, key=jax.random.key(0))
+    state = jax.jit(prefill, static_argnums=0)(spec, weights, jnp.array([case.prompt]), jnp.array([length]), state)
+    config = GenerationConfig(max_new_tokens=golden.NEW_TOKENS)
+    params = sampling_params(config, batch=1, vocab_size=spec.vocab_size)
+    result = target.decode(spec, state, params, golden.NEW_TOKENS, tape=target.pack(spec, weights))
+    assert result.tokens[0].tolist() == case.greedy
+
+
+def test_256_greedy_tokens(target):
+    spec = spec_of("windows")
+    state, params = state_of(spec, (5,), capacity=300), params_of(spec, 1)
+    got = target.decode(spec, state, params, 256)
+    want = jax.jit(functools.partial(decode_reference, spec, max_new_tokens=256))(weights_of(spec), state, params)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+
+
+def test_runs_are_equal_to_the_bit(target):
+    spec = spec_of("plain", "bfloat16")
+    state, params = state_of(spec), mixed_params(spec, 3)
+    first = target.decode(spec, state, params)
+    for _ in range(REPEATS):
+        assert_bit_equal(target.decode(spec, state, params), first)
+
+
+def test_goes_on_where_it_stopped(target):
+    spec = spec_of("plain")
+    state, params = state_of(spec), mixed_params(spec, 3)
+    whole = target.decode(spec, state, params, 12)
+    first = target.decode(spec, state, params, 5)
+    rest = target.decode(spec, first.state, params, 7)
+    np.testing.assert_array_equal(np.concatenate([first.tokens, rest.tokens], 1), whole.tokens)
+    assert_bit_equal(rest.state, whole.state)
+
+
+def test_two_models_in_two_threads(target):
+    specs = [spec_of("plain"), spec_of("windows")]
+    cases = [(spec, state_of(spec), mixed_params(spec, 3)) for spec in specs]
+    want = [target.decode(*case) for case in cases]
+    found: list = [[], []]
+
+    def run(i: int) -> None:
+        for _ in range(10):
+            found[i].append(target.decode(*cases[i]))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for results, one in zip(found, want, strict=True):
+        assert len(results) == 10
+        for result in results:
+            assert_bit_equal(result, one)
+
+
+def test_a_cancelled_decode_leaves_the_device_usable(target):
+    spec = spec_of("plain")
+    state, params = state_of(spec, (3,), capacity=100_000), params_of(spec, 1, temperature=1.0, max_new_tokens=2**30)
+    short = state_of(spec), params_of(spec, 3)
+    before = target.decode(spec, *short)
+    target.decode(spec, state, params_of(spec, 1, temperature=1.0, max_new_tokens=1), 90_000)  # compiles
+    timer = threading.Timer(0.2, cancel)
+    timer.start()
+    with pytest.raises(DECODE_ERRORS, match="cancelled"):
+        target.decode(spec, state, params, 90_000)
+    timer.join()
+    assert_bit_equal(target.decode(spec, *short), before)
