@@ -25,26 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.machine import describe_commit, describe_machine, versions
-from benchmarks.shapes import SHAPES, kv_bytes, weight_bytes
+from benchmarks.shapes import SHAPES, kv_bytes, random_weights_on_device, weight_bytes
 from benchmarks.worker import make_prompt
-from jax_monokernel import DecoderSpec, DecoderWeights
-from jax_monokernel.weights import weight_shapes
 
 _PROBE_BYTES = 4 << 30
-
-
-def random_weights(spec: DecoderSpec) -> DecoderWeights:
-    """As those of `benchmarks.shapes` in distribution, made on the device."""
-    leaves, tree = jax.tree_util.tree_flatten_with_path(weight_shapes(spec))
-
-    def make(key: jax.Array) -> list[jax.Array]:
-        made = []
-        for (path, leaf), k in zip(leaves, jax.random.split(key, len(leaves)), strict=True):
-            x = jax.random.normal(k, leaf.shape, leaf.dtype) * 0.02
-            made.append((1 + 5 * x if path[-1].name.endswith("norm") else x).astype(leaf.dtype))
-        return made
-
-    return jax.tree_util.tree_unflatten(tree, jax.jit(make)(jax.random.key(0)))
 
 
 class Probe:
@@ -84,7 +68,7 @@ def measure(shape: str, batch: int, prompt_tokens: int, new_tokens: int, repeats
     """Rounds of all peers."""
     spec = SHAPES[shape].spec()
     prompt = make_prompt(batch, prompt_tokens, spec.vocab_size)
-    weights = random_weights(spec)
+    weights = random_weights_on_device(spec)
     made: dict[str, Any] = {}
     if "ours" in peers:
         from benchmarks.ours import Ours

@@ -1,6 +1,6 @@
 """Times the GPU kernel alone, launched through the CUDA driver: random weights of real shapes, one line per variant.
 
-    python -m benchmarks.gpu_kernel qwen3-0.6b,llama-3.2-1b --trace timeline.npy
+    python -m benchmarks.gpu_kernel qwen3-0.6b,llama3.2-1b --trace timeline.npy
 
 For work on the kernel: no XLA handler in between, headers from the checkout, and preprocessor definitions for variants
 that these headers may have. Users' speed is measured by `benchmarks.run`.
@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_monokernel import DecoderSpec, DecodeState, LayerSpec, RopeSpec, SamplingParams, _gpu, _native
+from benchmarks.shapes import SHAPES, random_weights_on_device
+from jax_monokernel import DecoderSpec, DecodeState, SamplingParams, _gpu, _native
 from jax_monokernel._program import program
 from jax_monokernel.plan import Plan
 from jax_monokernel.tape import Tape, pack
-from jax_monokernel.weights import weight_shapes
 
 KERNEL = Path(__file__).resolve().parent.parent / "ffi" / "gpu" / "kernel"
 SHARED_BYTES = 232448
@@ -69,44 +69,6 @@ class Args(ctypes.Structure):
         ("eos_count", ctypes.c_int32),
         ("timeout_ticks", ctypes.c_uint64),
     )
-
-
-def _shape(layers, hidden, heads, kv_heads, head_dim, inner, vocab, **options) -> DecoderSpec:
-    return DecoderSpec(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        layers=(LayerSpec(),) * layers,
-        ropes=(RopeSpec(theta=1e4, rotary_dim=head_dim),),
-        **{"tied_head": True} | options,
-    )
-
-
-SHAPES = {
-    "llama-3.2-1b": _shape(16, 2048, 32, 8, 64, 8192, 128256),
-    "qwen3-0.6b": _shape(28, 1024, 16, 8, 128, 3072, 151936, qk_norm="head"),
-    "llama-3.1-8b": _shape(32, 4096, 32, 8, 128, 14336, 128256, tied_head=False),
-    "smollm2-135m": _shape(30, 576, 9, 3, 64, 1536, 49152),
-}
-
-
-def random_weights(spec: DecoderSpec):
-    """bf16 weights that keep a residual stream of ordinary size."""
-    leaves, tree = jax.tree.flatten(weight_shapes(spec))
-
-    @jax.jit
-    def make(key):
-        def leaf(k, shape):
-            x = jax.random.normal(k, shape.shape, jnp.float32 if shape.ndim < 3 else shape.dtype)
-            vector = shape.ndim == 1 or (shape.ndim == 2 and shape.shape[0] == spec.num_layers)
-            return (1 + 0.1 * x if vector else x * 0.02).astype(shape.dtype)
-
-        return [leaf(k, s) for k, s in zip(jax.random.split(key, len(leaves)), leaves, strict=True)]
-
-    return jax.tree.unflatten(tree, make(jax.random.key(0)))
 
 
 def operands(spec: DecoderSpec, batch: int, capacity: int, position: int) -> tuple[DecodeState, SamplingParams]:
@@ -159,15 +121,38 @@ def compile_kernel(stub: str) -> bytes:
     return binary.raw
 
 
+class Driver:
+    """The CUDA driver with one kernel loaded."""
+
+    def __init__(self, binary: bytes, name: str, shared_bytes: int):
+        self.calls = ctypes.CDLL("libcuda.so.1")
+        context, module, self.function = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+        self.check(self.calls.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0))
+        self.check(self.calls.cuCtxSetCurrent(context))
+        self.check(self.calls.cuModuleLoadData(ctypes.byref(module), binary))
+        self.check(self.calls.cuModuleGetFunction(ctypes.byref(self.function), module, name.encode()))
+        self.check(self.calls.cuFuncSetAttribute(self.function, 8, shared_bytes))
+        self._shared_bytes = shared_bytes
+
+    def check(self, error: int) -> None:
+        """Raises RuntimeError for what the driver calls an error."""
+        if error:
+            text = ctypes.c_char_p()
+            self.calls.cuGetErrorString(error, ctypes.byref(text))
+            raise RuntimeError(str(text.value))
+
+    def launch(self, units: int, threads: int, args: ctypes.Structure) -> None:
+        """Starts the kernel, whose only argument is `args`, cooperatively."""
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+        launch = self.calls.cuLaunchCooperativeKernel
+        self.check(launch(self.function, units, 1, 1, threads, 1, 1, self._shared_bytes, None, pointers))
+
+
 class Launcher:
     """A compiled kernel and the driver to run it with."""
 
     def __init__(self, tape: Tape, batch: int, capacity: int, defines: list[str], trace: bool):
         self.tape, self.batch, self.capacity = tape, batch, capacity
-        self.driver = ctypes.CDLL("libcuda.so.1")
-        context, module, self.function = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
-        self.check(self.driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0))
-        self.check(self.driver.cuCtxSetCurrent(context))
         call = _gpu.call_attributes(tape.spec, tape.plan, batch, capacity)
         attributes = program(tape.spec, tape.plan)
         stub = _native.gpu_stub(**attributes, batch=batch, **call, shared_bytes=SHARED_BYTES, trace=trace)
@@ -175,20 +160,11 @@ class Launcher:
         start = time.perf_counter()
         binary = compile_kernel(stub)
         self.compile_seconds = time.perf_counter() - start
-        self.check(self.driver.cuModuleLoadData(ctypes.byref(module), binary))
-        self.check(self.driver.cuModuleGetFunction(ctypes.byref(self.function), module, b"monokernel"))
-        self.check(self.driver.cuFuncSetAttribute(self.function, 8, SHARED_BYTES))
+        self.driver = Driver(binary, "monokernel", SHARED_BYTES)
         self.workspace = jnp.zeros(_native.gpu_workspace_bytes(**attributes, batch=batch, **call), jnp.uint8)
         self.trace = jnp.zeros((tape.plan.units, 2048, 2, 2), jnp.uint32) if trace else None
         self.host = ctypes.c_void_p()
-        self.check(self.driver.cuMemHostAlloc(ctypes.byref(self.host), 4096, 2))
-
-    def check(self, error: int) -> None:
-        """Raises RuntimeError for what the driver calls an error."""
-        if error:
-            text = ctypes.c_char_p()
-            self.driver.cuGetErrorString(error, ctypes.byref(text))
-            raise RuntimeError(str(text.value))
+        self.driver.check(self.driver.calls.cuMemHostAlloc(ctypes.byref(self.host), 4096, 2))
 
     def run(self, state: DecodeState, params: SamplingParams, tokens: int) -> tuple[np.ndarray, float]:
         """Tokens [batch, tokens], and microseconds a token. The state is not changed."""
@@ -212,14 +188,13 @@ class Launcher:
             eos_count=params.eos_token_id.shape[1],
             timeout_ticks=4_000_000_000,
         )
-        self.check(self.driver.cuMemsetD8_v2(ctypes.c_void_p(args.workspace), 0, ctypes.c_size_t(self.workspace.size)))
+        driver, size = self.driver, ctypes.c_size_t(self.workspace.size)
+        driver.check(driver.calls.cuMemsetD8_v2(ctypes.c_void_p(args.workspace), 0, size))
         plan = self.tape.plan
         threads = (plan.waves + plan.service_waves + 1) * plan.wave_size  # and the feed wave
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
         start = time.perf_counter()
-        launch = self.driver.cuLaunchCooperativeKernel
-        self.check(launch(self.function, plan.units, 1, 1, threads, 1, 1, SHARED_BYTES, None, pointers))
-        self.check(self.driver.cuCtxSynchronize())
+        driver.launch(plan.units, threads, args)
+        driver.check(driver.calls.cuCtxSynchronize())
         micros = (time.perf_counter() - start) / tokens * 1e6
         report = np.frombuffer(ctypes.string_at(self.host, 32), np.uint32)
         if report[0]:
@@ -243,9 +218,9 @@ def main() -> None:
     options = parser.parse_args()
     units = jax.devices()[0].core_count
     for name in options.shapes.split(","):
-        spec = SHAPES[name]
+        spec = SHAPES[name].spec()
         plan = Plan(platform="cuda", units=units)
-        tape = jax.jit(lambda w, spec=spec, plan=plan: pack(spec, w, plan))(random_weights(spec))
+        tape = jax.jit(lambda w, spec=spec, plan=plan: pack(spec, w, plan))(random_weights_on_device(spec))
         launcher = Launcher(tape, options.batch, options.capacity, options.define, options.trace is not None)
         state, params = operands(spec, options.batch, options.capacity, options.position)
         runs = [launcher.run(state, params, options.tokens) for _ in range(options.repeats + 1)][1:]

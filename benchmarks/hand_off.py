@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu_kernel import compile_kernel
+from benchmarks.gpu_kernel import Driver, compile_kernel
 
 _SOURCE = Path(__file__).with_suffix(".cu").read_text()
 _SHARED_BYTES = 1024 + 8 * 4 * 4096
@@ -40,22 +40,12 @@ def main() -> None:
     options = parser.parse_args()
     units = jax.devices()[0].core_count
     stream = jnp.ones(4 << 30, jnp.uint8)
-    driver = ctypes.CDLL("libcuda.so.1")
-
-    def check(error: int) -> None:
-        if error:
-            raise RuntimeError(f"the driver's error {error}")
-
-    context, module, function = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
-    stream.block_until_ready()
-    check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0))
-    check(driver.cuCtxSetCurrent(context))
-    check(driver.cuModuleLoadData(ctypes.byref(module), compile_kernel(_SOURCE)))
-    check(driver.cuModuleGetFunction(ctypes.byref(function), module, b"hand_off"))
-    check(driver.cuFuncSetAttribute(function, 8, _SHARED_BYTES))
+    stream.block_until_ready()  # JAX has started the driver
+    driver = Driver(compile_kernel(_SOURCE), "hand_off", _SHARED_BYTES)
+    check, calls = driver.check, driver.calls
     events = [ctypes.c_void_p(), ctypes.c_void_p()]
     for event in events:
-        check(driver.cuEventCreate(ctypes.byref(event), 0))
+        check(calls.cuEventCreate(ctypes.byref(event), 0))
     for size in map(int, options.words.split(",")):
         for depth in range(5):
             micros, rates = [], []
@@ -64,14 +54,12 @@ def main() -> None:
                 jax.block_until_ready((words, copies))
                 pointers = [x.unsafe_buffer_pointer() for x in (stream, words, copies)]
                 args = _Args(pointers[0], stream.size, pointers[1], pointers[2], size, options.rounds, depth)
-                parameters = (ctypes.c_void_p * 1)(ctypes.addressof(args))
-                check(driver.cuEventRecord(events[0], None))
-                launch = driver.cuLaunchCooperativeKernel
-                check(launch(function, units, 1, 1, 512, 1, 1, _SHARED_BYTES, None, parameters))
-                check(driver.cuEventRecord(events[1], None))
-                check(driver.cuEventSynchronize(events[1]))
+                check(calls.cuEventRecord(events[0], None))
+                driver.launch(units, 512, args)
+                check(calls.cuEventRecord(events[1], None))
+                check(calls.cuEventSynchronize(events[1]))
                 milliseconds = ctypes.c_float()
-                check(driver.cuEventElapsedTime(ctypes.byref(milliseconds), *events))
+                check(calls.cuEventElapsedTime(ctypes.byref(milliseconds), *events))
                 micros.append(milliseconds.value * 1e3 / options.rounds)
                 rates.append(int(np.asarray(copies).view(np.uint64).sum()) * 4096 / milliseconds.value / 1e6)
             print(

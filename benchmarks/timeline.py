@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-_PHASES = ("qkv", "o", "gate_up", "down", "head")
+from jax_monokernel.plan import PHASES
+
 # What has just ended when a unit's first service lane records an event: enum Event of ffi/gpu/kernel/service.h.
 EVENTS = (
-    *(f"{what} {phase}" for phase in _PHASES for what in ("gather", "fill", "multiply", "publish")),
+    *(f"{what} {phase}" for phase in PHASES for what in ("gather", "fill", "multiply", "publish")),
     "prepare heads",
     "attend",
     "combine",

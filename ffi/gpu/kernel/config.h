@@ -183,7 +183,7 @@ struct SharedLayout {
   int angles;       // f32 [batch][ropes][2][kHalfRotary]: cosines, then sines
   int sampling;     // scratch of p6 and p7
   int control;      // struct Control
-  int stop;  // u32: the feed wave is to stop
+  int stop;         // u32: the feed wave is to stop
   int barriers;
   int ring;
   int ring_slots;  // of each stream wave

@@ -24,7 +24,7 @@ constexpr bool kScaleAfter = kWeightType != kF16;
 constexpr int kPhaseEvents = 4;
 enum Event : int {
   kGathered,    // the first service wave's part of the activations is in place
-  kFilled,      // all are
+  kFilled,      // the gate is open for this wave; before a norm's products are scaled, all parts are in place
   kMultiplied,  // the last segment's products are
   kPublished,
   kPrepared = kPhaseEvents * kPhases,  // p2_attend: heads and cache

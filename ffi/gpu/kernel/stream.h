@@ -274,7 +274,6 @@ struct StreamWave {
       }
     }
   }
-
 #endif
 
   MK_METHOD void finish() {

@@ -82,6 +82,7 @@ MK_DEVICE void open_gate() { unit_sync(); }
 MK_DEVICE void pass_gate() { unit_sync(); }
 MK_DEVICE void hand_over() { unit_sync(); }
 MK_DEVICE void take_over() { unit_sync(); }
+
 MK_DEVICE void enter() {
   if (__builtin_amdgcn_workitem_id_x() < kGroups) {
     __hip_atomic_store(group_counter((int)__builtin_amdgcn_workitem_id_x()), 0u, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);

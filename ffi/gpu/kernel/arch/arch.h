@@ -41,11 +41,11 @@
 //   pack_bf16(low, high)        two floats, rounded to nearest even, as one word
 //   mma_16x8x16(c, a, b)        wave 32: float c[4], u32 a[4], u32 b[2] as PTX's mma.m16n8k16; template on bf16 or f16
 //   mfma_4x4x4(c, a, b)         wave 64: float c[4], u32 a[2], u32 b[2] as v_mfma_f32_4x4x4 with 16 blocks; likewise
-//   Ring                        the stream of one wave:
+//   Ring<slots, slot_atoms, even>   the stream of one wave, through slots in shared memory; even: the streams of all waves are in
+//                               step:
 //     static constexpr int kSlotAtoms            atoms that are waited for and requested together
-//     static constexpr int kBytes, kBarrierBytes of shared memory that a wave gives it for its slots and barriers
-//     void start(ring, barriers, stream, bytes)  starts reading `bytes` at `stream`, again and again; bytes is a whole
-//                                                number of slots
+//     void start(rings, barriers, stream, bytes) reads `bytes` at `stream`, again and again; bytes is a whole number of slots;
+//                                                rings, barriers: shared memory of all waves' rings
 //     void wait()                                until the current slot is there
 //     template <int n> void read(int atom, Vec4 (&w)[n])   atoms `atom` to atom + n - 1 of the slot, 16 bytes a lane
 //     template <int n> void done(int atom)       these atoms will not be read again

@@ -38,8 +38,8 @@ template <int id, int waves>
 MK_DEVICE void group_sync() {
   asm volatile("barrier.sync %0, %1;" ::"n"(id), "n"(waves * 32) : "memory");
 }
-// Barriers at which one side arrives and the other waits.
-constexpr int kOpened = 2, kHandedOver = 3, kAllLanes = (MK_WAVES + MK_SERVICE_WAVES) * 32;
+// Barriers at which one side arrives and the other waits; group_sync has those up to 7.
+constexpr int kOpened = 8, kHandedOver = 9, kAllLanes = (MK_WAVES + MK_SERVICE_WAVES) * 32;
 MK_DEVICE void open_gate() { asm volatile("barrier.arrive %0, %1;" ::"n"(kOpened), "n"(kAllLanes) : "memory"); }
 MK_DEVICE void pass_gate() { asm volatile("barrier.sync %0, %1;" ::"n"(kOpened), "n"(kAllLanes) : "memory"); }
 MK_DEVICE void hand_over() { asm volatile("barrier.arrive %0, %1;" ::"n"(kHandedOver), "n"(kAllLanes) : "memory"); }
