@@ -423,17 +423,17 @@ def count_threads() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
-def test_thousands_of_calls_leave_nothing_behind(environment):
+def test_100_000_calls_leave_nothing_behind(environment):
     environment("MONOKERNEL_THREADS", "2")
     tape, params = tape_of(PLAIN, 2), params_of(PLAIN, 1, max_new_tokens=2)
     state = state_of(PLAIN, (3,))
     for _ in range(300):
         decode(tape, state, params).tokens.block_until_ready()
     threads, memory = count_threads(), resident_bytes()
-    for _ in range(2000):
+    for _ in range(100_000):
         decode(tape, state, params).tokens.block_until_ready()
     assert count_threads() <= threads
-    assert resident_bytes() - memory < 4 * 2**20  # 2 KiB per call
+    assert resident_bytes() - memory < 4 * 2**20  # 42 bytes per call
 
 
 @pytest.mark.sanitize
