@@ -3,12 +3,18 @@
 
 #include "phases/attention.h"
 #include "phases/head.h"
+#if defined(MK_REGISTER_RING)
+#include "stream_walk.h"
+#else
+#include "stream_loops.h"
+#endif
 
 namespace mk {
 
 // Copies what the caller gave for each request, by every unit for itself.
 MK_DEVICE void start_requests(Service& s) {
   Control& c = s.control();
+  if (s.index == 0) c.aborted = 0;
   if (s.index < kBatch) {
     const int r = s.index;
     // Words, as the owner of a request may be at its end already.
@@ -60,12 +66,16 @@ MK_DEVICE void run_layer(Service& service, int layer) {
   renew(service, [&](Service& s) { s.enter_layer(layer); });
   run_phase<kQkv>(service, layer,
                   [&](Service& s, const Tiles& deal, int segment, float scale) { publish_rows<kQkv>(s, layer, deal, segment, scale); });
+  // Stream waves that gather may wait for what attention gives while this unit attends.
+  const bool opened = kStreamGathers && kTiles[kO * MK_UNITS + service.unit].count > 0;
+  if (opened) arch::open_gate();  // A
   renew(service, [&](Service& s) {
     p2_attend(s, layer);
     p2_combine(s, layer);
   });
-  run_phase<kO>(service, layer,
-                [&](Service& s, const Tiles& deal, int segment, float scale) { publish_rows<kO>(s, layer, deal, segment, scale); });
+  run_phase<kO>(
+      service, layer,
+      [&](Service& s, const Tiles& deal, int segment, float scale) { publish_rows<kO>(s, layer, deal, segment, scale); }, opened);
   if constexpr (kPostNorm) {
     renew(service, [&](Service& s) {
       add_projection<aligned_in_layer(MK_ATTN_POST_NORM)>(s, s.site(h4_projected, kWorkspace.projected, layer),
@@ -98,7 +108,7 @@ MK_DEVICE bool start_token(Service& s, bool cancelled) {
     Control& c = s.control();
     bool any = false;
     for (int r = 0; r < kBatch; r++) any |= c.live[r] != 0;
-    c.go[s.token & 1] = any && !cancelled && !s.waiter.aborted;
+    c.go[s.token & 1] = any && !cancelled && !s.waiter.aborted && c.aborted == 0;
   }
   arch::open_gate();  // T
   arch::take_over();

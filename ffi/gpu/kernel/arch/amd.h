@@ -45,6 +45,7 @@ MK_DEVICE T fresh(T v) {
   asm volatile("" : "+v"(v));
   return v;
 }
+MK_DEVICE int unknown(int v) { return fresh(v); }
 template <typename T>
 MK_DEVICE T fresh_uniform(T v) {
   asm volatile("" : "+s"(v));
@@ -82,6 +83,8 @@ MK_DEVICE void open_gate() { unit_sync(); }
 MK_DEVICE void pass_gate() { unit_sync(); }
 MK_DEVICE void hand_over() { unit_sync(); }
 MK_DEVICE void take_over() { unit_sync(); }
+MK_DEVICE void hand_over_squares() { unit_sync(); }
+MK_DEVICE void take_over_squares() { unit_sync(); }
 
 MK_DEVICE void enter() {
   if (__builtin_amdgcn_workitem_id_x() < kGroups) {

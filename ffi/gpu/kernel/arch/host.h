@@ -94,6 +94,7 @@ MK_DEVICE char* shared() { return host::shared_memory(); }
 constexpr bool kRenew = kWave == 64;  // as on the machines with such waves
 MK_DEVICE const Args& arguments(const Args& args) { return args; }
 MK_DEVICE u32 fresh(u32 v) { return v; }
+MK_DEVICE int unknown(int v) { return v; }
 
 MK_DEVICE void enter() {}
 MK_DEVICE void unit_sync(host::Where at = host::here()) { host::barrier(0, host::geometry.waves, at); }
@@ -106,6 +107,8 @@ MK_DEVICE void open_gate(host::Where at = host::here()) { unit_sync(at); }
 MK_DEVICE void pass_gate(host::Where at = host::here()) { unit_sync(at); }
 MK_DEVICE void hand_over(host::Where at = host::here()) { unit_sync(at); }
 MK_DEVICE void take_over(host::Where at = host::here()) { unit_sync(at); }
+MK_DEVICE void hand_over_squares(host::Where at = host::here()) { unit_sync(at); }
+MK_DEVICE void take_over_squares(host::Where at = host::here()) { unit_sync(at); }
 MK_DEVICE void wave_sync(host::Where at = host::here()) { host::wave_sync(at); }
 
 MK_DEVICE u32 as_u32(float v) { return __builtin_bit_cast(u32, v); }
@@ -235,7 +238,7 @@ struct Ring {
 
 // One wave's stream through a ring in shared memory. Each lane keeps its own part of a slot: it appears in wait(), and
 // done() destroys it.
-template <int slots, int slot_atoms, bool even>
+template <int slots, int slot_atoms>
 struct Ring {
   static constexpr int kSlotAtoms = slot_atoms;
   static constexpr int kSlotBytes = kSlotAtoms * kWave * 16;

@@ -5,13 +5,11 @@
 // reads what it appends to the cache. Units that share a key/value head compute and write the same bits of it.
 #pragma once
 
-#include "service.h"
+#include "phases/attend_matrix.h"
 
 namespace mk {
 
-constexpr int kSplitBlock = 64;
 constexpr int kGroupTasks = kHeads / kTaskHeads;  // of one request
-constexpr float kLowest = -1e30f;                 // of scores; finite, so that differences are no NaN
 
 constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 
@@ -30,10 +28,12 @@ struct AttentionScratch {
   float* vectors;  // [kTaskHeads q, k, v][kHeadDim], rotated and rounded
   float* parts;    // [wave][kTaskHeads][kHeadDim + 2]: sums, then maximum and sum of weights
   float* squares;  // [2][kServiceWaves]
+  u32* packed;     // [kTaskHeads q, k, v][kHeadDim / 2]: the vectors as they are stored
 };
 MK_DEVICE AttentionScratch attention_scratch() {
   float* base = shared_at<float>(kShared.attention);
-  return {base, base + kTaskVectors * kHeadDim, base + kTaskVectors * kHeadDim + kServiceWaves * kTaskHeads * (kHeadDim + 2)};
+  float* parts = base + round_up(kTaskVectors * kHeadDim, 4) + kPackedWords;
+  return {base, parts, parts + kServiceWaves * kTaskHeads * (kHeadDim + 2), (u32*)(base + round_up(kTaskVectors * kHeadDim, 4))};
 }
 
 // A layer's angles of a request: cosines, then sines.
@@ -192,6 +192,11 @@ MK_DEVICE void prepare_in_lanes(Service& s, const Site& site, int layer, int req
         arch::store_word(cache, low);
         arch::store_word(cache + 1, high);
       }
+      if constexpr (kMatrixAttention) {
+        u32* packed = attention_scratch().packed + (j * kHeadDim + at) / 2;
+        packed[0] = low;
+        packed[1] = high;
+      }
     }
     *(Vec4*)(attention_scratch().vectors + j * kHeadDim + at) = {arch::as_u32(x.v[0]), arch::as_u32(x.v[1]), arch::as_u32(x.v[2]),
                                                                  arch::as_u32(x.v[3])};
@@ -228,6 +233,7 @@ MK_DEVICE void prepare_in_memory(Service& s, const Site& site, int layer, int re
       x[2 * i] = low_of<kKvType>(pair);
       x[2 * i + 1] = high_of<kKvType>(pair);
       if (row != nullptr) arch::store_word(cache + i, pair);
+      if constexpr (kMatrixAttention) attention_scratch().packed[j * kHeadDim / 2 + i] = pair;
     }
   }
 }
@@ -304,33 +310,20 @@ MK_DEVICE void load_own(const float* x, int part, float (&out)[kLaneElems]) {
   }
 }
 
-MK_DEVICE void attend(Service& s, int layer, int task) {
-  const int split = task % kSplits, group = task / kSplits % kGroupTasks, request = task / (kSplits * kGroupTasks);
-  const u32 parity = s.site(h1_qkv, kWorkspace.qkv, layer).parity;
-  const bool live = s.control().live[request] != 0;
-  const int position = s.control().position[request];
-  const int window = kLayers[layer].window;
-  const int first = window > 0 && position + 1 > window ? position + 1 - window : 0;
-  const int last_block = position / kSplitBlock;
-  const bool owns_last = last_block % kSplits == split;
+// The same without matrix instructions, for any head and cache: a position's elements over neighbouring lanes, which hold f32
+// sums. Stores them to scratch.parts.
+template <typename Prepare>
+MK_DEVICE void attend_by_lanes(Service& s, const Part& context, Prepare prepare) {
   const AttentionScratch scratch = attention_scratch();
   const int part = s.lane % kPositionLanes, sub = s.lane / kPositionLanes;
   const float *own_key = scratch.vectors + kTaskHeads * kHeadDim, *own_value = own_key + kHeadDim;
-  const i64 base = (((i64)request * MK_NUM_LAYERS + layer) * kKvHeads + group * kTaskHeads / (kHeads / kKvHeads)) * s.args.capacity;
-  const char* keys = (const char*)s.args.k_cache + base * kHeadDim * kKvBytes;
-  const char* values = (const char*)s.args.v_cache + base * kHeadDim * kKvBytes;
-
-  const int first_block = first / kSplitBlock;
-  const int begin_block = first_block + (split - first_block % kSplits + kSplits) % kSplits;
-  const int blocks = live && begin_block <= last_block ? (last_block - begin_block) / kSplits + 1 : 0;
   constexpr int wave_step = kWavePositions * kUnroll;
-  // Places of this part, without those after the last position.
-  const int end = owns_last && blocks > 0 ? (blocks - 1) * kSplitBlock + position % kSplitBlock + 1 : blocks * kSplitBlock;
-  const int own = s.wave * wave_step;
+  const int end = context.end, position = context.position, own = s.wave * wave_step;
+  const char *keys = context.keys, *values = context.values;
   auto place = [&](int i, int u) {  // the position, or one that nobody sees
     const int at = (int)arch::fresh((u32)(i + u * kWavePositions + sub));
-    const int p = (begin_block + at / kSplitBlock * kSplits) * kSplitBlock + at % kSplitBlock;
-    return at < end && p >= first ? p : position + 1;
+    const int p = context.position_of(at);
+    return at < end && p >= context.first ? p : position + 1;
   };
   Position raw_keys[kUnroll], raw_values[kUnroll];
   auto load_keys = [&](int i) {
@@ -352,10 +345,7 @@ MK_DEVICE void attend(Service& s, int layer, int task) {
   load_keys(own);  // what is in the cache already is on its way while the query is not there
   load_values(own);
 
-  renew(s, [&](Service& now) {
-    prepare_heads(now, now.site(h1_qkv, kWorkspace.qkv, layer), layer, request, group, live && owns_last);
-  });
-  s.mark(kPrepared);
+  prepare();
 
   float q[kTaskHeads][kLaneElems], sums[kTaskHeads][kLaneElems], top[kTaskHeads], total[kTaskHeads];
   MK_UNROLL
@@ -455,6 +445,43 @@ MK_DEVICE void attend(Service& s, int layer, int task) {
         to[kHeadDim + 1] = total[h];
       }
     }
+  }
+}
+
+MK_DEVICE void attend(Service& s, int layer, int task) {
+  const int split = task % kSplits, group = task / kSplits % kGroupTasks, request = task / (kSplits * kGroupTasks);
+  const u32 parity = s.site(h1_qkv, kWorkspace.qkv, layer).parity;
+  const bool live = s.control().live[request] != 0;
+  const int position = s.control().position[request];
+  const int window = kLayers[layer].window;
+  const int first = window > 0 && position + 1 > window ? position + 1 - window : 0;
+  const int last_block = position / kSplitBlock;
+  const bool owns_last = last_block % kSplits == split;
+  const AttentionScratch scratch = attention_scratch();
+  const i64 base = (((i64)request * MK_NUM_LAYERS + layer) * kKvHeads + group * kTaskHeads / (kHeads / kKvHeads)) * s.args.capacity;
+
+  const int first_block = first / kSplitBlock;
+  const int begin_block = first_block + (split - first_block % kSplits + kSplits) % kSplits;
+  const int blocks = live && begin_block <= last_block ? (last_block - begin_block) / kSplits + 1 : 0;
+  // Without the places after the last position.
+  const int end = owns_last && blocks > 0 ? (blocks - 1) * kSplitBlock + position % kSplitBlock + 1 : blocks * kSplitBlock;
+  const Part part = {(const char*)s.args.k_cache + base * kHeadDim * kKvBytes,
+                     (const char*)s.args.v_cache + base * kHeadDim * kKvBytes,
+                     position,
+                     first,
+                     begin_block,
+                     end};
+  auto prepare = [&] {
+    renew(s, [&](Service& now) {
+      prepare_heads(now, now.site(h1_qkv, kWorkspace.qkv, layer), layer, request, group, live && owns_last);
+    });
+    s.mark(kPrepared);
+  };
+  if constexpr (kMatrixAttention) {
+    const WaveSums sums = attend_by_matrix(s, part, scratch.packed, prepare);
+    store_sums(s, sums, scratch.parts + s.wave * kTaskHeads * (kHeadDim + 2));
+  } else {
+    attend_by_lanes(s, part, prepare);
   }
   s.sync();
   for (int i = s.index; i < kTaskHeads * kHeadDim; i += kServiceLanes) {

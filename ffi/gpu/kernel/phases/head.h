@@ -104,17 +104,28 @@ MK_DEVICE Candidate gather_candidates(Service& s, int request, u32* flags) {
   const Site site = s.token_site(h7_candidate, kWorkspace.candidate);
   Candidate best = no_candidate();
   *flags = 0;
+  // Two vectors a unit, dealt to the lanes one by one and asked for together; then a lane swaps one with its neighbour for the
+  // other half of what it keeps.
+  constexpr int vectors = 2 * MK_UNITS, rounds = round_up((vectors + arch::kWave - 1) / arch::kWave, 2), at_once = smaller(rounds, 10);
+  const bool odd = s.lane % 2 != 0;
   MK_NO_UNROLL
-  for (int first = 0; first < MK_UNITS; first += arch::kWave) {
-    const int unit = first + s.lane;
-    Vec4 v[2];
-    wait_words<2>(s.waiter, site, site.words + (request * MK_UNITS + (unit < MK_UNITS ? unit : 0)) * kCandidateWords, 4, v,
-                  [&](int) { return 4; });
-    const u32 words[kPackedCandidate] = {decode_int(v[0].x), decode_int(v[0].y), decode_int(v[0].z),
-                                         decode_int(v[0].w), decode_int(v[1].x), decode_int(v[1].y)};
-    if (unit < MK_UNITS) {
-      merge(best, unpack(words));
-      *flags |= decode_int(v[1].z);
+  for (int first = 0; first < rounds; first += at_once) {
+    Vec4 v[at_once];
+    const int own = first * arch::kWave + s.lane;
+    wait_words<at_once>(s.waiter, site, site.words + request * MK_UNITS * kCandidateWords + own * 4, arch::kWave * 4, v,
+                        [&](int i) { return own + i * arch::kWave < vectors ? 4 : 0; });
+    MK_UNROLL
+    for (int i = 0; i < at_once; i += 2) {
+      const Vec4 given = odd ? v[i] : v[i + 1];
+      const Vec4 got = {arch::shuffle_xor(given.x, 1), arch::shuffle_xor(given.y, 1), arch::shuffle_xor(given.z, 1),
+                        arch::shuffle_xor(given.w, 1)};
+      const Vec4 low = odd ? got : v[i], high = odd ? v[i + 1] : got;
+      const u32 words[kPackedCandidate] = {decode_int(low.x), decode_int(low.y), decode_int(low.z),
+                                           decode_int(low.w), decode_int(high.x), decode_int(high.y)};
+      if (own + (i + odd) * arch::kWave < vectors) {
+        merge(best, unpack(words));
+        *flags |= decode_int(high.z);
+      }
     }
   }
   merge_wave(best);

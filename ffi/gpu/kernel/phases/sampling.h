@@ -176,7 +176,7 @@ MK_DEVICE void offer(Candidate& c, const RowOptions& o, i32 token, float raw, fl
 
 // Gives the same bits whichever of the two comes first.
 MK_DEVICE void merge(Candidate& c, const Candidate& other) {
-  add_exps(c.top, c.sum, other.top, other.sum);
+  if (!(c.sum + other.sum == 0.0f)) add_exps(c.top, c.sum, other.top, other.sum);  // 0: nobody wants log-probabilities
   if (c.mass + other.mass > 0.0f) {
     float top = c.best.score;
     add_exps(top, c.mass, other.best.score, other.mass);
