@@ -155,16 +155,47 @@ def rms_error(got, want) -> float:
 
 
 @pytest.mark.parametrize(
-    ("wave", "chunk_atoms", "inner", "batch"),
-    [(32, 16, 384, 2), (32, 6, 384, 2), (64, 6, 384, 2), (32, 16, 512, 1), (32, 8, 512, 2), (32, 16, 512, 9)],
+    ("wave", "dtype", "chunk_atoms", "inner", "batch", "units"),
+    [
+        (32, "float16", 16, 384, 2, 4),
+        (32, "float16", 6, 384, 2, 4),
+        (64, "float16", 6, 384, 2, 4),
+        (32, "float16", 16, 512, 9, 4),
+        (32, "float32", 16, 512, 1, 4),
+        (32, "float32", 12, 288, 9, 4),  # activations of a row in several parts
+        (32, "float32", 8, 512, 1, 20),  # sums stay in registers: no unit has more than two tiles of o and down
+        (32, "float32", 8, 352, 2, 20),
+    ],
 )
-def test_a_wide_model(wave, chunk_atoms, inner, batch):
-    """Rows of many atoms: the stream goes around the ring often; its runs are even (inner 512) or not."""
-    spec = spec_of("windows", "float16").replace(hidden_size=256, intermediate_size=inner, num_heads=8, head_dim=32)
+def test_a_wide_model(wave, dtype, chunk_atoms, inner, batch, units):
+    """Rows of many atoms in several chunks; the stream goes around the ring often."""
+    spec = spec_of("windows", dtype).replace(hidden_size=256, intermediate_size=inner, num_heads=8, head_dim=32)
     spec = spec.replace(ropes=tuple(dataclasses.replace(rope, rotary_dim=32) for rope in spec.ropes))
-    plan = gpu_plan(spec, wave, 4, chunk_atoms=chunk_atoms, segment_tiles=3, service_waves=2 if batch <= 2 else 3)
-    kernel = Kernel(spec, plan, batch=batch, splits=2)
+    plan = gpu_plan(
+        spec, wave, units, chunk_atoms=chunk_atoms, segment_tiles=3, service_waves=2 if batch <= 2 else 3
+    )
+    kernel = Kernel(spec, plan, batch=batch, splits=2, shared_bytes=(48 if batch == 9 else 96) * 1024)
     state, params = state_of(spec, (7, 20, 1, 5, 9, 14, 2, 11, 4)[:batch]), params_of(spec, batch)
+    got, _ = decode_on_host(kernel, state, params, 6)
+    want = decode(tape_of(spec, 2), state, params, steps=6)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.log_probs, want.log_probs, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "kv_heads", "task_heads", "window", "splits", "batch"),
+    [(64, 4, 2, 2, None, 1, 3), (64, 8, 2, 4, 40, 3, 1), (128, 6, 2, 3, None, 2, 2), (128, 4, 1, 4, 20, 1, 1)],
+)
+def test_attention_by_matrix_instructions(head_dim, heads, kv_heads, task_heads, window, splits, batch):
+    """Several query heads with 16-bit keys and values attend by matrix instructions; positions reach over many steps."""
+    spec = spec_of("windows", "float16").replace(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    spec = spec.replace(
+        ropes=tuple(dataclasses.replace(rope, rotary_dim=head_dim) for rope in spec.ropes),
+        layers=tuple(dataclasses.replace(layer, window=window if i == 0 else None) for i, layer in enumerate(spec.layers)),
+    )
+    kernel = Kernel(spec, gpu_plan(spec, 32, 4, service_waves=3), batch=batch, splits=splits, task_heads=task_heads)
+    state = state_of(spec, (150, 7, 63)[:batch], capacity=200)
+    params = params_of(spec, batch)
     got, _ = decode_on_host(kernel, state, params, 6)
     want = decode(tape_of(spec, 2), state, params, steps=6)
     np.testing.assert_array_equal(got.tokens, want.tokens)
@@ -345,6 +376,12 @@ MISTAKES = {
         r"arch::wave_sync\(\);",
         ";",
         "a race with a (write|read)",
+    ),
+    "a stream wave multiplies before all lanes have gathered": (
+        "activations.h",
+        r"arch::wave_sync\(\);",
+        ";",
+        "a race with a (write|read)|not written before",
     ),
     "service waves do not wait for each other": (
         "service.h",

@@ -260,7 +260,7 @@ constexpr SharedLayout make_shared_layout() {
   s.angles = at;
   at += round_up(kBatch * kRopeRows * 2 * kHalfRotary * 4, 128);
   s.control = at;
-  at += round_up(64 + kBatch * 64, 128);
+  at += round_up(64 + kBatch * 64, 128);  // checked in control.h
   s.stop = at;
   at += 128;
   s.barriers = at;

@@ -13,8 +13,12 @@ struct Control {
   int status[kBatch];
   int live[kBatch];
   int emitted[kBatch];
+  int limit[kBatch];     // tokens to emit at most
+  int filtered[kBatch];  // not 0: a filter chooses among the logits of all units
   int aborted;  // by a stream wave: its wait was given up
 };
+
+static_assert(sizeof(Control) <= 64 + kBatch * 64);
 
 enum Status : int { kRunning, kStopped, kFull, kInvalidRequest /* inside the kernel only */ };
 

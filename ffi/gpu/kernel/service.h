@@ -208,22 +208,18 @@ struct HeadRow {
 
 MK_DEVICE HeadRow find_head_row(const Args& args, int token) {
   const int tile = token / kTileRows;
-  int low = 0, high = MK_UNITS - 1;  // the last unit that begins at or before the tile and is not empty
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (kTiles[kHead * MK_UNITS + middle].begin <= tile) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
+  // The last unit that begins at or before the tile. Tiles are dealt almost evenly, so it is near.
+  int unit = (int)((u32)tile * MK_UNITS / (u32)(round_up(kVocab, kTileRows) / kTileRows));
+  auto begin = [](int u) { return kTiles[kHead * MK_UNITS + u].begin; };
+  while (unit > 0 && begin(unit) > tile) unit--;
+  while (unit + 1 < MK_UNITS && begin(unit + 1) <= tile) unit++;
   HeadRow r;
-  const Tiles t = kTiles[kHead * MK_UNITS + low];
-  r.unit = low;
+  const Tiles t = kTiles[kHead * MK_UNITS + unit];
+  r.unit = unit;
   r.tile = tile - t.begin;
   r.row = token % kTileRows;
   r.tiles_of_segment = smaller(kSegmentTiles, t.count - r.tile / kSegmentTiles * kSegmentTiles);
-  r.unit_stream = (const char*)args.streams + (i64)low * MK_UNIT_ELEMS * kWeightBytes;
+  r.unit_stream = (const char*)args.streams + (i64)unit * MK_UNIT_ELEMS * kWeightBytes;
   return r;
 }
 
@@ -234,7 +230,10 @@ MK_DEVICE Vec4 load_head_row(const HeadRow& r, int column) {
   const int wave = ((in_chunk + 1) * kWaves - 1) / n;
   const Run run = run_of(kHead, chunk, wave);
   int before = 0;  // atoms of the wave that stand before
-  for (int p = 0; p < kHead; p++) before += wave_atoms(p, wave) * kTiles[p * MK_UNITS + r.unit].count;
+  MK_UNROLL
+  for (int p = 0; p < kHead; p++) {
+    before += (kAlignAtoms > 1 ? atoms(p) / kWaves : wave_atoms(p, wave)) * kTiles[p * MK_UNITS + r.unit].count;
+  }
   before *= MK_NUM_LAYERS;
   before += r.tile / kSegmentTiles * kSegmentTiles * wave_atoms(kHead, wave);
   for (int c = 0; c < chunk; c++) before += r.tiles_of_segment * run_of(kHead, c, wave).count;

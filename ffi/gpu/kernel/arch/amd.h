@@ -162,6 +162,14 @@ MK_DEVICE float sum_quarters(float v) {
   using Sums = float __attribute__((ext_vector_type(4)));
   return __builtin_amdgcn_mfma_f32_16x16x4f32(1.0f, v, Sums{0.0f, 0.0f, 0.0f, 0.0f}, 0, 0, 0)[0];
 }
+MK_DEVICE u32 wave_max(u32 v) {
+  MK_UNROLL
+  for (int step = 1; step < kWave; step *= 2) {
+    const u32 other = shuffle_xor(v, step);
+    v = other > v ? other : v;
+  }
+  return v;
+}
 MK_DEVICE bool any(bool v) { return __builtin_amdgcn_ballot_w64(v) != 0; }
 
 // ---- Memory ----

@@ -25,7 +25,7 @@
 //   MK_FEED_WAVE                defined where another wave, after stream and service waves, runs Ring::feed
 //   shuffle(v, lane), shuffle_xor(v, mask)   u32 and float; all lanes take part
 //   sum_quarters(v)             wave 64: float, the sum over the lanes whose numbers differ by multiples of 16, in all of them
-//   any(bool)                   over the wave
+//   any(bool), wave_max(u32)    over the wave
 //   load_word(p), load_words(p) relaxed, device scope: u32; four u32 (each atomic by itself, p 16-byte aligned)
 //   store_word(p, v)            relaxed, device scope
 //   store_byte(p, v)            of a word whose other bytes may be other units'

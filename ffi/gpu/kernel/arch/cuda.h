@@ -58,6 +58,7 @@ MK_DEVICE u32 shuffle(u32 v, int from) { return __shfl_sync(0xffffffffu, v, from
 MK_DEVICE float shuffle(float v, int from) { return __shfl_sync(0xffffffffu, v, from); }
 MK_DEVICE u32 shuffle_xor(u32 v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 MK_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+MK_DEVICE u32 wave_max(u32 v) { return __reduce_max_sync(0xffffffffu, v); }
 MK_DEVICE bool any(bool v) { return __any_sync(0xffffffffu, v); }
 
 MK_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
@@ -179,8 +180,8 @@ struct Ring {
       const bool slow = at < slow_bytes;
       if (flying < (slow ? limit : late_limit) && (!slow || (i32)(clock() - due) >= 0) &&
           is_over(barriers + (slots + next.slot) * 8, next.parity)) {
-        const u32 now = clock();
-        due = ((i32)(now - due) < pace ? due : now) + pace;
+        const u32 now = clock();  // time that was not used before is no reason to hurry
+        due = (slow && at > 0 && (i32)(now - due) < pace ? due : now) + pace;
         const u32 to = shared_address(ring) + next.slot * kEntryBytes, arrival = barriers + next.slot * 8;
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrival), "n"(kEntryBytes) : "memory");
         MK_UNROLL

@@ -127,6 +127,13 @@ MK_DEVICE float sum_quarters(float v, host::Where at = host::here()) {
   v += shuffle_xor(v, 16, at);
   return v + shuffle_xor(v, 32, at);
 }
+MK_DEVICE u32 wave_max(u32 v, host::Where at = host::here()) {
+  for (int step = 1; step < kWave; step *= 2) {
+    const u32 other = shuffle_xor(v, step, at);
+    v = other > v ? other : v;
+  }
+  return v;
+}
 MK_DEVICE bool any(bool v, host::Where at = host::here()) { return host::any(v, at); }
 
 MK_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }

@@ -12,6 +12,7 @@ namespace mk {
 constexpr int kSplitBlock = 64;
 constexpr float kLowest = -1e30f;  // of scores; finite, so that differences are no NaN
 constexpr int kEights = kHeadDim <= 64 ? 2 : 1;  // of positions in a step, as the registers allow
+constexpr int kBlocks64 = larger(1, kHeadDim / 64);
 constexpr int kStepPositions = 8 * kEights;
 
 // What a task's waves know of its part of the context. Places of a part are numbered from 0; blocks of kSplitBlock positions
@@ -30,7 +31,7 @@ struct Part {
 
 struct WaveSums {
   float top, total;  // of the lane's query head, lane / 4: the largest score, and the sum of weights relative to it
-  float out[kHeadDim / 64][4][4];
+  float out[kBlocks64][4][4];
 };
 
 // 16-byte vectors of a lane from some of a step's positions: a first one that depends on the lane, and others as far from it for
@@ -71,32 +72,40 @@ struct Rows {
     }
   }
 };
-using KeyRows = Rows<kEights, kHeadDim / 32, 32>;    // from position lane / 4; of 32 elements those from lane % 4 * 8
-using ValueRows = Rows<2 * kEights, kHeadDim / 64, 64>;  // from position lane % 4 * 2; of 64 elements those from lane / 4 * 8
+using KeyRows = Rows<kEights, (2 * kBlocks64), 32>;    // from position lane / 4; of 32 elements those from lane % 4 * 8
+using ValueRows = Rows<2 * kEights, kBlocks64, 64>;  // from position lane % 4 * 2; of 64 elements those from lane / 4 * 8
 
 // Elements of two positions at the same place, the even one or the odd one of a word, side by side.
 MK_DEVICE u32 even_halves(u32 a, u32 b) { return (a & 0xffffu) | b << 16; }
 MK_DEVICE u32 odd_halves(u32 a, u32 b) { return a >> 16 | (b & 0xffff0000u); }
 MK_DEVICE u32 word_of(const Vec4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
-// packed: the query heads, the key and the value of the token that attends, [kTaskHeads + 2][kHeadDim / 2], in place after
-// prepare().
-template <typename Prepare>
-MK_DEVICE WaveSums attend_by_matrix(Service& s, const Part& part, const u32* packed, Prepare prepare) {
+// What a lane has asked for of the cache.
+struct MatrixLoads {
+  KeyRows keys;
+  ValueRows values;
+
+  MK_METHOD void start(const Service& s, const Part& part) {
+    const int own = s.wave * kStepPositions;
+    keys.load(part, part.keys, own, s.lane / 4, s.lane % 4 * 8);
+    values.load(part, part.values, own, s.lane % 4 * 2, s.lane / 4 * 8);
+  }
+};
+
+// packed: the query heads, the key and the value of the token that attends, [kTaskHeads + 2][kHeadDim / 2]. loads: has been
+// started.
+template <typename Loads>
+MK_DEVICE WaveSums attend_by_matrix(Service& s, const Part& part, const u32* packed, Loads& loads) {
   constexpr bool bf16 = kKvType == kBF16;
   const int g = s.lane / 4, t = s.lane % 4;
   const int stride = kServiceWaves * kStepPositions, own = s.wave * kStepPositions;
-  KeyRows keys;
-  ValueRows values;
-  keys.load(part, part.keys, own, g, 8 * t);  // on their way while the query is not there
-  values.load(part, part.values, own, 2 * t, 8 * g);
-  prepare();
-
+  KeyRows& keys = loads.keys;
+  ValueRows& values = loads.values;
   WaveSums sums;
   sums.top = kLowest;
   sums.total = 0.0f;
   MK_UNROLL
-  for (int b = 0; b < kHeadDim / 64; b++) {
+  for (int b = 0; b < kBlocks64; b++) {
     MK_UNROLL
     for (int j = 0; j < 4; j++) {
       MK_UNROLL
@@ -114,7 +123,7 @@ MK_DEVICE WaveSums attend_by_matrix(Service& s, const Part& part, const u32* pac
     // Both instructions have the same first operand: words 0 and 2 as its rows 0 to 7, words 1 and 3 as rows 8 to 15.
     float low[kEights][4] = {}, high[kEights][4] = {};
     MK_UNROLL
-    for (int c = 0; c < kHeadDim / 32; c++) {
+    for (int c = 0; c < (2 * kBlocks64); c++) {
       const Vec4 q = *(const Vec4*)(query + 16 * c + 4 * t);
       const u32 x[4] = {q.x, q.z, q.y, q.w};
       MK_UNROLL
@@ -153,7 +162,7 @@ MK_DEVICE WaveSums attend_by_matrix(Service& s, const Part& part, const u32* pac
       // Columns of the sums are heads 2 t and 2 t + 1.
       const float fades[2] = {arch::shuffle(fade, 8 * t), arch::shuffle(fade, 8 * t + 4)};
       MK_UNROLL
-      for (int b = 0; b < kHeadDim / 64; b++) {
+      for (int b = 0; b < kBlocks64; b++) {
         MK_UNROLL
         for (int j = 0; j < 4; j++) {
           MK_UNROLL
@@ -169,7 +178,7 @@ MK_DEVICE WaveSums attend_by_matrix(Service& s, const Part& part, const u32* pac
       rest[i] = pack_pair<kKvType>(score[2 * i] - low_of<kKvType>(weights[i]), score[2 * i + 1] - high_of<kKvType>(weights[i]));
     }
     MK_UNROLL
-    for (int b = 0; b < kHeadDim / 64; b++) {
+    for (int b = 0; b < kBlocks64; b++) {
       MK_UNROLL
       for (int j = 0; j < 4; j++) {
         u32 x[4] = {};
@@ -198,7 +207,7 @@ MK_DEVICE void store_sums(const Service& s, const WaveSums& sums, float* parts) 
     if (2 * t + e >= kTaskHeads) continue;
     float* to = parts + (2 * t + e) * (kHeadDim + 2) + 8 * g;
     MK_UNROLL
-    for (int b = 0; b < kHeadDim / 64; b++) {
+    for (int b = 0; b < kBlocks64; b++) {
       MK_UNROLL
       for (int j = 0; j < 4; j++) {
         to[64 * b + 2 * j] = sums.out[b][j][e];

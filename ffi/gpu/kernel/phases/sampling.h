@@ -229,9 +229,15 @@ MK_DEVICE float log_prob(float raw, float top, float sum) {
 
 // ---- After the choice ----
 
-MK_DEVICE bool is_eos(const Args& a, int row, i32 token) {
-  bool found = false;
-  for (int i = 0; i < a.eos_count; i++) found |= a.eos_token_id[row * a.eos_count + i] == token;
+constexpr i32 kNoEos = -1;
+
+// The EOS token of a request that a lane looks at first.
+MK_DEVICE i32 first_eos(const Args& a, int row, int lane) { return lane < a.eos_count ? a.eos_token_id[row * a.eos_count + lane] : kNoEos; }
+
+// Whether it is among those that a lane looks at.
+MK_DEVICE bool is_eos(const Args& a, int row, i32 token, i32 first, int lane) {
+  bool found = first == token;
+  for (int i = lane + arch::kWave; i < a.eos_count; i += arch::kWave) found |= a.eos_token_id[row * a.eos_count + i] == token;
   return found;
 }
 
