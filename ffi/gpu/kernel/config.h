@@ -225,9 +225,15 @@ struct SharedLayout {
   int ring_slots;  // of each stream wave
 };
 
+#if !defined(MK_PREFETCH)
+#define MK_PREFETCH 1
+#endif
+#if !defined(MK_MATRIX_FROM)
+#define MK_MATRIX_FROM 2
+#endif
 // Whether matrix instructions attend (phases/attend_matrix.h). For a single query head they are slower.
 constexpr bool kMatrixAttention =
-    arch::kWave == 32 && kKvType != kF32 && (kHeadDim == 64 || kHeadDim == 128) && kTaskHeads >= 2 && kTaskHeads <= 8;
+    arch::kWave == 32 && kKvType != kF32 && (kHeadDim == 64 || kHeadDim == 128) && kTaskHeads >= MK_MATRIX_FROM && kTaskHeads <= 8;
 constexpr int kPackedWords = kMatrixAttention ? kTaskVectors * kHeadDim / 2 : 0;  // of vectors as they are stored
 
 constexpr int kAttentionFloats =

@@ -164,15 +164,19 @@ MK_KERNEL(mk::kThreads) void monokernel(mk::Args args) {
     mk::Ring::make_barriers(mk::shared_at<char>(mk::kShared.barriers));
   }
   mk::arch::unit_sync();
+#endif
+  if (mk::arch::wave() < mk::kWaves) {
+    mk::arch::divide_registers<true>();
+    mk::StreamWave stream;
+    stream.run(args);
+    return;
+  }
+  mk::arch::divide_registers<false>();
+#if defined(MK_FEED_WAVE)
   if (feeds) {
     mk::feed(args);
     return;
   }
 #endif
-  if (mk::arch::wave() < mk::kWaves) {
-    mk::StreamWave stream;
-    stream.run(args);
-  } else {
-    mk::serve(args);
-  }
+  mk::serve(args);
 }

@@ -73,6 +73,8 @@ MK_DEVICE Shared<u32>* group_counter(int id) {
 }
 
 // Orders shared memory, and global memory inside the unit. Global loads stay in flight.
+template <bool streams>
+MK_DEVICE void divide_registers() {}
 MK_DEVICE void unit_sync() {
   __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
   __builtin_amdgcn_s_barrier();
@@ -194,6 +196,7 @@ MK_DEVICE Vec4 load_once(const void* p) {
   const Words4 v = __builtin_nontemporal_load((const Global<Words4>*)p);
   return {v.x, v.y, v.z, v.w};
 }
+MK_DEVICE void prefetch(const void*, int) {}
 MK_DEVICE void release() { __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent"); }
 MK_DEVICE void acquire() { __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "agent"); }
 MK_DEVICE u32 load_host(const u32* p) {

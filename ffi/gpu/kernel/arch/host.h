@@ -97,6 +97,8 @@ MK_DEVICE u32 fresh(u32 v) { return v; }
 MK_DEVICE int unknown(int v) { return v; }
 
 MK_DEVICE void enter() {}
+template <bool streams>
+MK_DEVICE void divide_registers() {}
 MK_DEVICE void unit_sync(host::Where at = host::here()) { host::barrier(0, host::geometry.waves, at); }
 template <int id, int waves>
 MK_DEVICE void group_sync(host::Where at = host::here()) {
@@ -156,6 +158,7 @@ MK_DEVICE void store_word(u32* p, u32 v, host::Where at = host::here()) { host::
 MK_DEVICE void store_byte(u8* p, u32 v) { *p = (u8)v; }
 MK_DEVICE Vec4 load_shared_data(const void* p, host::Where at = host::here()) { return host::load_data(p, false, at); }
 MK_DEVICE Vec4 load_once(const void* p, host::Where at = host::here()) { return host::load_data(p, true, at); }
+MK_DEVICE void prefetch(const void*, int) {}
 MK_DEVICE void release(host::Where at = host::here()) { host::release(at); }
 MK_DEVICE void acquire(host::Where at = host::here()) { host::acquire(at); }
 MK_DEVICE u32 load_host(const u32* p, host::Where at = host::here()) { return host::load_host(p, at); }

@@ -19,7 +19,10 @@ constexpr int kPositionLanes = smaller(arch::kWave, power_of_two(kPositionVector
 constexpr int kLaneVectors = (kPositionVectors + kPositionLanes - 1) / kPositionLanes;
 constexpr int kLaneElems = kLaneVectors * kKvVector;
 constexpr int kWavePositions = arch::kWave / kPositionLanes;  // that a wave looks at together
-constexpr int kUnroll = kLaneVectors > 1 ? 2 : 4;
+#if !defined(MK_UNROLL_POSITIONS)
+#define MK_UNROLL_POSITIONS 4
+#endif
+constexpr int kUnroll = kLaneVectors > 1 ? 2 : kTaskHeads == 1 && arch::kWave == 32 ? MK_UNROLL_POSITIONS : 4;
 constexpr bool kKvAligned = kHeadDim * kKvBytes % 16 == 0;
 static_assert(kHeadDim % 2 == 0 || kKvType == kF32, "elements of 16 bits are stored in pairs");
 
@@ -497,10 +500,27 @@ MK_DEVICE Task find_task(const Service& s, int layer, int number) {
   return task;
 }
 
+// Brings what comes after the first round nearer: block after block of positions.
+MK_DEVICE void prefetch_part(const Service& s, const Part& part) {
+  if constexpr (kKvAligned && MK_PREFETCH) {
+    constexpr int row = kHeadDim * kKvBytes;
+    if (s.wave != 0) return;
+    for (int block = s.lane; block * kSplitBlock < part.end; block += arch::kWave) {
+      const int place = block * kSplitBlock;
+      const int rows = smaller(kSplitBlock, part.end - place);
+      arch::prefetch(part.keys + (i64)part.position_of(place) * row, rows * row);
+      arch::prefetch(part.values + (i64)part.position_of(place) * row, rows * row);
+    }
+  }
+}
+
 // Asks for what the unit's first task reads of the cache, long before its query is there: where words are waited for, loads that
 // were asked for just before would hold up the first look.
 MK_DEVICE void start_first_task(const Service& s, int layer, CacheLoads& loads) {
-  if (s.unit < kTasks) loads.start(s, find_task(s, layer, s.unit).part);
+  if (s.unit >= kTasks) return;
+  const Part part = find_task(s, layer, s.unit).part;
+  loads.start(s, part);
+  prefetch_part(s, part);
 }
 
 MK_DEVICE void attend(Service& s, int layer, const Task& task, CacheLoads& loads) {
