@@ -375,12 +375,13 @@ def attention_tasks(spec: DecoderSpec, plan: Plan, batch: int, capacity: int) ->
     """
     group = spec.num_heads // spec.num_kv_heads
     most = _most_heads(group)
+    heads = most
     if capacity <= SHORT_CONTEXT:
         fit = (h for h in range(1, most) if group % h == 0 and spec.num_heads // h * batch <= plan.units)
-        return 1, next(fit, most)
-    heads = most
+        heads = next(fit, most)
     tasks = spec.num_heads // heads * batch
-    return max(1, min(plan.units // tasks, -(-capacity // SPLIT_POSITIONS))), heads
+    parts = 1 if capacity <= WHOLE_CONTEXT else -(-capacity // SPLIT_POSITIONS)
+    return max(1, min(plan.units // tasks, parts)), heads
 
 
 def _most_heads(group: int) -> int:
@@ -388,5 +389,6 @@ def _most_heads(group: int) -> int:
     return next(h for h in (4, 3, 2, 1) if group % h == 0)
 
 
-SHORT_CONTEXT = 2048  # positions of cache up to which the context is not split
-SPLIT_POSITIONS = 256  # fewest positions worth a part
+WHOLE_CONTEXT = 256  # positions of cache up to which the context is not split: joining parts takes a hand-off
+SHORT_CONTEXT = 2048  # positions of cache up to which as many units attend as there can be
+SPLIT_POSITIONS = 128  # fewest positions worth a part

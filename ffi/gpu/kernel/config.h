@@ -131,18 +131,27 @@ static_assert(kGroup >= 1 && kGroup <= 4 && kChunkAtoms % kAlignAtoms == 0, "the
 #endif
 
 // How a unit's weights are requested in the layers, where hand-offs wait behind all that is on its way, and in the head. What
-// served best on one H200 (docs/performance-log.md): a layer that takes its hand-offs' time anyway leaves memory time to idle.
-constexpr bool kLongLayers =
-    ((i64)kQkvSize * kHidden + (i64)kHidden * kQSize + (i64)(kGated ? 3 : 2) * kHidden * kInner) * kWeightBytes / MK_UNITS > 512 * 1024;
+// served best on one H200 (docs/performance-log.md): a layer that takes its hand-offs' time anyway leaves memory time to idle,
+// one that fits in the ring or is long does not need to.
+constexpr i64 kLayerBytes =
+    ((i64)kQkvSize * kHidden + (i64)kHidden * kQSize + (i64)(kGated ? 3 : 2) * kHidden * kInner) * kWeightBytes / MK_UNITS;  // of a unit
+constexpr bool kPaced = kLayerBytes > 128 * 1024 && kLayerBytes < 512 * 1024;
 #if !defined(MK_FLIGHT_BYTES)
-#define MK_FLIGHT_BYTES (kLongLayers ? 48 * 1024 : 32 * 1024)  // on their way at most
+#define MK_FLIGHT_BYTES (kPaced ? 32 * 1024 : 64 * 1024)  // on their way at most
 #endif
 #if !defined(MK_PACE)
-#define MK_PACE (kLongLayers ? 0 : 72)  // clock ticks for a KiB at least
+#define MK_PACE (kPaced ? 64 : 0)  // clock ticks for a KiB at least
 #endif
 #if !defined(MK_HEAD_FLIGHT_BYTES)
 #define MK_HEAD_FLIGHT_BYTES (96 * 1024)
 #endif
+
+// Registers of a stream wave's lane where it gives some of its 128 to the service waves, which attend: 0, none. With several
+// requests it needs them itself.
+#if !defined(MK_STREAM_REGISTERS)
+#define MK_STREAM_REGISTERS 112
+#endif
+constexpr int kStreamRegisters = kBatch == 1 && kWaves == 8 && kServiceWaves + kFeedWaves == 8 ? MK_STREAM_REGISTERS : 0;
 
 // Where one matrix instruction takes all requests, half its rows are free: the second instruction of an atom uses them, with
 // the same registers, if the middle words of every 16 bytes of activations are swapped (math/matrix.h).
@@ -225,15 +234,9 @@ struct SharedLayout {
   int ring_slots;  // of each stream wave
 };
 
-#if !defined(MK_PREFETCH)
-#define MK_PREFETCH 1
-#endif
-#if !defined(MK_MATRIX_FROM)
-#define MK_MATRIX_FROM 2
-#endif
 // Whether matrix instructions attend (phases/attend_matrix.h). For a single query head they are slower.
 constexpr bool kMatrixAttention =
-    arch::kWave == 32 && kKvType != kF32 && (kHeadDim == 64 || kHeadDim == 128) && kTaskHeads >= MK_MATRIX_FROM && kTaskHeads <= 8;
+    arch::kWave == 32 && kKvType != kF32 && (kHeadDim == 64 || kHeadDim == 128) && kTaskHeads >= 2 && kTaskHeads <= 8;
 constexpr int kPackedWords = kMatrixAttention ? kTaskVectors * kHeadDim / 2 : 0;  // of vectors as they are stored
 
 constexpr int kAttentionFloats =

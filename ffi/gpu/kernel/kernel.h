@@ -166,12 +166,12 @@ MK_KERNEL(mk::kThreads) void monokernel(mk::Args args) {
   mk::arch::unit_sync();
 #endif
   if (mk::arch::wave() < mk::kWaves) {
-    mk::arch::divide_registers<true>();
+    mk::arch::divide_registers<true, mk::kStreamRegisters>();
     mk::StreamWave stream;
     stream.run(args);
     return;
   }
-  mk::arch::divide_registers<false>();
+  mk::arch::divide_registers<false, mk::kStreamRegisters>();
 #if defined(MK_FEED_WAVE)
   if (feeds) {
     mk::feed(args);

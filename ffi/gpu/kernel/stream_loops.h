@@ -140,7 +140,7 @@ struct StreamWave {
   MK_METHOD void add_chunk(Sums (&held)[most][2]) {
     Vec4 x[kGroup * steps];
     load_chunk(x);
-    constexpr int at_once = slots_at_once(steps);
+    constexpr int at_once = most > 1 ? 1 : slots_at_once(steps);  // registers hold the sums too
     MK_UNROLL
     for (int t = 0; t < most; t++) {
       if (t >= tiles) break;

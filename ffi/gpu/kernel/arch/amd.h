@@ -73,7 +73,7 @@ MK_DEVICE Shared<u32>* group_counter(int id) {
 }
 
 // Orders shared memory, and global memory inside the unit. Global loads stay in flight.
-template <bool streams>
+template <bool streams, int stream_registers>
 MK_DEVICE void divide_registers() {}
 MK_DEVICE void unit_sync() {
   __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");

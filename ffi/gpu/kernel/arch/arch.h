@@ -14,6 +14,8 @@
 //   unknown(v)                  v, of which the compiler then knows nothing, so that what follows from it is computed where it is
 //                               needed
 //   enter()                     once, by all lanes, before anything else
+//   divide_registers<streams, registers>()   once by each wave, when nothing is shared any more by the code of stream waves
+//                               (streams) and the others: a stream wave's lane keeps so many, the others get the rest. 0: as it is
 //   unit_sync()                 barrier of all waves of the unit; orders shared and global memory inside the unit
 //   group_sync<id, waves>()     barrier of `waves` whole waves (id 1 to 7)
 //   wave_sync()                 barrier and shared-memory order inside a wave
@@ -31,6 +33,7 @@
 //   store_byte(p, v)            of a word whose other bytes may be other units'
 //   load_shared_data(p)         16 bytes of device memory that other units may have written before the last acquire
 //   load_once(p)                16 bytes of read-only memory that is not needed again
+//   prefetch(p, bytes)          brings device memory nearer, if the machine can; both are multiples of 16
 //   release(), acquire()        device-scope fences
 //   load_host(p)                u32 of host memory, not cached
 //   claim(p)                    true for the first caller of a launch (atomic compare and swap of 0 by 1)

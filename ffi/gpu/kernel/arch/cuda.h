@@ -9,13 +9,6 @@
 #define MK_NO_UNROLL _Pragma("unroll 1")
 #define MK_FEED_WAVE 1
 
-#if !defined(MK_STREAM_REGISTERS)
-#define MK_STREAM_REGISTERS 0
-#endif
-#if !defined(MK_EVICT_FIRST)
-#define MK_EVICT_FIRST 0
-#endif
-
 namespace mk {
 
 struct alignas(16) Vec4 {
@@ -44,19 +37,11 @@ MK_DEVICE int unknown(int v) {
 }
 
 MK_DEVICE void enter() {}
-#if MK_STREAM_REGISTERS
-template <bool streams>
+template <bool streams, int stream_registers>
 MK_DEVICE void divide_registers() {
-  if constexpr (streams) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(MK_STREAM_REGISTERS));
-  } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(256 - MK_STREAM_REGISTERS));
-  }
+  if constexpr (stream_registers > 0 && streams) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(stream_registers));
+  if constexpr (stream_registers > 0 && !streams) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(256 - stream_registers));
 }
-#else
-template <bool streams>
-MK_DEVICE void divide_registers() {}
-#endif
 MK_DEVICE void unit_sync() { asm volatile("barrier.sync 0;" ::: "memory"); }
 template <int id, int waves>
 MK_DEVICE void group_sync() {
@@ -287,18 +272,14 @@ struct Ring {
     return over != 0;
   }
 
+  // Weights leave the L2 cache first: what stays is keys, values and words.
   static MK_METHOD void copy(u32 to, const char* from, u32 arrival) {
-#if MK_EVICT_FIRST
     u64 policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from),
-                 "n"(kSlotBytes), "r"(arrival), "l"(policy)
-                 : "memory");
-#else
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-                 "n"(kSlotBytes), "r"(arrival)
-                 : "memory");
-#endif
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+        "l"(from), "n"(kSlotBytes), "r"(arrival), "l"(policy)
+        : "memory");
   }
 };
 

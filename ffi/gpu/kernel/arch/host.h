@@ -97,7 +97,7 @@ MK_DEVICE u32 fresh(u32 v) { return v; }
 MK_DEVICE int unknown(int v) { return v; }
 
 MK_DEVICE void enter() {}
-template <bool streams>
+template <bool streams, int stream_registers>
 MK_DEVICE void divide_registers() {}
 MK_DEVICE void unit_sync(host::Where at = host::here()) { host::barrier(0, host::geometry.waves, at); }
 template <int id, int waves>

@@ -19,10 +19,7 @@ constexpr int kPositionLanes = smaller(arch::kWave, power_of_two(kPositionVector
 constexpr int kLaneVectors = (kPositionVectors + kPositionLanes - 1) / kPositionLanes;
 constexpr int kLaneElems = kLaneVectors * kKvVector;
 constexpr int kWavePositions = arch::kWave / kPositionLanes;  // that a wave looks at together
-#if !defined(MK_UNROLL_POSITIONS)
-#define MK_UNROLL_POSITIONS 4
-#endif
-constexpr int kUnroll = kLaneVectors > 1 ? 2 : kTaskHeads == 1 && arch::kWave == 32 ? MK_UNROLL_POSITIONS : 4;
+constexpr int kUnroll = kLaneVectors > 1 ? 2 : 4;
 constexpr bool kKvAligned = kHeadDim * kKvBytes % 16 == 0;
 static_assert(kHeadDim % 2 == 0 || kKvType == kF32, "elements of 16 bits are stored in pairs");
 
@@ -502,7 +499,7 @@ MK_DEVICE Task find_task(const Service& s, int layer, int number) {
 
 // Brings what comes after the first round nearer: block after block of positions.
 MK_DEVICE void prefetch_part(const Service& s, const Part& part) {
-  if constexpr (kKvAligned && MK_PREFETCH) {
+  if constexpr (kKvAligned) {
     constexpr int row = kHeadDim * kKvBytes;
     if (s.wave != 0) return;
     for (int block = s.lane; block * kSplitBlock < part.end; block += arch::kWave) {
