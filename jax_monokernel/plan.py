@@ -173,7 +173,7 @@ class Geometry:
     layer_elems: int  # CPU: one layer of one unit's stream
     unit_elems: int  # one unit's stream: every layer, then its part of the head
     atom_cols: int  # GPU
-    group_atoms: int  # waves of 32: atoms of a slot of a wave's ring; every run is a multiple of them. 0: runs are uneven
+    group_atoms: int  # waves of 32: atoms of a slot of a wave's ring, of which every run is a multiple; else 0
     chunk_cols: int  # GPU
     wave_elems: int  # GPU: one wave's part of a unit's stream
     vector_offset: dict[str, int]  # role -> offset in a layer's constants; -1: the spec has no such part
@@ -290,8 +290,8 @@ def _gpu_geometry(spec: DecoderSpec, plan: Plan) -> Geometry:
     }
     group, align, chunk_atoms = 0, 1, plan.chunk_atoms
     if plan.wave_size == 32:
-        weights = [(rows * (1 if p == "head" else spec.num_layers), -(-c // atom_cols)) for p, (rows, c) in shapes.items()]
-        group = _group_atoms(weights, plan.waves)
+        times = {p: 1 if p == "head" else spec.num_layers for p in shapes}
+        group = _group_atoms([(times[p] * r, -(-c // atom_cols)) for p, (r, c) in shapes.items()], plan.waves)
         align = group * plan.waves
         chunk_atoms = max(1, plan.chunk_atoms // align) * align
     chunk_cols = atom_cols * chunk_atoms
@@ -339,12 +339,13 @@ def _gpu_geometry(spec: DecoderSpec, plan: Plan) -> Geometry:
 
 
 def _group_atoms(weights: Sequence[tuple[int, int]], waves: int) -> int:
-    """Atoms of a slot where all waves of a unit are to have the same to do, so that rows are padded to whole slots of all.
+    """Atoms of a slot where all waves of a unit have the same to do: rows are padded to whole slots of all waves.
 
     A turn of a wave at its ring costs it about as much as a tenth of an atom takes to arrive.
 
     Args:
-      weights: rows of each matrix, and atoms of a row.
+      weights: rows of each matrix in all layers, and atoms of a row.
+      waves: stream waves of a unit.
     """
 
     def cost(group: int) -> float:

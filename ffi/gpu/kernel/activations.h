@@ -182,7 +182,7 @@ template <int phase>
 MK_DEVICE void gather_own(Service& s, int layer, int fill, int wave, char* own) {
   using Columns = OwnColumns<phase>;
   constexpr bool norm = has_norm(phase);
-  constexpr int size = cols(phase), at_once = kBatch == 1 ? 8 : 16;  // vectors of a lane
+  constexpr int size = cols(phase), at_once = norm ? 4 : 8;  // vectors of a lane
   constexpr int items = smaller(Columns::kCount, at_once), requests = smaller(kBatch, at_once / items);
   constexpr bool bare = Columns::kAll && Columns::kCount % items == 0;  // nothing to check
   const Columns columns = {fill, arch::unknown(wave), arch::unknown(s.lane)};  // addresses of all phases would fill the registers

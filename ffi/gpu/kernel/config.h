@@ -237,7 +237,7 @@ struct SharedLayout {
 // Whether matrix instructions attend (phases/attend_matrix.h). For a single query head they are slower.
 constexpr bool kMatrixAttention =
     arch::kWave == 32 && kKvType != kF32 && (kHeadDim == 64 || kHeadDim == 128) && kTaskHeads >= 2 && kTaskHeads <= 8;
-constexpr int kPackedWords = kMatrixAttention ? kTaskVectors * kHeadDim / 2 : 0;  // of vectors as they are stored
+constexpr int kPackedWords = kKvType == kF32 ? 0 : round_up(kTaskVectors * kHeadDim / 2, 4);  // of vectors as they are stored
 
 constexpr int kAttentionFloats =
     kPackedWords + 4 + kTaskVectors * kHeadDim + kServiceWaves * kTaskHeads * (kHeadDim + 2) + 2 * kServiceWaves + 8;

@@ -192,11 +192,9 @@ MK_DEVICE void prepare_in_lanes(Service& s, const Site& site, int layer, int req
         arch::store_word(cache, low);
         arch::store_word(cache + 1, high);
       }
-      if constexpr (kMatrixAttention) {
-        u32* packed = attention_scratch().packed + (j * kHeadDim + at) / 2;
-        packed[0] = low;
-        packed[1] = high;
-      }
+      u32* packed = attention_scratch().packed + (j * kHeadDim + at) / 2;
+      packed[0] = low;
+      packed[1] = high;
     }
     *(Vec4*)(attention_scratch().vectors + j * kHeadDim + at) = {arch::as_u32(x.v[0]), arch::as_u32(x.v[1]), arch::as_u32(x.v[2]),
                                                                  arch::as_u32(x.v[3])};
@@ -233,7 +231,7 @@ MK_DEVICE void prepare_in_memory(Service& s, const Site& site, int layer, int re
       x[2 * i] = low_of<kKvType>(pair);
       x[2 * i + 1] = high_of<kKvType>(pair);
       if (row != nullptr) arch::store_word(cache + i, pair);
-      if constexpr (kMatrixAttention) attention_scratch().packed[j * kHeadDim / 2 + i] = pair;
+      attention_scratch().packed[j * kHeadDim / 2 + i] = pair;
     }
   }
 }
@@ -299,6 +297,29 @@ MK_DEVICE void unpack_position(const Position& x, float (&out)[kLaneElems]) {
   }
 }
 
+// The same of a vector in the scratch, which is the position that is not in the cache yet.
+MK_DEVICE Position load_own_position(const AttentionScratch& scratch, int vector, int part) {
+  Position x;
+  MK_UNROLL
+  for (int i = 0; i < kLaneVectors; i++) {
+    const int at = part + i * kPositionLanes;
+    const u32* from = kKvType == kF32 ? (const u32*)scratch.vectors : scratch.packed;
+    x.vectors[i] = zero_vector();
+    if (at < kPositionVectors) x.vectors[i] = *(const Vec4*)(from + vector * (kHeadDim * kKvBytes / 4) + at * 4);
+  }
+  return x;
+}
+
+MK_DEVICE Position either(bool first, const Position& a, const Position& b) {
+  Position x;
+  MK_UNROLL
+  for (int i = 0; i < kLaneVectors; i++) {
+    const Vec4 &v = a.vectors[i], &w = b.vectors[i];
+    x.vectors[i] = {first ? v.x : w.x, first ? v.y : w.y, first ? v.z : w.z, first ? v.w : w.w};
+  }
+  return x;
+}
+
 MK_DEVICE void load_own(const float* x, int part, float (&out)[kLaneElems]) {
   MK_UNROLL
   for (int i = 0; i < kLaneVectors; i++) {
@@ -342,10 +363,15 @@ template <typename Loads>
 MK_DEVICE void attend_by_lanes(Service& s, const Part& context, Loads& raw) {
   const AttentionScratch scratch = attention_scratch();
   const int part = s.lane % kPositionLanes, sub = s.lane / kPositionLanes;
-  const float *own_key = scratch.vectors + kTaskHeads * kHeadDim, *own_value = own_key + kHeadDim;
+  [[maybe_unused]] const float *own_key = scratch.vectors + kTaskHeads * kHeadDim, *own_value = own_key + kHeadDim;
   constexpr int wave_step = kWavePositions * kUnroll;
   const int end = context.end, position = context.position, own = s.wave * wave_step;
   auto place = [&](int i, int u) { return lane_place(context, sub, i, u); };
+  Position new_key, new_value;  // where whole vectors can be taken instead of those of the cache
+  if constexpr (kKvAligned) {
+    new_key = load_own_position(scratch, kTaskHeads, part);
+    new_value = load_own_position(scratch, kTaskHeads + 1, part);
+  }
 
   float q[kTaskHeads][kLaneElems], sums[kTaskHeads][kLaneElems], top[kTaskHeads], total[kTaskHeads];
   MK_UNROLL
@@ -365,8 +391,12 @@ MK_DEVICE void attend_by_lanes(Service& s, const Part& context, Loads& raw) {
       const int p = place(i, u);
       seen[u] = p <= position;
       float k[kLaneElems];
-      unpack_position(raw.keys[u], k);
-      if (p == position) load_own(own_key, part, k);
+      if constexpr (kKvAligned) {
+        unpack_position(either(p == position, new_key, raw.keys[u]), k);
+      } else {
+        unpack_position(raw.keys[u], k);
+        if (p == position) load_own(own_key, part, k);
+      }
       MK_UNROLL
       for (int h = 0; h < kTaskHeads; h++) {
         score[h][u] = 0.0f;
@@ -404,8 +434,12 @@ MK_DEVICE void attend_by_lanes(Service& s, const Part& context, Loads& raw) {
     MK_UNROLL
     for (int u = 0; u < kUnroll; u++) {
       float v[kLaneElems];
-      unpack_position(raw.values[u], v);
-      if (place(i, u) == position) load_own(own_value, part, v);
+      if constexpr (kKvAligned) {
+        unpack_position(either(place(i, u) == position, new_value, raw.values[u]), v);
+      } else {
+        unpack_position(raw.values[u], v);
+        if (place(i, u) == position) load_own(own_value, part, v);
+      }
       MK_UNROLL
       for (int h = 0; h < kTaskHeads; h++) {
         MK_UNROLL
