@@ -43,7 +43,7 @@ def build_fake(folder: Path) -> Path:
     library = folder / "libfake.so"
     flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall"]
     source = root / "native" / "fake_gpu.cc"
-    subprocess.run(["c++", *flags, f"-I{root.parent / 'ffi'}", "-o", library, source, "-lpthread"], check=True)
+    subprocess.run(["c++", *flags, f"-I{root.parent / 'ffi'}", f"-I{root / 'native'}", "-o", library, source, "-lpthread"], check=True)
     return library
 
 
