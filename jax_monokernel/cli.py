@@ -237,6 +237,39 @@ def compile_(
         _fail(error)
 
 
+@app.command(name="topology")
+def topology(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Probe the GPU, in about ten seconds, and keep the result.")
+    ] = False,
+    platform: Annotated[
+        str | None, typer.Option(help="cpu, cuda or rocm. By default the first GPU, or the CPUs where there is none.")
+    ] = None,
+    device: Annotated[int, typer.Option(min=0, help="Its number among the GPUs of that platform.")] = 0,
+) -> None:
+    """Print what a device looks like: groups of units, memory domains, and what crossing them costs."""
+    from jax_monokernel import topology as topologies
+
+    try:
+        if platform not in (None, "cpu", "cuda", "rocm"):
+            raise ValueError(f"--platform is {platform}; expected cpu, cuda or rocm")
+        if measure:
+            start = time.perf_counter()
+            found = topologies.measure_device(
+                platform,  # type: ignore[arg-type]
+                device,
+                report=lambda text: typer.echo(f"{time.perf_counter() - start:5.1f} s  {text}", err=True),
+            )
+        else:
+            found = topologies.discover(platform, device)  # type: ignore[arg-type]
+        typer.echo(topologies.tree(found.topology))
+    except KeyboardInterrupt:
+        typer.echo("\ninterrupted", err=True)
+        raise typer.Exit(130) from None
+    except (ValueError, OSError, RuntimeError) as error:
+        _fail(error)
+
+
 @app.command(name="isa")
 def isa() -> None:
     """Print this machine's CPU kernels, the one in use first."""

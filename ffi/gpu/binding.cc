@@ -61,6 +61,7 @@ py::list devices(const std::string& platform) {
     d["arch"] = device.architecture().name;
     d["units"] = device.multiprocessors();
     d["clock_khz"] = device.clock_khz();
+    d["driver_version"] = device.api().version;
     all.append(d);
   }
   return all;
@@ -98,15 +99,17 @@ void bind_probe(py::module_& m) {
       .def_property_readonly("units", [](const Probe& p) { return p.device().multiprocessors(); })
       .def_property_readonly("memory_bytes", &Probe::memory_bytes)
       .def("run",
-           [](Probe& p, const Array<uint32_t>& jobs, const Array<uint32_t>& tracks, const Array<int32_t>& track_of,
-              const Array<uint32_t>& pages, const Array<uint32_t>& readings, uint32_t pages_to_read, uint32_t batches,
-              uint32_t rounds, uint32_t warm_up, double limit_s) {
-             const Probe::Work work{.jobs = structs<topology::Job>(jobs),
+           [](Probe& p, const Array<uint32_t>& unit_of, const Array<uint32_t>& jobs, const Array<uint32_t>& tracks, const Array<int32_t>& track_of,
+              const Array<uint32_t>& blocks, const Array<uint32_t>& readings, uint32_t block_shift, uint32_t steps,
+              uint32_t batches, uint32_t rounds, uint32_t warm_up, double limit_s) {
+             const Probe::Work work{.unit_of = structs<uint32_t>(unit_of),
+                                    .jobs = structs<topology::Job>(jobs),
                                     .tracks = structs<topology::Range>(tracks),
                                     .track_of = {track_of.data(), track_of.data() + track_of.size()},
-                                    .pages = structs<uint32_t>(pages),
+                                    .blocks = structs<uint32_t>(blocks),
                                     .readings = structs<topology::Range>(readings),
-                                    .pages_to_read = pages_to_read,
+                                    .steps = steps,
+                                    .block_shift = block_shift,
                                     .batches = batches,
                                     .rounds = rounds,
                                     .warm_up = warm_up,
@@ -118,8 +121,8 @@ void bind_probe(py::module_& m) {
              }
              return py::make_tuple(fields(found.results), fields(found.units));
            },
-           py::kw_only(), py::arg("jobs"), py::arg("tracks"), py::arg("track_of"), py::arg("pages"), py::arg("readings"),
-           py::arg("pages_to_read"), py::arg("batches"), py::arg("rounds"), py::arg("warm_up"), py::arg("limit_s"),
+           py::kw_only(), py::arg("unit_of"), py::arg("jobs"), py::arg("tracks"), py::arg("track_of"), py::arg("blocks"), py::arg("readings"),
+           py::arg("block_shift"), py::arg("steps"), py::arg("batches"), py::arg("rounds"), py::arg("warm_up"), py::arg("limit_s"),
            "One launch: u32 [jobs, 2] ticks and u32 [units, 16] reports (probe/probe.h).")
       .def("clusters", &Probe::clusters, py::arg("size"), py::call_guard<py::gil_scoped_release>(),
            "For each block of a launch of clusters of this size its SM and its cluster; empty where there are none.");
@@ -191,7 +194,7 @@ void bind(py::module_& m) {
 #undef PROGRAM
   m.def("gpu_shared_bytes", [](const std::string& arch) { return architecture(arch).shared_bytes; }, py::arg("arch"),
         "Shared memory of a unit on an architecture.");
-  m.def("gpu_devices", &devices, py::arg("platform"), "Name, architecture, number of units and rate of the kernel's ticks of each device.");
+  m.def("gpu_devices", &devices, py::arg("platform"), "Name, architecture, number of units, rate of the kernel's ticks and driver version of each device.");
   bind_probe(m);
   m.def("gpu_compiler", [](const std::string& platform) {
     const Compiler& c = compiler(vendor_of(platform));

@@ -68,7 +68,7 @@ Probe::Probe(Vendor vendor, int ordinal, uint64_t memory_bytes) : device_(Device
   api.check(api.occupancy(&resident, function_, a.wave_size + kReaderThreads, shared_bytes_), "place the probe");
   if (resident < 1) throw Failure(Code::kExhausted, "the probe does not fit on a multiprocessor of " + device_.name());
 
-  for (uint64_t bytes = memory_bytes / topology::kPageBytes * topology::kPageBytes;; bytes /= 2) {
+  for (uint64_t bytes = memory_bytes / topology::kStepBytes * topology::kStepBytes;; bytes /= 2) {
     if (bytes < kLeastBytes) throw Failure(Code::kExhausted, "there is too little free memory on " + device_.name() + " to probe it");
     const int error = api.device_alloc(&memory_, bytes);
     memory_bytes_ = bytes;
@@ -100,9 +100,10 @@ void Probe::check(const Work& w) const {
   for (const size_t n : {w.track_of.size(), w.readings.size()}) {
     if (n != 0 && n != units) throw wrong("a table for " + std::to_string(n) + " units; there are " + std::to_string(units));
   }
+  if (!w.unit_of.empty() && w.unit_of.size() != topology::kPlaces) throw wrong("a table of places that has the wrong size");
   if (w.batches < 1 || w.rounds < 1 || w.batches > 1000 || w.rounds > 100000 || w.warm_up > 100000) throw wrong("a wrong number of rounds");
   if (!(w.limit_s > 0 && w.limit_s <= 60)) throw wrong("a limit that is not between 0 and 60 seconds");
-  if (w.pages_to_read % topology::kReaders != 0) throw wrong("an odd number of pages to read");
+  if (w.block_shift < 7 || w.block_shift > 12) throw wrong("blocks that do not have 128 to 4096 bytes");
   for (size_t t = 0; t < w.tracks.size(); t++) {
     const topology::Range& track = w.tracks[t];
     if (uint64_t{track.begin} + track.count > w.jobs.size()) throw wrong("a track of jobs that are not there");
@@ -118,11 +119,14 @@ void Probe::check(const Work& w) const {
   for (const int32_t t : w.track_of) {
     if (t < -1 || t >= static_cast<int64_t>(w.tracks.size())) throw wrong("a track that is not there");
   }
+  const uint64_t least = (topology::kReaders * topology::kStepBytes) >> w.block_shift;
   for (const topology::Range& r : w.readings) {
-    if (r.count == 1 || uint64_t{r.begin} + r.count > w.pages.size()) throw wrong("a list of pages that is not there, or of one page");
+    if ((r.count > 0 && r.count < least) || uint64_t{r.begin} + r.count > w.blocks.size()) {
+      throw wrong("a list of blocks that is not there, or of less than 8 KiB");
+    }
   }
-  for (const uint32_t page : w.pages) {
-    if ((uint64_t{page} + 1) * topology::kPageBytes > memory_bytes_) throw wrong("a page outside its memory");
+  for (const uint32_t block : w.blocks) {
+    if ((uint64_t{block} + 1) << w.block_shift > memory_bytes_) throw wrong("a block outside its memory");
   }
 }
 
@@ -151,9 +155,10 @@ Probe::Found Probe::run(const Work& work) {
   Found found{std::vector<topology::Result>(work.jobs.size()), std::vector<topology::Unit>(units)};
 
   Blob blob;
-  const size_t jobs = blob.add(work.jobs), tracks = blob.add(work.tracks), pages = blob.add(work.pages);
+  const size_t jobs = blob.add(work.jobs), tracks = blob.add(work.tracks), blocks = blob.add(work.blocks);
   const size_t track_of = blob.add(work.track_of.empty() ? std::vector<int32_t>(units, -1) : work.track_of);
   const size_t readings = blob.add(work.readings.empty() ? std::vector<topology::Range>(units) : work.readings);
+  const size_t unit_of = blob.add(work.unit_of);
   const size_t turns = blob.add(std::vector<uint32_t>(work.tracks.size() * topology::kTurnStride));
   const size_t results = blob.add(found.results), reports = blob.add(found.units);
 
@@ -162,15 +167,18 @@ Probe::Found Probe::run(const Work& work) {
   char* base = static_cast<char*>(memory.address);
   topology::Args args{
       .data = static_cast<char*>(memory_),
+      .unit_of = work.unit_of.empty() ? nullptr : reinterpret_cast<uint32_t*>(base + unit_of),
       .jobs = reinterpret_cast<topology::Job*>(base + jobs),
       .tracks = reinterpret_cast<topology::Range*>(base + tracks),
       .track_of = reinterpret_cast<int32_t*>(base + track_of),
       .turns = reinterpret_cast<uint32_t*>(base + turns),
       .results = reinterpret_cast<topology::Result*>(base + results),
-      .pages = reinterpret_cast<uint32_t*>(base + pages),
+      .blocks = reinterpret_cast<uint32_t*>(base + blocks),
       .readings = reinterpret_cast<topology::Range*>(base + readings),
       .units = reinterpret_cast<topology::Unit*>(base + reports),
-      .pages_to_read = work.pages_to_read,
+      .unit_count = static_cast<uint32_t>(units),
+      .steps = work.steps,
+      .block_shift = work.block_shift,
       .batches = work.batches,
       .rounds = work.rounds,
       .warm_up = work.warm_up,

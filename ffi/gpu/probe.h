@@ -15,12 +15,13 @@ class Probe {
  public:
   // What one launch does; the fields are those of topology::Args.
   struct Work {
+    std::vector<uint32_t> unit_of;            // of each place, or none
     std::vector<topology::Job> jobs;
     std::vector<topology::Range> tracks;
     std::vector<int32_t> track_of;            // one for each unit, or none
-    std::vector<uint32_t> pages;
+    std::vector<uint32_t> blocks;
     std::vector<topology::Range> readings;    // one for each unit, or none
-    uint32_t pages_to_read = 0, batches = 1, rounds = 1, warm_up = 0;
+    uint32_t steps = 0, block_shift = 12, batches = 1, rounds = 1, warm_up = 0;
     double limit_s = 1;                       // after which the launch ends, whatever is left to do
   };
   struct Found {

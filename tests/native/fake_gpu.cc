@@ -122,11 +122,12 @@ Other g_others[] = {kProbe, kClusters};
 
 bool is(void* function, Other other) { return function == &g_others[other]; }
 
-int launch_probe(unsigned units, const topology::Args& args, double ticks_per_ns) {
+int launch_probe(unsigned units, const topology::Args& args, double ticks_per_ns, int place_shift) {
   if (fake_launch == kFailsToLaunch) return kTooLarge;
   fake_launches++;
   topology::arch::g_ticks_per_ns = ticks_per_ns;
   topology::arch::g_groups = fake_groups;
+  topology::arch::g_place_shift = place_shift;
   run_probe_on_host(args, units);
   return 0;
 }
@@ -236,11 +237,11 @@ BOTH(cuOccupancyMaxActiveBlocksPerMultiprocessor, hipModuleOccupancyMaxActiveBlo
      })
 #define LAUNCH (void* function, unsigned grid, unsigned, unsigned, unsigned block, unsigned, unsigned, unsigned shared, void*, void** parameters)
 EXPORT int cuLaunchCooperativeKernel LAUNCH {
-  if (is(function, kProbe)) return launch_probe(grid, *static_cast<topology::Args*>(parameters[0]), 1.98);
+  if (is(function, kProbe)) return launch_probe(grid, *static_cast<topology::Args*>(parameters[0]), 1.98, 0);
   return begin_launch(function, grid, block, shared, *static_cast<mk::Args*>(parameters[0]));
 }
 EXPORT int hipModuleLaunchCooperativeKernel LAUNCH {
-  if (is(function, kProbe)) return launch_probe(grid, *static_cast<topology::Args*>(parameters[0]), 0.1);
+  if (is(function, kProbe)) return launch_probe(grid, *static_cast<topology::Args*>(parameters[0]), 0.1, 8);
   return begin_launch(function, grid, block, shared, *static_cast<mk::Args*>(parameters[0]));
 }
 #undef LAUNCH

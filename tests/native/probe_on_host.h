@@ -13,7 +13,7 @@ struct Words {
 };
 inline thread_local int t_unit = 0;
 inline double g_ticks_per_ns = 1;
-inline int g_groups = 1;
+inline int g_groups = 1, g_place_shift = 0;  // shift 8: a compute unit in HW_ID
 
 inline int unit() { return t_unit; }
 inline unsigned load_word(const unsigned* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
@@ -27,8 +27,9 @@ inline void spin() { std::this_thread::yield(); }
 inline void pause() { std::this_thread::sleep_for(std::chrono::microseconds(50)); }
 inline bool is_set(unsigned* flag) { return load_word(flag) != 0; }
 inline void set(unsigned* flag, unsigned v) { store_word(flag, v); }
-inline unsigned place() { return static_cast<unsigned>(t_unit); }
-inline unsigned group() { return static_cast<unsigned>(t_unit % g_groups); }
+inline unsigned place() { return static_cast<unsigned>(t_unit) << g_place_shift; }
+inline unsigned group() { return g_place_shift ? static_cast<unsigned>(t_unit % g_groups) : 0; }
+inline unsigned place_number() { return group() << 7 | static_cast<unsigned>(t_unit); }
 
 }  // namespace topology::arch
 
@@ -40,7 +41,7 @@ inline void run_probe_on_host(const topology::Args& args, unsigned units) {
   std::vector<std::thread> threads;
   struct Unit {
     unsigned stop = 0;
-    unsigned long long begin = 0, begin_ns = 0, pages[topology::kReaders] = {};
+    unsigned long long begin = 0, begin_ns = 0, steps[topology::kReaders] = {};
   };
   std::vector<Unit> all(units);
   for (unsigned u = 0; u < units; u++) {
@@ -48,18 +49,18 @@ inline void run_probe_on_host(const topology::Args& args, unsigned units) {
     all[u].begin_ns = topology::arch::wall_clock();
     threads.emplace_back([&args, &all, u] {
       topology::arch::t_unit = static_cast<int>(u);
-      topology::run_messenger(args, all[u].begin, &all[u].stop);
+      if (const int me = topology::unit_number(args); me >= 0) topology::run_messenger(args, me, all[u].begin, &all[u].stop);
     });
     for (int r = 0; r < topology::kReaders; r++) {
       threads.emplace_back([&args, &all, u, r] {
         topology::arch::t_unit = static_cast<int>(u);
-        all[u].pages[r] = topology::read_pages(args, args.readings[u], r, 0, &all[u].stop, all[u].begin);
+        if (const int me = topology::unit_number(args); me >= 0) all[u].steps[r] = topology::read_blocks(args, me, r, 0, &all[u].stop, all[u].begin);
       });
     }
   }
   for (std::thread& thread : threads) thread.join();
   for (unsigned u = 0; u < units; u++) {
     topology::arch::t_unit = static_cast<int>(u);
-    topology::report(args, all[u].begin, all[u].begin_ns, all[u].pages[0] + all[u].pages[1]);
+    if (const int me = topology::unit_number(args); me >= 0) topology::report(args, me, all[u].begin, all[u].begin_ns, all[u].steps[0] + all[u].steps[1]);
   }
 }

@@ -1,9 +1,10 @@
 // What the probe of a device's topology launches (docs/topology.md). One file without headers: NVRTC, hipRTC, clang's HIP front end
 // and, with MK_PROBE_HOST, a host C++ compiler take it. The run time includes it for the structs alone.
 //
-// A unit is a work-group that has a multiprocessor or compute unit for itself. Its first wave is the messenger: it plays ping-pong
-// with other units, job by job. The other waves read pages: until the messenger is done, or a number of them. Every loop ends
-// when `limit_ticks` are over.
+// A unit is a work-group that has a multiprocessor or compute unit for itself; it is known by where that is, as work-groups start
+// elsewhere in every launch. Its first wave is the messenger: it plays ping-pong
+// with other units, job by job. The other waves read blocks of memory: until the messenger is done, or a number of bytes. Every
+// loop ends when `limit_ticks` are over.
 #ifndef JAX_MONOKERNEL_TOPOLOGY_PROBE_H  // not #pragma once, as this is also compiled for itself
 #define JAX_MONOKERNEL_TOPOLOGY_PROBE_H
 
@@ -31,7 +32,7 @@ struct Unit {
   u32 job;
   u64 ticks;             // from begin to end, in the unit of Result
   u64 begin_ns, end_ns;  // of a clock that all units share
-  u64 pages;             // read
+  u64 steps;             // of 4 KiB, read
   u64 unused[2];
 };
 static_assert(sizeof(Unit) == 64, "the host reads an array of these");
@@ -42,24 +43,27 @@ struct Result {
 };
 
 struct Args {
-  char* data;             // pages, and the words of jobs
+  char* data;             // blocks, and the words of jobs
+  const u32* unit_of;     // [kPlaces]: the number of the unit at a place (arch::place_number), or no unit; null: the work-group's
   const Job* jobs;
   const Range* tracks;    // their jobs
   const i32* track_of;    // [units]; -1: the unit has no messages to pass
   u32* turns;             // [tracks][32], zeros; only the first of each 32: how many of its jobs are done
   Result* results;        // [jobs]
-  const u32* pages;       // page numbers
-  const Range* readings;  // [units]: which of them a unit reads, again and again; 0 or 2 and more
+  const u32* blocks;      // their numbers: places in units of 2^block_shift bytes from `data`
+  const Range* readings;  // [units]: which of them a unit reads, again and again; none, or at least 8 KiB
   Unit* units;            // [units]
-  u32 pages_to_read;      // by each unit; 0: until its messenger is done
+  u32 unit_count;
+  u32 steps;              // of 4 KiB that each unit reads; 0: until its messenger is done
+  u32 block_shift;        // 7 to 12
   u32 batches, rounds, warm_up;  // rounds; at least 1, 1 and 0
   u32 first_value;        // of the first job's words; no word holds this value, or one of the jobs * 2 * all rounds after it
   u64 limit_ticks;
 };
 
-constexpr u32 kPageBytes = 4096, kWordUnit = 32;
-constexpr int kReaders = 2, kReaderLanes = 256;  // a reader takes a page at once, 16 bytes a lane
-constexpr int kTurnStride = 32;
+constexpr u32 kStepBytes = 4096, kWordUnit = 32;
+constexpr int kReaders = 2, kReaderLanes = 256;  // a reader takes a step at once, 16 bytes a lane
+constexpr int kTurnStride = 32, kPlaces = 2048;
 
 }  // namespace topology
 
@@ -111,6 +115,7 @@ MK_FUNCTION u32 place() {
   return v;
 }
 MK_FUNCTION u32 group() { return 0; }
+MK_FUNCTION u32 place_number() { return place(); }
 
 #elif defined(__AMDGCN__)
 
@@ -148,6 +153,8 @@ MK_FUNCTION void set(u32* flag, u32 v) {
 }
 MK_FUNCTION u32 place() { return __builtin_amdgcn_s_getreg(4 | 31 << 11); }
 MK_FUNCTION u32 group() { return __builtin_amdgcn_s_getreg(20 | 3 << 11); }
+// XCD, shader engine, array and compute unit. (More than two bits of the engine are not read: gfx942 and gfx950 have four.)
+MK_FUNCTION u32 place_number() { return group() << 7 | (place() >> 8 & 0x7f); }
 
 #else  // defined by who includes it: unit(), load_word(), ..., where a wave and a reader are one lane
 
@@ -156,6 +163,14 @@ MK_FUNCTION u32 group() { return __builtin_amdgcn_s_getreg(20 | 3 << 11); }
 #endif
 
 }  // namespace arch
+
+// The unit that this work-group is; -1: none.
+MK_FUNCTION int unit_number(const Args& a) {
+  if (!a.unit_of) return arch::unit();
+  const u32 place = arch::place_number();
+  const u32 unit = place < (u32)kPlaces ? a.unit_of[place] : a.unit_count;
+  return unit < a.unit_count ? (int)unit : -1;
+}
 
 // True once `limit` ticks have passed since `begin`.
 MK_FUNCTION bool is_over(u64 begin, u64 limit) { return arch::ticks() - begin > limit; }
@@ -202,8 +217,8 @@ MK_FUNCTION bool play(const Args& a, u32* word, bool asks, u32 value, u64 begin,
 }
 
 // The messenger: one lane. Returns the number of its track's jobs that were done in time.
-MK_FUNCTION u32 pass_messages(const Args& a, const Range& track, u32* turn, u64 begin) {
-  const u32 me = (u32)arch::unit(), values = 2 * (a.warm_up + a.batches * a.rounds);
+MK_FUNCTION u32 pass_messages(const Args& a, u32 me, const Range& track, u32* turn, u64 begin) {
+  const u32 values = 2 * (a.warm_up + a.batches * a.rounds);
   for (u32 k = 0; k < track.count; k++) {
     const u32 j = track.begin + k, units = a.jobs[j].units;
     const bool asks = (units & 0xffffu) == me;
@@ -221,18 +236,22 @@ MK_FUNCTION u32 pass_messages(const Args& a, const Range& track, u32* turn, u64 
   return wait_for_turn(turn, track.count, begin, a.limit_ticks) ? track.count : track.count - 1;
 }
 
-// One reader's pages: it and the other ones take turns. Returns how many it has read.
-MK_FUNCTION u64 read_pages(const Args& a, const Range& reading, int reader, int lane, u32* stop, u64 begin) {
+// One reader's part of the blocks: readers take turns, a step each. Returns how many steps it has read.
+MK_FUNCTION u64 read_blocks(const Args& a, int me, int reader, int lane, u32* stop, u64 begin) {
   constexpr int kFlight = 8;
-  if (reading.count < kReaders) return 0;
-  const u32* pages = a.pages + reading.begin;
-  const u64 wanted = a.pages_to_read / kReaders;
-  u32 at = (u32)reader;
+  const Range reading = a.readings[me];
+  const u32 blocks_a_step = kStepBytes >> a.block_shift, round = blocks_a_step * kReaders;
+  if (reading.count < round) return 0;
+  const u32* blocks = a.blocks + reading.begin;
+  const u64 wanted = a.steps / kReaders;
+  const u32 place = (u32)lane * 16;  // in the step
+  const char* data = a.data + (place & ((1u << a.block_shift) - 1));
+  u32 at = (u32)reader * blocks_a_step + (place >> a.block_shift);
   const auto next = [&] {
-    const u32 page = pages[at];
-    at += kReaders;
+    const u32 block = blocks[at];
+    at += round;
     if (at >= reading.count) at -= reading.count;
-    return page;
+    return block;
   };
   u32 numbers[kFlight];
   for (int i = 0; i < kFlight; i++) numbers[i] = next();
@@ -240,34 +259,34 @@ MK_FUNCTION u64 read_pages(const Args& a, const Range& reading, int reader, int 
   u64 done = 0;
   while ((wanted == 0 ? !arch::is_set(stop) : done < wanted) && !is_over(begin, a.limit_ticks)) {
     arch::Words v[kFlight];
-    for (int i = 0; i < kFlight; i++) v[i] = arch::load_once(a.data + (u64)numbers[i] * kPageBytes + lane * 16);
+    for (int i = 0; i < kFlight; i++) v[i] = arch::load_once(data + ((u64)numbers[i] << a.block_shift));
     for (int i = 0; i < kFlight; i++) numbers[i] = next();
     for (int i = 0; i < kFlight; i++) mix ^= v[i].x ^ v[i].y ^ v[i].z ^ v[i].w;
     done += kFlight;
   }
-  if (mix == 0x9e3779b9u) a.units[arch::unit()].unused[0] = mix;  // what is read is used
+  if (mix == 0x9e3779b9u) a.units[me].unused[0] = mix;  // what is read is used
   return done;
 }
 
 // What the first lane of a unit's messenger does, and what it reports.
-MK_FUNCTION void run_messenger(const Args& a, u64 begin, u32* stop) {
-  Unit& u = a.units[arch::unit()];
-  const i32 t = a.track_of[arch::unit()];
+MK_FUNCTION void run_messenger(const Args& a, int me, u64 begin, u32* stop) {
+  Unit& u = a.units[me];
+  const i32 t = a.track_of[me];
   if (t >= 0) {
-    u.job = pass_messages(a, a.tracks[t], a.turns + t * kTurnStride, begin);
+    u.job = pass_messages(a, (u32)me, a.tracks[t], a.turns + t * kTurnStride, begin);
     u.failed = u.job != a.tracks[t].count;
   }
   arch::set(stop, 1);
 }
 
-MK_FUNCTION void report(const Args& a, u64 begin, u64 begin_ns, u64 pages) {
-  Unit& u = a.units[arch::unit()];
+MK_FUNCTION void report(const Args& a, int me, u64 begin, u64 begin_ns, u64 steps) {
+  Unit& u = a.units[me];
   u.place = arch::place();
   u.group = arch::group();
   u.begin_ns = begin_ns;
   u.ticks = arch::ticks() - begin;
   u.end_ns = arch::wall_clock();
-  u.pages = pages;
+  u.steps = steps;
 }
 
 }  // namespace topology
@@ -278,23 +297,25 @@ MK_ENTRY(topology::arch::kWave + topology::kReaders * topology::kReaderLanes) vo
   using namespace topology;
 #if defined(__CUDA_ARCH__)
   __shared__ u32 stop;
-  __shared__ u64 pages[kReaders];
+  __shared__ u64 steps[kReaders];
 #else
   static __attribute__((shared)) u32 stop;
-  static __attribute__((shared)) u64 pages[kReaders];
+  static __attribute__((shared)) u64 steps[kReaders];
 #endif
+  const int me = unit_number(a);
+  if (me < 0) return;
   const int thread = arch::thread() - arch::kWave;  // of the readers
   const u64 begin = arch::ticks(), begin_ns = arch::wall_clock();
   if (arch::thread() == 0) arch::set(&stop, 0);
   arch::unit_sync();
   if (thread >= 0) {
-    const u64 done = read_pages(a, a.readings[arch::unit()], thread / kReaderLanes, thread % kReaderLanes, &stop, begin);
-    if (thread % kReaderLanes == 0) pages[thread / kReaderLanes] = done;
+    const u64 done = read_blocks(a, me, thread / kReaderLanes, thread % kReaderLanes, &stop, begin);
+    if (thread % kReaderLanes == 0) steps[thread / kReaderLanes] = done;
   } else if (arch::thread() == 0) {
-    run_messenger(a, begin, &stop);
+    run_messenger(a, me, begin, &stop);
   }
   arch::unit_sync();
-  if (arch::thread() == 0) report(a, begin, begin_ns, pages[0] + pages[1]);
+  if (arch::thread() == 0) report(a, me, begin, begin_ns, steps[0] + steps[1]);
 }
 
 #if defined(__CUDA_ARCH__)

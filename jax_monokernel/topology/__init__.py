@@ -1,0 +1,29 @@
+"""What a device looks like: groups of units, memory domains, and what crossing them costs (docs/topology.md)."""
+
+from jax_monokernel.topology.discover import Found, discover, gpus, measure_device
+from jax_monokernel.topology.host import host_topology
+from jax_monokernel.topology.measure import Measurement, measure, topology_of
+from jax_monokernel.topology.model import CONSTANTS, Constant, Group, Interleave, MemoryDomain, Topology
+from jax_monokernel.topology.parts import part_for
+from jax_monokernel.topology.probe import ProbeError
+from jax_monokernel.topology.text import tree
+
+__all__ = [
+    "CONSTANTS",
+    "Constant",
+    "Found",
+    "Group",
+    "Interleave",
+    "Measurement",
+    "MemoryDomain",
+    "ProbeError",
+    "Topology",
+    "discover",
+    "gpus",
+    "host_topology",
+    "measure",
+    "measure_device",
+    "part_for",
+    "topology_of",
+    "tree",
+]
