@@ -4,7 +4,8 @@ from jax_monokernel.topology.discover import Found, discover, gpus, measure_devi
 from jax_monokernel.topology.host import host_topology
 from jax_monokernel.topology.measure import Measurement, measure, topology_of
 from jax_monokernel.topology.model import CONSTANTS, Constant, Group, Interleave, MemoryDomain, Topology
-from jax_monokernel.topology.parts import part_for
+from jax_monokernel.topology.parts import modes, part, part_for, part_names
+from jax_monokernel.topology.placement import Placement, apply_order, page_traffic, place, place_tape, undo_order
 from jax_monokernel.topology.probe import ProbeError
 from jax_monokernel.topology.text import tree
 
@@ -16,14 +17,23 @@ __all__ = [
     "Interleave",
     "Measurement",
     "MemoryDomain",
+    "Placement",
     "ProbeError",
     "Topology",
+    "apply_order",
     "discover",
     "gpus",
     "host_topology",
     "measure",
     "measure_device",
+    "modes",
+    "page_traffic",
+    "part",
     "part_for",
+    "part_names",
+    "place",
+    "place_tape",
     "topology_of",
     "tree",
+    "undo_order",
 ]

@@ -79,9 +79,9 @@ def _separation(rows: np.ndarray, labels: np.ndarray) -> float:
     if counts.min() < 2 and counts.max() > 2:
         return 0.0  # a single item apart from all others is an outlier, not a group
     centres = np.stack([np.median(rows[labels == c], axis=0) for c in range(len(counts))])
-    # Half of the features tell apart two of many clusters at best, so a distance is that of the features that do.
     apart = min(_rms(centres[a] - centres[b]) for a in range(len(counts)) for b in range(a))
-    inside = _rms(rows - centres[labels])
+    # Of the least even cluster, without the few numbers that are far off for reasons of their own.
+    inside = max(_trimmed_rms(rows[labels == c] - centres[c]) for c in range(len(counts)))
     return float(apart / max(inside, 1e-9))
 
 
@@ -199,15 +199,14 @@ def granule(homes: np.ndarray, block_bytes: int, least_share: float = 0.97) -> i
     Args:
       homes: int [runs, blocks] of consecutive blocks of `block_bytes`; -1: undecided.
       block_bytes: the resolution.
-      least_share: of such larger blocks that may show one home only.
+      least_share: of the blocks that must have the home that most have in their larger block.
     """
     best, size = block_bytes, 2
     while size <= homes.shape[1]:
         parts = homes[:, : homes.shape[1] // size * size].reshape(-1, size)
-        lowest = np.where(parts < 0, np.iinfo(np.int8).max, parts).min(axis=1)
-        highest = parts.max(axis=1)
-        decided = highest >= 0
-        if not decided.any() or np.mean(lowest[decided] == highest[decided]) < least_share:
+        counts = np.stack([np.count_nonzero(parts == d, axis=1) for d in range(int(homes.max()) + 1)])
+        decided = np.count_nonzero(parts >= 0)
+        if decided == 0 or counts.max(axis=0).sum() < least_share * decided:
             break
         best, size = block_bytes * size, size * 2
     return best
@@ -280,6 +279,11 @@ def xor_bits(homes: np.ndarray, domains: int) -> list[int] | None:
 
 def _rms(x: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(x))))
+
+
+def _trimmed_rms(x: np.ndarray, share: float = 0.95) -> float:
+    sizes = np.sort(np.abs(x), axis=None)
+    return _rms(sizes[: max(1, int(len(sizes) * share))])
 
 
 def _nanmedian(x: np.ndarray, axis: int) -> np.ndarray:
