@@ -7,6 +7,7 @@ import os
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -246,14 +247,34 @@ def topology(
         str | None, typer.Option(help="cpu, cuda or rocm. By default the first GPU, or the CPUs where there is none.")
     ] = None,
     device: Annotated[int, typer.Option(min=0, help="Its number among the GPUs of that platform.")] = 0,
+    part: Annotated[
+        str | None, typer.Option(help="A part that is not here instead: MI300X, MI355X/QPX/NPS1, H200, ...")
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Folder for pictures of groups, and of what was measured. Needs matplotlib.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="Of pictures: png or svg.")] = "png",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint folder or Hugging Face model id whose plan is drawn too; small: this package's."),
+    ] = None,
 ) -> None:
     """Print what a device looks like: groups of units, memory domains, and what crossing them costs."""
     from jax_monokernel import topology as topologies
 
     try:
+        if model is not None and pictures is None:
+            raise ValueError("--model is for the picture of its plan; give a folder with --pictures")
+        if part is not None and (measure or platform is not None):
+            raise ValueError("--part is for a device that is not here; leave --measure and --platform out")
         if platform not in (None, "cpu", "cuda", "rocm"):
             raise ValueError(f"--platform is {platform}; expected cpu, cuda or rocm")
-        if measure:
+        if part is not None:
+            name, *mode = part.split("/")
+            found = topologies.Found(
+                topologies.part(name, **dict(zip(("compute", "memory"), mode, strict=False))), None
+            )
+        elif measure:
             start = time.perf_counter()
             found = topologies.measure_device(
                 platform,  # type: ignore[arg-type]
@@ -263,6 +284,17 @@ def topology(
         else:
             found = topologies.discover(platform, device)  # type: ignore[arg-type]
         typer.echo(topologies.tree(found.topology))
+        if pictures is not None:
+            from jax_monokernel.topology.draw import draw
+
+            spec = None
+            if model is not None:
+                from jax_monokernel import models
+                from jax_monokernel.models.loading import pretrained_spec
+
+                spec = pretrained_spec(models.SMALL if model == "small" else model)
+            for path in draw(found, pictures, spec=spec, model=model or "", format=format):
+                typer.echo(f"drawn: {path}")
     except KeyboardInterrupt:
         typer.echo("\ninterrupted", err=True)
         raise typer.Exit(130) from None

@@ -61,9 +61,9 @@ def cluster_profiles(profiles: np.ndarray, most: int = 8, least_separation: floa
         return Clusters(labels, 1, 0.0)
     tree = linkage(rows, "average")
     best, separation = np.zeros(len(rows), int), 0.0
-    for count in range(2, min(most, len(rows) - 1) + 1):
-        found = fcluster(tree, count, "maxclust") - 1
-        if found.max() + 1 != count:
+    for cut in range(2, min(3 * most, len(rows) - 1) + 1):
+        found = _without_outliers(rows, fcluster(tree, cut, "maxclust") - 1)
+        if not 2 <= found.max() + 1 <= most:
             continue
         value = _separation(rows, found)
         if value > separation:
@@ -74,10 +74,16 @@ def cluster_profiles(profiles: np.ndarray, most: int = 8, least_separation: floa
     return Clusters(labels, int(labels.max()) + 1, separation)
 
 
+def _without_outliers(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Labels in which items that are alone, or almost, are given to the nearest cluster of the others."""
+    counts = np.bincount(labels)
+    kept = np.flatnonzero(counts >= max(2, 0.1 * counts.max()))
+    centres = np.stack([np.median(rows[labels == c], axis=0) for c in kept])
+    return np.argmin(np.abs(rows[:, None] - centres[None]).sum(axis=2), axis=1)
+
+
 def _separation(rows: np.ndarray, labels: np.ndarray) -> float:
     counts = np.bincount(labels)
-    if counts.min() < 2 and counts.max() > 2:
-        return 0.0  # a single item apart from all others is an outlier, not a group
     centres = np.stack([np.median(rows[labels == c], axis=0) for c in range(len(counts))])
     apart = min(_rms(centres[a] - centres[b]) for a in range(len(counts)) for b in range(a))
     # Of the least even cluster, without the few numbers that are far off for reasons of their own.

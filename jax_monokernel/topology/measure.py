@@ -169,7 +169,7 @@ def _profiles(probe: Probe, groups: np.ndarray, rng: np.random.Generator) -> np.
     words = rng.choice(pages, size=min(32, pages), replace=False) * (_PAGE // WORD_BYTES)
     partners: list[int] = []
     for unit in rng.permutation(probe.units).tolist():
-        if len(partners) < 3 and (probe.platform == "cuda" or groups[unit] not in groups[partners]):
+        if len(partners) < 4 and (probe.platform == "cuda" or groups[unit] not in groups[partners]):
             partners.append(unit)
     wanted, where = [], []
     for u in range(probe.units):

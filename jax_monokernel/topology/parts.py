@@ -173,9 +173,11 @@ def part_for(name: str, arch: str, units: int, platform: Platform) -> Topology:
             return made if compute == "SPX" else _with_note(made, "the memory partition is not known, NPS1 is assumed")
     if units % found.xcds == 0:
         made = _partition(found, name, "SPX", "NPS1", found.xcds, units // found.xcds)
-        note = f"{units} of {found.units} units are active; that XCDs have as many each is assumed. The probe counts them"
+        note = f"{units} of {found.units} units are active; XCDs are taken to have as many each. The probe counts them"
         return _with_note(made, note)
-    return _with_note(_unknown(name, arch, units, platform), f"a {found.name} has {found.units} units. The probe says where these are")
+    return _with_note(
+        _unknown(name, arch, units, platform), f"a {found.name} has {found.units} units. The probe says where these are"
+    )
 
 
 def _find(name: str) -> Part:
@@ -241,6 +243,7 @@ def _partition(p: Part, name: str, compute: str, memory: str, xcds: int, each: i
 def _flat(p: Part, name: str, units: int) -> Topology:
     """A part whose groups are not known by number."""
     what = "dies" if p.arch == "sm_100" else "halves of the L2"
+    note = f"which SMs share a GPC, and which are near which of the {p.iods} {what}, differs from chip to chip: measure"
     return Topology(
         name=name,
         platform=p.platform,
@@ -250,7 +253,7 @@ def _flat(p: Part, name: str, units: int) -> Topology:
         domains=(MemoryDomain("memory", p.bytes, p.stacks),),
         interleave=Interleave(0, "unknown", "published", "not published"),
         constants=_constants(p, units == p.units),
-        notes=(f"which SMs share a GPC, and which are near which of the {p.iods} {what}, differs from chip to chip: measure",),
+        notes=(note,),
     )
 
 

@@ -42,7 +42,9 @@ class Placement:
         return f"local traffic {self.local_before:.1%} -> {self.local_after:.1%}: {self.reason}"
 
 
-def page_traffic(spec: DecoderSpec, plan: Plan, near: np.ndarray, domains: int, page_bytes: int = PAGE_BYTES) -> np.ndarray:
+def page_traffic(
+    spec: DecoderSpec, plan: Plan, near: np.ndarray, domains: int, page_bytes: int = PAGE_BYTES
+) -> np.ndarray:
     """Bytes of each page of a tape's streams that units near each memory domain read in one token.
 
     Args:
@@ -78,8 +80,8 @@ def place(traffic: np.ndarray, homes: np.ndarray) -> Placement:
     """Orders pages so that as much traffic as possible stays in its own domain.
 
     A page that lies in the domain where most of its readers are stays. Others go to the free places of that domain, in
-    order, as far as these reach; those left over take the places left over, in order. So the same arguments give the same
-    result, and no page moves without need. If that would not keep more traffic local, nothing moves.
+    order, as far as these reach; those left over take the places left over, in order. So the same arguments give the
+    same result, and no page moves without need. If that would not keep more traffic local, nothing moves.
 
     Args:
       traffic: float [pages, domains] bytes that units near a domain read of a page.
@@ -141,7 +143,7 @@ def place_tape(
     try:
         near = np.array([near_of[int(u)] for u in places])
     except KeyError as error:
-        raise ValueError(f"the topology of {topology.name} has no unit {error}; say with unit_of where units run") from None
+        raise ValueError(f"{topology.name} has no unit {error}; say with unit_of where units run") from None
     traffic = page_traffic(spec, plan, near, len(topology.domains))
     if len(homes) != len(traffic):
         raise ValueError(f"the tape has {len(traffic)} pages, and there are homes of {len(homes)}")
