@@ -270,10 +270,10 @@ def topology(
         if platform not in (None, "cpu", "cuda", "rocm"):
             raise ValueError(f"--platform is {platform}; expected cpu, cuda or rocm")
         if part is not None:
-            name, *mode = part.split("/")
-            found = topologies.Found(
-                topologies.part(name, **dict(zip(("compute", "memory"), mode, strict=False))), None
-            )
+            name, _, mode = part.partition("/")
+            compute, _, memory = mode.upper().partition("/")
+            made = topologies.part(name, compute=compute or "SPX", memory=memory or "NPS1")
+            found = topologies.Found(made, None)
         elif measure:
             start = time.perf_counter()
             found = topologies.measure_device(

@@ -268,7 +268,6 @@ def draw_latency(pyplot: Any, found: Found) -> Any:
         known = shown[~np.isnan(shown)]
         low, high = np.quantile(known, [0.01, 0.99]) if known.size else (0, 1)
         image = axes.imshow(np.ma.masked_invalid(shown), cmap="viridis", vmin=low, vmax=max(high, low + 1))
-        image.cmap.set_bad("#ffffff")
         for start in starts[1:]:
             axes.axhline(start - 0.5, color="white", linewidth=0.6)
             axes.axvline(start - 0.5, color="white", linewidth=0.6)
@@ -387,7 +386,12 @@ def draw_plan(pyplot: Any, topology: Topology, spec: DecoderSpec, plan: Plan, mo
     width, height = layout.inches()
     figure.set_size_inches(max(width, 9), height * max(1, 9 / width) * 0.8 + 4.2)
     colours = "a colour is a key/value head" if any(h["heads"] for h in held) else "attention is not tied to units"
-    top.set_title(f"attention: unit → query heads ({colours})", loc="left", fontsize=9)
+    top.set_title(
+        f"attention: unit → query heads ({colours}). Unit i of the plan is drawn at the i-th place; it runs where its "
+        "work-group starts",
+        loc="left",
+        fontsize=9,
+    )
 
     geo = geometry(spec, plan)
     for row, phase in enumerate(PHASES):
