@@ -256,15 +256,15 @@ def topology(
     format: Annotated[str, typer.Option(help="Of pictures: png or svg.")] = "png",
     model: Annotated[
         str | None,
-        typer.Option(help="Checkpoint folder or Hugging Face model id whose plan is drawn too; small: this package's."),
+        typer.Option(
+            help="Checkpoint or Hugging Face model id, or small: for its placement and plan."
+        ),
     ] = None,
 ) -> None:
     """Print what a device looks like: groups of units, memory domains, and what crossing them costs."""
     from jax_monokernel import topology as topologies
 
     try:
-        if model is not None and pictures is None:
-            raise ValueError("--model is for the picture of its plan; give a folder with --pictures")
         if part is not None and (measure or platform is not None):
             raise ValueError("--part is for a device that is not here; leave --measure and --platform out")
         if platform not in (None, "cpu", "cuda", "rocm"):
@@ -284,15 +284,17 @@ def topology(
         else:
             found = topologies.discover(platform, device)  # type: ignore[arg-type]
         typer.echo(topologies.tree(found.topology))
+        spec = None
+        if model is not None:
+            from jax_monokernel import models
+            from jax_monokernel.models.loading import pretrained_spec
+            from jax_monokernel.topology.placement import report
+
+            spec = pretrained_spec(models.SMALL if model == "small" else model)
+            typer.echo(f"placement of {model}'s pages: {report(spec, found)}")
         if pictures is not None:
             from jax_monokernel.topology.draw import draw
 
-            spec = None
-            if model is not None:
-                from jax_monokernel import models
-                from jax_monokernel.models.loading import pretrained_spec
-
-                spec = pretrained_spec(models.SMALL if model == "small" else model)
             for path in draw(found, pictures, spec=spec, model=model or "", format=format):
                 typer.echo(f"drawn: {path}")
     except KeyboardInterrupt:

@@ -269,9 +269,10 @@ def test_command(monkeypatch, capsys):
     code, out, err = command(monkeypatch, capsys, "--part", "mi300a/tpx/nps4")
     assert (code, err) == (0, "")
     assert out.startswith("AMD Instinct MI300A (rocm, gfx942, TPX/NPS4): 76 units\n")
-    code, out, _ = command(monkeypatch, capsys, "--platform", "cpu")
+    code, out, _ = command(monkeypatch, capsys, "--platform", "cpu", "--model", "small")
     assert code == 0
     assert "core" in out
+    assert "placement of small's pages: pages stay where they are: all memory is equally far" in out or "NUMA" in out
 
 
 @pytest.mark.parametrize(
@@ -282,7 +283,7 @@ def test_command(monkeypatch, capsys):
         (["--platform", "tpu"], "expected cpu, cuda or rocm"),
         (["--platform", "cpu", "--measure"], "there is no GPU to measure"),
         (["--platform", "cuda", "--device", "99"], "no cuda device 99"),
-        (["--model", "small"], "give a folder with --pictures"),
+        (["--part", "H200", "--model", "/nowhere"], "/nowhere"),
         (["--part", "H200", "--pictures", "x", "--format", "gif"], "expected png or svg"),
     ],
 )

@@ -15,6 +15,7 @@ from test_topology_evaluate import same_partition
 from jax_monokernel import _native
 from jax_monokernel import topology as tp
 from jax_monokernel.topology import store
+from jax_monokernel.topology.placement import report
 from jax_monokernel.topology.probe import Probe, places
 
 # ---- A simulated device ----
@@ -119,6 +120,10 @@ def test_placement_on_a_measured_device():
     placed = tp.place_tape(spec, plan, topology, found.homes[:pages])
     assert placed.local_before == pytest.approx(0.5, abs=0.05)
     assert placed.local_after > 0.85  # a page may be of two units, and the halves have not the same number of units
+    line = report(spec, tp.Found(topology, found))
+    assert re.fullmatch(
+        r"traffic local \d+\.\d%, remote \d+\.\d% -> local \d+\.\d%, remote \d+\.\d%: .* pages move", line
+    )
 
 
 def test_units_that_move():

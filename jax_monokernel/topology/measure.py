@@ -16,7 +16,7 @@ from jax_monokernel.topology.probe import WORD_BYTES, Place, Probe, ProbeError, 
 
 MEMORY_BYTES = 1 << 30  # that homes are looked for in and that is read
 _PAGE = 4096
-_MOST_BLOCKS = 1 << 18  # whose homes are looked for
+_MOST_PAGES, _MOST_BLOCKS = 1 << 18, 1 << 20  # whose homes are looked for; the second of blocks smaller than a page
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,11 @@ def _groups(probe: Probe) -> np.ndarray:
     pairs = []
     for size, repeats in ((8, 4), (4, 2), (2, 2)):
         for _ in range(repeats):
-            for cluster in probe.clusters(size):
+            try:
+                clusters = probe.clusters(size)
+            except RuntimeError:  # a part of a device on which none of this size fits
+                break
+            for cluster in clusters:
                 pairs += [(cluster[0], other) for other in cluster[1:]]
     if not pairs:
         return np.zeros(probe.units, int)
@@ -235,7 +239,8 @@ def _granule(probe: Probe, pairs: list[list[tuple[int, int]]], rng: np.random.Ge
 
 
 def _homes(probe: Probe, pairs: list[list[tuple[int, int]]], block_bytes: int) -> evaluate.Homes:
-    count = min(probe.session.memory_bytes // block_bytes, _MOST_BLOCKS)
+    most = _MOST_PAGES if block_bytes == _PAGE else _MOST_BLOCKS  # in all several times an L2
+    count = min(probe.session.memory_bytes // block_bytes, most)
     if len(pairs) < 2:
         places = np.arange(0, count, max(count // 1024, 1)) * (block_bytes // WORD_BYTES)
         found = evaluate.block_homes(*_play_words(probe, pairs, places))

@@ -15,6 +15,7 @@ from jax_monokernel.topology.model import Topology
 
 if TYPE_CHECKING:
     from jax_monokernel.spec import DecoderSpec
+    from jax_monokernel.topology.discover import Found
 
 PAGE_BYTES = 4096
 LEAST_GAIN = 1.02  # of reads from near memory over reads from all of it, below which nothing is moved
@@ -39,7 +40,11 @@ class Placement:
 
     def describe(self) -> str:
         """One line."""
-        return f"local traffic {self.local_before:.1%} -> {self.local_after:.1%}: {self.reason}"
+        if self.order is None:
+            return f"pages stay where they are: {self.reason}"
+        before = f"local {self.local_before:.1%}, remote {1 - self.local_before:.1%}"
+        after = f"local {self.local_after:.1%}, remote {1 - self.local_after:.1%}"
+        return f"traffic {before} -> {after}: {self.reason}"
 
 
 def page_traffic(
@@ -151,6 +156,21 @@ def place_tape(
         share = _local(traffic, np.asarray(homes))
         return Placement(None, share, share, reason)
     return place(traffic, homes)
+
+
+def report(spec: DecoderSpec, found: Found) -> str:
+    """What placement would be worth for a model on a device, if its tape lay as the probe's memory did: one line."""
+    topology, m = found.topology, found.measurement
+    plan = Plan(platform=topology.platform, units=topology.units)
+    ranks = np.array(topology.root.all_units())  # CPUs have the system's numbers
+    near_of = topology.near_domain()
+    pages = len(page_traffic(spec, plan, np.array([near_of[int(u)] for u in ranks]), len(topology.domains)))
+    homes = np.full(pages, -1)
+    if m is not None and m.block_bytes == PAGE_BYTES:
+        homes = np.resize(m.homes, pages)
+    if len(topology.domains) == 1:
+        homes = np.zeros(pages, int)
+    return place_tape(spec, plan, topology, homes, unit_of=ranks).describe()
 
 
 def why_not(topology: Topology) -> str | None:
