@@ -256,9 +256,7 @@ def topology(
     format: Annotated[str, typer.Option(help="Of pictures: png or svg.")] = "png",
     model: Annotated[
         str | None,
-        typer.Option(
-            help="Checkpoint or Hugging Face model id, or small: for its placement and plan."
-        ),
+        typer.Option(help="Checkpoint or Hugging Face model id, or small: for its placement and plan."),
     ] = None,
 ) -> None:
     """Print what a device looks like: groups of units, memory domains, and what crossing them costs."""
