@@ -10,13 +10,13 @@ from jax_monokernel.topology.model import Constant, Group, Interleave, MemoryDom
 
 _GIB = 1 << 30
 # XCDs of a compute partition, as a divisor of all, and the memory partitions that go with it: the amdgpu driver's rule
-# (drivers/gpu/drm/amd/amdgpu/aqua_vanjaram.c of Linux). CPX with NPS2 is for virtual functions and MI350.
+# (drivers/gpu/drm/amd/amdgpu/aqua_vanjaram.c of Linux). Virtual functions may also have CPX with NPS2.
 COMPUTE_MODES: dict[str, tuple[int, tuple[str, ...]]] = {
     "SPX": (1, ("NPS1",)),
     "DPX": (2, ("NPS1", "NPS2")),
     "TPX": (3, ("NPS1", "NPS4")),
     "QPX": (4, ("NPS1", "NPS4")),
-    "CPX": (0, ("NPS1", "NPS2", "NPS4")),  # one XCD each
+    "CPX": (0, ("NPS1", "NPS4")),  # one XCD each
 }
 _NUMBERS = "public measurements on one MI300X (cklxx/etx-megakernel, cklxx/fleet-mi300x)"
 _OURS = "this project's microbenchmarks on one H200 SXM, driver 580 (docs/topology.md)"
@@ -126,7 +126,7 @@ def modes(name: str) -> list[str]:
       ValueError: an unknown part.
     """
     p = _find(name)
-    return [f"{c}/{m}" for c in p.compute for m in COMPUTE_MODES[c][1] if m in p.memory and _is_valid(p, c, m)]
+    return [f"{c}/{m}" for c in p.compute for m in COMPUTE_MODES[c][1] if m in p.memory and _is_valid(p, c)]
 
 
 def part(name: str, *, compute: str = "SPX", memory: str = "NPS1") -> Topology:
@@ -187,13 +187,8 @@ def _find(name: str) -> Part:
     raise ValueError(f"{name} is not a part that is known; these are: {', '.join(part_names())}")
 
 
-def _is_valid(p: Part, compute: str, memory: str) -> bool:
-    divisor = COMPUTE_MODES[compute][0] or p.xcds
-    if p.xcds % divisor:
-        return False
-    if compute == "CPX" and memory == "NPS2":
-        return p.arch == "gfx950"
-    return True
+def _is_valid(p: Part, compute: str) -> bool:
+    return p.xcds % (COMPUTE_MODES[compute][0] or p.xcds) == 0
 
 
 def _constants(p: Part, whole: bool) -> dict[str, Constant]:
