@@ -397,6 +397,12 @@ def topology_of(found: Measurement) -> Topology:
         if value is not None and np.isfinite(value)
     }
     notes = [f"in the loaded case all units together read {found.load_gb_s:.0f} GB/s"]
+    if count > 1:
+        undecided = float(np.mean(found.homes < 0))
+        notes.append(
+            f"memory domains are {found.domain_separation:.1f} times as far apart as their units' profiles spread; homes of "
+            f"blocks are clear by {found.home_margin:.1f} times the noise, {undecided:.1%} are undecided"
+        )
     split = [g for g in range(int(found.groups.max()) + 1) if len(set(found.domains[found.groups == g].tolist())) > 1]
     if split and count > 1:
         notes.append(f"{len(split)} groups have units in more than one memory domain, and are shown in each")
