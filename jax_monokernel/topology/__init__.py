@@ -2,7 +2,8 @@
 
 from jax_monokernel.topology.discover import Found, discover, gpus, measure_device
 from jax_monokernel.topology.host import host_topology
-from jax_monokernel.topology.measure import Measurement, measure, topology_of
+from jax_monokernel.topology.measure import measure
+from jax_monokernel.topology.measurement import Measurement, topology_of
 from jax_monokernel.topology.model import CONSTANTS, Constant, Group, Interleave, MemoryDomain, Topology
 from jax_monokernel.topology.parts import modes, part, part_for, part_names
 from jax_monokernel.topology.placement import Placement, apply_order, page_traffic, place, place_tape, undo_order

@@ -10,7 +10,8 @@ from jax_monokernel import _gpu, _native
 from jax_monokernel.plan import Platform
 from jax_monokernel.topology import store
 from jax_monokernel.topology.host import host_topology
-from jax_monokernel.topology.measure import MEMORY_BYTES, Measurement, measure, topology_of
+from jax_monokernel.topology.measure import MEMORY_BYTES, measure
+from jax_monokernel.topology.measurement import Measurement, topology_of
 from jax_monokernel.topology.model import Topology
 from jax_monokernel.topology.parts import part_for
 

@@ -11,15 +11,13 @@ import numpy as np
 
 from jax_monokernel.plan import PHASES, Plan, attention_tasks, geometry
 from jax_monokernel.topology.discover import Found
-from jax_monokernel.topology.model import Group, Topology
+from jax_monokernel.topology.layout import DOMAIN_COLOURS, INK, LINE, Layout
+from jax_monokernel.topology.model import Topology
 
 if TYPE_CHECKING:
     from jax_monokernel.spec import DecoderSpec
 
 FORMATS = ("png", "svg")
-# One for each memory domain; told apart by people who see colours differently too (Okabe and Ito's palette).
-DOMAIN_COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00", "#999999")
-_INK, _LINE, _PAPER = "#222222", "#8a8a8a", "#f4f4f2"
 
 
 def draw(
@@ -61,7 +59,7 @@ def draw(
         makers.append(("plan", lambda p: draw_plan(p, found.topology, spec, laid, model)))
     written = []
     with pyplot.rc_context(
-        {"font.size": 9, "font.family": "DejaVu Sans", "svg.fonttype": "none", "axes.edgecolor": _LINE}
+        {"font.size": 9, "font.family": "DejaVu Sans", "svg.fonttype": "none", "axes.edgecolor": LINE}
     ):
         for name, make in makers:
             figure = make(pyplot)
@@ -92,10 +90,10 @@ def draw_groups(pyplot: Any, topology: Topology) -> Any:
     if len(topology.domains) < 2:
         colours = dict.fromkeys(colours, DOMAIN_COLOURS[0])
     figure, axes = _blank(pyplot)
-    layout = _Layout(axes, topology, lambda unit: (colours[unit], str(unit)))
+    layout = Layout(axes, topology, lambda unit: (colours[unit], str(unit)))
     layout.draw()
     figure.set_size_inches(*layout.inches())
-    axes.set_title(_title(topology), loc="left", fontsize=11, color=_INK)
+    axes.set_title(_title(topology), loc="left", fontsize=11, color=INK)
     lines = [f"{_constant_text(name, c.value)} ({c.basis})" for name, c in topology.constants.items()]
     if lines:
         half = math.ceil(len(lines) / 2)
@@ -123,120 +121,6 @@ def _blank(pyplot: Any) -> tuple[Any, Any]:
     axes.set_aspect("equal")
     axes.axis("off")
     return figure, axes
-
-
-class _Layout:
-    """Boxes in boxes. One unit is a square of size 1; y goes down."""
-
-    def __init__(self, axes: Any, topology: Topology, look: Callable[[int], tuple[str, str]]) -> None:
-        self.axes, self.topology, self.look = axes, topology, look
-        self.width, self.height = 0.0, 0.0
-        most = max((len(g.units) for _, g in topology.root.walk()), default=1)
-        self.columns = max(1, math.ceil(math.sqrt(most * 1.4)))
-
-    def draw(self) -> None:
-        self.width, self.height = self._box(self.topology.root, 0.0, 0.0)
-        self.axes.set_xlim(-0.6, self.width + 0.6)
-        self.axes.set_ylim(self.height + 0.6, -0.6)
-
-    def scale(self) -> float:
-        """Inches of a unit's square."""
-        return min(0.42, 15 / self.width, 15 / self.height)
-
-    def inches(self) -> tuple[float, float]:
-        return max(self.width * self.scale(), 5.5), max(self.height * self.scale(), 2.5) + 1.2
-
-    def _size(self, group: Group) -> tuple[float, float]:
-        """Width and height of a group's box."""
-        if not group.children:
-            columns = min(self.columns, max(1, len(group.units)))
-            width = max(columns, 0.28 * len(_label(group)) + 0.3)
-            return width + 0.8, math.ceil(len(group.units) / columns) + 1.5
-        sizes = [self._size(child) for child in group.children]
-        rows = self._rows(group)
-        width = max(sum(sizes[i][0] for i in row) + 0.6 * (len(row) - 1) for row in rows)
-        height = sum(max(sizes[i][1] for i in row) for row in rows) + 0.6 * (len(rows) - 1)
-        memory = self._memory_width(group)
-        return width + 1.0 + memory, height + 1.7
-
-    def _rows(self, group: Group) -> list[list[int]]:
-        """Which children stand beside each other."""
-        count = len(group.children)
-        columns = max(1, round(math.sqrt(count))) if count > 3 else count
-        if group.children[0].children and count == 2:
-            columns = 2
-        if not group.children[0].children:
-            columns = 1 if count <= 2 and len(group.children[0].units) > 24 else max(columns, math.ceil(count / 3))
-            if all(len(c.units) <= 4 for c in group.children):
-                columns = min(count, max(4, math.ceil(math.sqrt(count * 1.6))))
-        return [list(range(i, min(i + columns, count))) for i in range(0, count, columns)]
-
-    def _memory_width(self, group: Group) -> float:
-        if group is self.topology.root and len(self.topology.domains) == 1 and self.topology.domains[0].stacks:
-            return 4.4
-        return 4.4 if group.near and len(self.topology.domains) > 1 and self._owner(group) else 0.0
-
-    def _owner(self, group: Group) -> bool:
-        """Whether the memory that is near a group is drawn in its box: it is, in the outermost box that names it."""
-        return next(g for _, g in self.topology.root.walk() if g.near == group.near) is group
-
-    def _box(self, group: Group, x: float, y: float) -> tuple[float, float]:
-        width, height = self._size(group)
-        if not group.children:
-            self._units(group, x, y, width, height)
-            return width, height
-        is_root = group is self.topology.root
-        self._rectangle(x, y, width, height, "#ffffff" if is_root else _PAPER, _LINE if is_root else "#b0b0a8")
-        self.axes.text(x + 0.5, y + 0.62, _label(group), va="center", fontsize=9 if is_root else 8, color=_INK)
-        at = y + 1.2
-        for row in self._rows(group):
-            left, tallest = x + 0.5, 0.0
-            for i in row:
-                child_width, child_height = self._box(group.children[i], left, at)
-                left += child_width + 0.6
-                tallest = max(tallest, child_height)
-            at += tallest + 0.6
-        if self._memory_width(group):
-            domains = group.near or (0,)
-            each = (height - 1.7) / len(domains)
-            for i, d in enumerate(domains):
-                self._memory(d, x + width - 4.4, y + 1.2 + i * each, each)
-        return width, height
-
-    def _units(self, group: Group, x: float, y: float, width: float, height: float) -> None:
-        self._rectangle(x, y, width, height, "#ffffff", _LINE)
-        self.axes.text(x + 0.4, y + 0.55, _label(group), va="center", fontsize=7.5, color=_INK)
-        columns = min(self.columns, max(1, len(group.units)))
-        for i, unit in enumerate(group.units):
-            colour, text = self.look(unit)
-            left, top = x + 0.4 + i % columns, y + 1.0 + i // columns
-            self._rectangle(left + 0.05, top + 0.05, 0.9, 0.9, colour, "none")
-            self.axes.text(left + 0.5, top + 0.52, text, ha="center", va="center", fontsize=5.5, color=_INK)
-
-    def _memory(self, domain: int, x: float, y: float, height: float) -> None:
-        d = self.topology.domains[domain]
-        colour = DOMAIN_COLOURS[domain % 8]
-        stacks = max(1, d.stacks)
-        each = height / stacks
-        for i in range(stacks):
-            top = y + i * each + 0.1
-            for layer in range(4):  # a stack, seen from above and a little from the side
-                off = 0.12 * (3 - layer)
-                self._rectangle(x + 0.2 + off, top + off, 3.2, each - 0.7, colour, "#ffffff")
-        size = f"\n{d.bytes / (1 << 30):.0f} GiB" if d.bytes else ""
-        words = d.name.replace("'s ", "'s\n")
-        middle = y + 0.1 + (each - 0.7) / 2  # of the first stack
-        self.axes.text(x + 1.8, middle, f"{words}{size}", ha="center", va="center", fontsize=6.5, color=_INK)
-
-    def _rectangle(self, x: float, y: float, width: float, height: float, face: str, edge: str) -> None:
-        from matplotlib.patches import Rectangle
-
-        self.axes.add_patch(Rectangle((x, y), width, height, facecolor=face, edgecolor=edge, linewidth=0.8))
-
-
-def _label(group: Group) -> str:
-    count = len(group.all_units())
-    return group.name if group.kind in ("core",) else f"{group.name} · {count}"
 
 
 # ---- Measured matrices ----
@@ -308,7 +192,7 @@ def draw_homes(pyplot: Any, found: Found, rows: int = 64) -> Any:
 
     legend = [Patch(color=DOMAIN_COLOURS[d], label=f"domain {d}: {shares[d]:.1%}") for d in range(count)]
     if (m.homes < 0).any():
-        legend.append(Patch(facecolor="#ffffff", edgecolor=_LINE, label=f"undecided: {np.mean(m.homes < 0):.1%}"))
+        legend.append(Patch(facecolor="#ffffff", edgecolor=LINE, label=f"undecided: {np.mean(m.homes < 0):.1%}"))
     left.legend(handles=legend, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(legend), frameon=False, fontsize=8)
     names = [n for n in ("unit", "domain", "device") if n in m.stream]
     kinds = [k for k in ("", "_near", "_far") if any(n + k in m.stream for n in names)]
@@ -381,7 +265,7 @@ def draw_plan(pyplot: Any, topology: Topology, spec: DecoderSpec, plan: Plan, mo
     top, bottom = figure.subplots(2, 1, gridspec_kw={"height_ratios": [3, 1.3]})
     top.set_aspect("equal")
     top.axis("off")
-    layout = _Layout(top, topology, look)
+    layout = Layout(top, topology, look)
     layout.draw()
     width, height = layout.inches()
     figure.set_size_inches(max(width, 9), height * max(1, 9 / width) * 0.8 + 4.2)
@@ -408,7 +292,7 @@ def draw_plan(pyplot: Any, topology: Topology, spec: DecoderSpec, plan: Plan, mo
         for unit in _labelled(plan.units):
             first, end = held[unit]["rows"][phase]
             if end > first:
-                bottom.text(unit, row, f"{first:,}", ha="left", va="center", fontsize=6.5, color=_INK)
+                bottom.text(unit, row, f"{first:,}", ha="left", va="center", fontsize=6.5, color=INK)
     bottom.set_yticks(range(len(PHASES)), PHASES)
     bottom.set_xlim(-0.5, plan.units - 0.5)
     bottom.set_ylim(len(PHASES) - 0.45, -0.55)

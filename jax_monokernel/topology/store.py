@@ -8,7 +8,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from jax_monokernel.topology.measure import Measurement
+from jax_monokernel.topology.measurement import Measurement
 
 VERSION = 1
 
