@@ -162,6 +162,20 @@ def test_a_tape_on_a_device_where_near_memory_is_faster():
         place_tape(spec, Plan(platform="cuda", units=9), measured(), homes)
 
 
+def test_a_last_page_that_is_not_whole_stays():
+    from decoding import spec_of
+
+    spec, plan = spec_of("windows", "bfloat16"), Plan(platform="cpu", units=8)
+    total = geometry(spec, plan).unit_elems * 8 * 2
+    assert total % 4096 != 0
+    pages = -(-total // 4096)
+    found = place_tape(spec, plan, measured(), 1 - hashed_homes(pages, 2, 3))
+    assert found.order is not None
+    assert found.order[-1] == pages - 1
+    assert sorted(found.order.tolist()) == list(range(pages))
+    assert found.local_after > found.local_before
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

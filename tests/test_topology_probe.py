@@ -15,6 +15,7 @@ from test_topology_evaluate import same_partition
 from jax_monokernel import _native
 from jax_monokernel import topology as tp
 from jax_monokernel.topology import store
+from jax_monokernel.topology.measure import homes_of_pages
 from jax_monokernel.topology.placement import report
 from jax_monokernel.topology.probe import Probe, places
 
@@ -119,7 +120,7 @@ def test_placement_on_a_measured_device():
     pages = len(tp.page_traffic(spec, plan, near, 2))
     placed = tp.place_tape(spec, plan, topology, found.homes[:pages])
     assert placed.local_before == pytest.approx(0.5, abs=0.05)
-    assert placed.local_after > 0.85  # a page may be of two units, and the halves have not the same number of units
+    assert placed.local_after > 0.85  # the halves have not the same number of units
     line = report(spec, tp.Found(topology, found))
     assert re.fullmatch(
         r"traffic local \d+\.\d%, remote \d+\.\d% -> local \d+\.\d%, remote \d+\.\d%: .* pages move", line
@@ -350,3 +351,43 @@ def test_measuring_and_discovering(make_fake, platform):
     fake.driver_version = 13010
     make_fake(platform).driver_version = 13010
     assert store.load("Fake GPU", 4, 13010) is None
+
+
+def test_homes_of_somebody_elses_memory(make_fake):
+    device = SimulatedGpu(**H200)
+    found = tp.measure(device, "cuda")
+    homes = homes_of_pages(SimulatedGpu(**H200, memory_bytes=300 * 4096), found).homes
+    assert same_partition(homes, device.home(np.arange(300) * 4096))
+    with pytest.raises(tp.ProbeError, match="other units than were measured"):
+        homes_of_pages(SimulatedGpu(), found)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["answered", "unanswered"])
+def test_words_of_somebody_elses_memory_stay(make_fake, whole):
+    make_fake().units = 3
+    memory = np.random.default_rng(0).integers(0, 2**32, 4096, np.uint32)
+    memory = memory[-memory.ctypes.data % 4096 // 4 :][:2048]
+    before = memory.copy()
+    assert memory.ctypes.data % 4096 == 0
+    probe = _native.GpuProbe("cuda", 0, memory.nbytes, memory.ctypes.data)
+    assert probe.memory_bytes == 8192
+    unit_of = np.full(2048, 0xFFFFFFFF, np.uint32)
+    unit_of[[0, 1, 2] if whole else [0, 2]] = [0, 1, 2] if whole else [0, 2]
+    jobs = np.array([[0 | 1 << 16, 0], [2 | 1 << 16, 130]], np.uint32)
+    work = {"jobs": jobs, "tracks": np.array([[0, 2]], np.uint32), "track_of": np.zeros(3, np.int32)}
+    _, reports = probe.run(**NOTHING | work | {"unit_of": unit_of, "limit_s": 5.0 if whole else 0.2})
+    assert bool(reports[:, 2].any()) != whole
+    del probe
+    np.testing.assert_array_equal(memory, before)
+    with pytest.raises(ValueError, match="does not begin at a page"):
+        _native.GpuProbe("cuda", 0, 4096, memory.ctypes.data + 256)
+
+
+def test_homes_are_for_measured_devices_and_arrays_on_gpus():
+    import jax.numpy as jnp
+
+    with pytest.raises(ValueError, match="device that was measured"):
+        tp.page_homes(jnp.zeros(4096), tp.Found(tp.part("H200"), None))
+    found = tp.measure(SimulatedGpu(), "cuda")
+    with pytest.raises(ValueError, match="expected one GPU"):
+        tp.page_homes(jnp.zeros(4096), tp.Found(tp.topology_of(found), found))

@@ -87,12 +87,12 @@ py::array_t<uint32_t> fields(const std::vector<T>& values) {
 void bind_probe(py::module_& m) {
   m.def("gpu_probe_source", &probe_source, "The device code of GpuProbe.");
   py::class_<Probe>(m, "GpuProbe", "Runs the probe of a device's topology (docs/topology.md).")
-      .def(py::init([](const std::string& platform, int device, uint64_t memory_bytes) {
+      .def(py::init([](const std::string& platform, int device, uint64_t memory_bytes, uint64_t address) {
              const Vendor vendor = vendor_of(platform);
              py::gil_scoped_release release;
-             return std::make_unique<Probe>(vendor, device, memory_bytes);
+             return std::make_unique<Probe>(vendor, device, memory_bytes, address);
            }),
-           py::arg("platform"), py::arg("device"), py::arg("memory_bytes"))
+           py::arg("platform"), py::arg("device"), py::arg("memory_bytes"), py::arg("address") = 0)
       .def_property_readonly("name", [](const Probe& p) { return p.device().name(); })
       .def_property_readonly("arch", [](const Probe& p) { return p.device().architecture().name; })
       .def_property_readonly("driver_version", [](const Probe& p) { return p.device().api().version; })

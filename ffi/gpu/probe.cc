@@ -50,7 +50,8 @@ Failure wrong(const std::string& what) { return Failure(Code::kInvalid, "the pro
 
 const char* probe_source() { return probe_headers().front().text; }
 
-Probe::Probe(Vendor vendor, int ordinal, uint64_t memory_bytes) : device_(Device::get(vendor, ordinal)) {
+Probe::Probe(Vendor vendor, int ordinal, uint64_t memory_bytes, uint64_t address) : device_(Device::get(vendor, ordinal)) {
+  if (address % topology::kStepBytes != 0) throw wrong("memory that does not begin at a page of 4096 bytes");
   device_.open();
   const Device::Current current(device_);
   const Driver& api = device_.api();
@@ -68,6 +69,12 @@ Probe::Probe(Vendor vendor, int ordinal, uint64_t memory_bytes) : device_(Device
   api.check(api.occupancy(&resident, function_, a.wave_size + kReaderThreads, shared_bytes_), "place the probe");
   if (resident < 1) throw Failure(Code::kExhausted, "the probe does not fit on a multiprocessor of " + device_.name());
 
+  if (address != 0) {
+    owns_memory_ = false;
+    memory_ = reinterpret_cast<void*>(static_cast<uintptr_t>(address));
+    memory_bytes_ = memory_bytes;
+    return;
+  }
   for (uint64_t bytes = memory_bytes / topology::kStepBytes * topology::kStepBytes;; bytes /= 2) {
     if (bytes < kLeastBytes) throw Failure(Code::kExhausted, "there is too little free memory on " + device_.name() + " to probe it");
     const int error = api.device_alloc(&memory_, bytes);
@@ -80,7 +87,7 @@ Probe::Probe(Vendor vendor, int ordinal, uint64_t memory_bytes) : device_(Device
 }
 
 Probe::~Probe() {
-  if (!memory_ || lost_) return;
+  if (!memory_ || lost_ || !owns_memory_) return;
   try {
     const Device::Current current(device_);
     device_.api().device_free(memory_);

@@ -30,8 +30,8 @@ class Probe {
   };
 
   // Compiles and loads the probe, and allocates `memory_bytes`, or if there is less the most of half, a quarter ... that there is.
-  // Throws Failure.
-  Probe(Vendor vendor, int ordinal, uint64_t memory_bytes);
+  // With an `address` it works in that memory instead, whose words hold afterwards what they held before. Throws Failure.
+  Probe(Vendor vendor, int ordinal, uint64_t memory_bytes, uint64_t address = 0);
   ~Probe();
   Probe(const Probe&) = delete;
   Probe& operator=(const Probe&) = delete;
@@ -55,6 +55,7 @@ class Probe {
   void* function_ = nullptr;
   unsigned shared_bytes_ = 0;
   void* memory_ = nullptr;
+  bool owns_memory_ = true;
   uint64_t memory_bytes_ = 0;
   uint32_t next_value_ = 1;  // of words
   bool lost_ = false;        // a launch did not end, so its memory is not given back

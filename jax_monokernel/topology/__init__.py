@@ -1,6 +1,6 @@
 """What a device looks like: groups of units, memory domains, and what crossing them costs (docs/topology.md)."""
 
-from jax_monokernel.topology.discover import Found, discover, gpus, measure_device
+from jax_monokernel.topology.discover import Found, discover, gpus, measure_device, page_homes
 from jax_monokernel.topology.host import host_topology
 from jax_monokernel.topology.measure import measure
 from jax_monokernel.topology.measurement import Measurement, topology_of
@@ -28,6 +28,7 @@ __all__ = [
     "measure",
     "measure_device",
     "modes",
+    "page_homes",
     "page_traffic",
     "part",
     "part_for",

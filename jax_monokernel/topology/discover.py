@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
+
 from jax_monokernel import _gpu, _native
 from jax_monokernel.plan import Platform
 from jax_monokernel.topology import store
 from jax_monokernel.topology.host import host_topology
-from jax_monokernel.topology.measure import MEMORY_BYTES, measure
+from jax_monokernel.topology.measure import MEMORY_BYTES, homes_of_pages, measure
 from jax_monokernel.topology.measurement import Measurement, topology_of
 from jax_monokernel.topology.model import Topology
 from jax_monokernel.topology.parts import part_for
@@ -76,6 +79,36 @@ def discover(platform: Platform | None = None, device: int = 0) -> Found:
     if found is not None:
         return Found(topology_of(found), found)
     return Found(part_for(described["name"], described["arch"], described["units"], name), None)
+
+
+def page_homes(array: jax.Array, found: Found) -> np.ndarray:
+    """Where the 4 KiB pages of an array on a GPU live: int8 [whole pages] domains, -1 if undecided. For `place_tape`.
+
+    Words of the array are written while that is found out, and hold again afterwards what they held: nothing else may
+    use the array meanwhile.
+
+    Args:
+      array: on one GPU, such as a tape's streams.
+      found: that GPU, measured.
+
+    Raises:
+      ValueError: a device that was not measured, or an array that is not on it or does not begin at a page.
+      RuntimeError: what the device or its driver said.
+    """
+    m = found.measurement
+    if m is None:
+        raise ValueError("pages have homes on a device that was measured: jax-monokernel topology --measure")
+    devices = list(array.devices())
+    if len(devices) != 1 or devices[0].platform != "gpu":
+        raise ValueError(f"the array is on {devices}; expected one GPU")
+    array.block_until_ready()
+    return _homes_at(m, devices[0].local_hardware_id or 0, array.unsafe_buffer_pointer(), array.nbytes)
+
+
+def _homes_at(m: Measurement, ordinal: int, address: int, size: int) -> np.ndarray:
+    _native.gpu_library_dirs(_gpu.library_dirs())
+    session = _native.GpuProbe(m.platform, ordinal, size, address)
+    return homes_of_pages(session, m).homes
 
 
 def measure_device(

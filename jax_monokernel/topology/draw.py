@@ -254,12 +254,13 @@ def draw_plan(pyplot: Any, topology: Topology, spec: DecoderSpec, plan: Plan, mo
     group = spec.num_heads // spec.num_kv_heads
     shades = pyplot.get_cmap("tab20")
 
-    def look(unit: int) -> tuple[str, str]:
+    def look(unit: int) -> tuple[Any, str]:
         heads = held[units.index(unit)]["heads"]
         if not heads:
             return "#e4e4e0", ""
         text = f"h{heads[0]}" if len(heads) == 1 else f"h{heads[0]}-{heads[-1]}"
-        return shades(heads[0] // group % 20), text
+        red, green, blue, _ = shades(heads[0] // group % 20)
+        return (0.4 + 0.6 * red, 0.4 + 0.6 * green, 0.4 + 0.6 * blue), text  # light enough for the text
 
     figure = pyplot.figure(constrained_layout=True)
     top, bottom = figure.subplots(2, 1, gridspec_kw={"height_ratios": [3, 1.3]})

@@ -16,7 +16,7 @@ INK, LINE, PAPER = "#222222", "#8a8a8a", "#f4f4f2"
 class Layout:
     """Boxes in boxes. One unit is a square of size 1; y goes down."""
 
-    def __init__(self, axes: Any, topology: Topology, look: Callable[[int], tuple[str, str]]) -> None:
+    def __init__(self, axes: Any, topology: Topology, look: Callable[[int], tuple[Any, str]]) -> None:
         self.axes, self.topology, self.look = axes, topology, look
         self.width, self.height = 0.0, 0.0
         most = max((len(g.units) for _, g in topology.root.walk()), default=1)
@@ -118,7 +118,7 @@ class Layout:
         middle = y + 0.1 + (each - 0.7) / 2  # of the first stack
         self.axes.text(x + 1.8, middle, f"{words}{size}", ha="center", va="center", fontsize=6.5, color=INK)
 
-    def _rectangle(self, x: float, y: float, width: float, height: float, face: str, edge: str) -> None:
+    def _rectangle(self, x: float, y: float, width: float, height: float, face: Any, edge: str) -> None:
         from matplotlib.patches import Rectangle
 
         self.axes.add_patch(Rectangle((x, y), width, height, facecolor=face, edgecolor=edge, linewidth=0.8))

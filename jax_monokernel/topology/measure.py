@@ -11,7 +11,7 @@ import numpy as np
 
 from jax_monokernel.topology import evaluate
 from jax_monokernel.topology.measurement import Measurement
-from jax_monokernel.topology.probe import WORD_BYTES, Probe, Session
+from jax_monokernel.topology.probe import WORD_BYTES, Probe, ProbeError, Session
 
 MEMORY_BYTES = 1 << 30  # that homes are looked for in and that is read
 _PAGE = 4096
@@ -84,6 +84,26 @@ def measure(
     )
 
 
+def homes_of_pages(session: Session, found: Measurement) -> evaluate.Homes:
+    """Homes of the 4 KiB pages of a session's memory, on a device that was measured.
+
+    Args:
+      session: `_native.GpuProbe` over the memory; what its words hold stays.
+      found: of the same device.
+
+    Raises:
+      ProbeError: what the device said, or it has other units than were measured.
+    """
+    probe = Probe(session, found.platform)
+    if probe.places != found.places:
+        raise ProbeError(f"{session.name} has other units than were measured; measure it again")
+    pairs = _witnesses(probe, found.domains, found.groups)
+    places = np.arange(session.memory_bytes // _PAGE) * (_PAGE // WORD_BYTES)
+    if len(pairs) < 2:
+        return evaluate.Homes(np.zeros(len(places), np.int8), found.near_ns, found.far_ns, 0.0)
+    return evaluate.block_homes(*_play_words(probe, pairs, places))
+
+
 def _groups(probe: Probe) -> np.ndarray:
     """XCDs, or SMs that are seen in one cluster."""
     if probe.platform == "rocm":
@@ -148,6 +168,7 @@ def _play_words(probe: Probe, pairs: list[list[tuple[int, int]]], places: np.nda
     # Dealt at random, so that every pair meets words of every home.
     order = np.random.default_rng(len(places)).permutation(len(places))
     for d, of_domain in enumerate(pairs):
+        of_domain = of_domain[: max(1, len(places) // 128)]  # each meets enough to know its near time
         for i, (a, b) in enumerate(of_domain):
             chosen = np.sort(order[i :: len(of_domain)])
             tracks.append(np.stack([np.full(len(chosen), a), np.full(len(chosen), b), places[chosen]], axis=1))

@@ -155,7 +155,17 @@ def place_tape(
     if reason is not None:
         share = _local(traffic, np.asarray(homes))
         return Placement(None, share, share, reason)
-    return place(traffic, homes)
+    # A last page that is not whole cannot change places with others.
+    itemsize = 4 if spec.dtype == "float32" else 2
+    whole = geometry(spec, plan).unit_elems * plan.units * itemsize // PAGE_BYTES
+    placed = place(traffic[:whole], np.asarray(homes)[:whole])
+    if whole == len(traffic):
+        return placed
+    order = None if placed.order is None else np.append(placed.order, np.int32(whole))
+    before, after = (
+        _local(traffic, np.asarray(homes)[o]) for o in (slice(None), slice(None) if order is None else order)
+    )
+    return Placement(order, before, after, placed.reason)
 
 
 def report(spec: DecoderSpec, found: Found) -> str:

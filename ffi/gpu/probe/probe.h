@@ -226,11 +226,10 @@ MK_FUNCTION u32 pass_messages(const Args& a, u32 me, const Range& track, u32* tu
     if (!wait_for_turn(turn, k, begin, a.limit_ticks)) return k;
     u32* word = (u32*)(a.data + (u64)a.jobs[j].place * kWordUnit);
     const u32 before = arch::load_word(word);
-    if (!play(a, word, asks, a.first_value + j * values, begin, a.results + j)) return k;
-    if (asks) {
-      arch::store_word(word, before);
-      arch::store_word(turn, k + 1);
-    }
+    const bool played = play(a, word, asks, a.first_value + j * values, begin, a.results + j);
+    if (asks) arch::store_word(word, before);  // it may be somebody's data
+    if (!played) return k;
+    if (asks) arch::store_word(turn, k + 1);
   }
   // Who has no more to do reads on, so that the last job is under the same load as the first.
   return wait_for_turn(turn, track.count, begin, a.limit_ticks) ? track.count : track.count - 1;
