@@ -36,6 +36,7 @@ DEVICES = {
     "mi300x_cut_down": MI300X | {"group_of": (0,) * 12 + (1,) * 11 + (2,) * 12 + (3,) * 8 + (4, 5, 6, 7) * 9},
     "mi355x": MI300X
     | {"group_of": tuple(i % 8 for i in range(64)), "domain_of": (0,) * 4 + (1,) * 4, "masks": (0b101,)},
+    "cpx": MI300X | {"group_of": (0,) * 12, "domain_of": (0,), "masks": ()},
     "qpx": MI300X | {"group_of": (0, 1) * 12, "domain_of": (0, 0), "masks": ()},
 }
 

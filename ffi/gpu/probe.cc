@@ -221,6 +221,7 @@ std::vector<uint32_t> Probe::clusters(int size) {
   const auto shared = static_cast<unsigned>(device_.architecture().shared_bytes);
   api.check(api.set_function_attribute(entry, kDynamicSharedBytes, static_cast<int>(shared)), "give the probe its shared memory");
   const unsigned blocks = static_cast<unsigned>(device_.multiprocessors() / size * size);
+  if (blocks == 0) return {};
   std::vector<uint32_t> found(blocks * 2);
   std::lock_guard lock(device_.launching());
   Memory memory(api, found.size() * sizeof(uint32_t));

@@ -260,28 +260,29 @@ def _streams(
                     out[unit] = part[: len(part) // least * least]
         return out
 
-    def rate(blocks_of: list[np.ndarray], megabytes: int) -> float:
-        reads = [probe.read(blocks_of, shift=shift, bytes_each=megabytes << 20).gb_s for _ in range(repeats)]
+    def rate(blocks_of: list[np.ndarray]) -> float:
+        # Long enough for a clock that ticks every few microseconds.
+        reads = [probe.read(blocks_of, shift=shift, bytes_each=128 << 20).gb_s for _ in range(repeats)]
         return float(np.median(reads))
 
     everyone = np.ones(probe.units, bool)
     # Who reads everything deals it among all units, not among those of each domain.
     shares = np.array_split(everything, probe.units)
     all_blocks = [part[: len(part) // least * least] for part in shares]
-    found = {"device": rate(all_blocks, 32)}
+    found = {"device": rate(all_blocks)}
     first = np.array([int(np.argmax(domains == d)) for d in range(count)])
     units, groups = {"all": [], "near": [], "far": []}, {"all": [], "near": [], "far": []}  # type: ignore[var-annotated]
     sources = {"all": lambda d: everything}
     if count > 1:
         sources |= {"near": lambda d: near_of[d], "far": lambda d: far_of[d]}
-        found["device_near"] = rate(deal(sources["near"], everyone), 32)
-        found["device_far"] = rate(deal(_dealt_far(far_of, near_of), everyone), 32)
+        found["device_near"] = rate(deal(sources["near"], everyone))
+        found["device_far"] = rate(deal(_dealt_far(far_of, near_of), everyone))
     for d in range(count):
         for kind, source in sources.items():
             alone = np.arange(probe.units) == first[d]
-            units[kind].append(rate(deal(source, alone), 32))
+            units[kind].append(rate(deal(source, alone)))
             if count > 1:
-                groups[kind].append(rate(deal(source, domains == d), 32))
+                groups[kind].append(rate(deal(source, domains == d)))
     for kind in sources:
         suffix = "" if kind == "all" else f"_{kind}"
         found[f"unit{suffix}"] = float(np.median(units[kind]))
