@@ -25,6 +25,7 @@ class SimulatedGpu:
     in_xcd_ns: float = 300.0
     near_gain: float = 1.2  # rate from near memory over that from far memory
     unit_gb_s: float = 60.0
+    slice_ns: float = 0.0  # units of a group are by so much nearer to some slices of the cache than to others
     seed: int = 0
     name: str = "Simulated"
     driver_version: int = 13000
@@ -32,6 +33,7 @@ class SimulatedGpu:
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.seed)
         self.launches = 0
+        self.slices = self.slice_ns * self.rng.standard_normal((max(self.group_of) + 1, 80))
         self.arch = "sm_90" if self.platform == "cuda" else "gfx942"
         # Numbers of SMs and compute units have nothing to do with groups, and have holes.
         self.number = self.rng.permutation(2 * self.units)[: self.units]
@@ -73,7 +75,9 @@ class SimulatedGpu:
         home = self.home(jobs[:, 1].astype(np.int64) * 32)
         reach = lambda u: np.where(self.domain(u) == home, self.near_ns, self.far_ns)  # noqa: E731
         own = 2.0 * np.arange(self.units) / self.units  # a unit's own part
-        time = reach(a) + reach(b) + own[a] + own[b]
+        place = jobs[:, 1].astype(np.int64) // 4 * 2654435761 % 80  # the slice of a word's 128 bytes
+        near_slice = lambda u: self.slices[np.asarray(self.group_of)[u], place]  # noqa: E731
+        time = reach(a) + reach(b) + own[a] + own[b] + near_slice(a) + near_slice(b)
         if self.platform == "rocm":
             group = np.asarray(self.group_of)
             time = np.where(group[a] == group[b], self.in_xcd_ns, time + 200)

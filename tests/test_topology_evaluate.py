@@ -42,7 +42,7 @@ def test_units_that_are_near_the_same_words(domains, noise):
     found = evaluate.cluster_profiles(evaluate.unit_profiles(times))
     assert found.count == domains
     assert same_partition(found.labels, units)
-    assert (found.separation > 4) == (domains > 1)
+    assert (found.separation > 2.5) == (domains > 1)
 
 
 def test_units_that_were_not_measured_are_unknown():

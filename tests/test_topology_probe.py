@@ -30,8 +30,11 @@ MI300X = {
 H200 = {"group_of": tuple(i // 18 for i in range(132)), "domain_of": (0, 1, 0, 1, 1, 0, 1, 0)}
 DEVICES = {
     "h200": H200,
+    "h200_slices": H200 | {"slice_ns": 12.0, "noise": 0.005},
     "h200_fine_interleave": H200 | {"granule": 512},
     "one_domain": {"group_of": tuple(i // 20 for i in range(60)), "domain_of": (0, 0, 0), "masks": ()},
+    "one_domain_slices": {"group_of": tuple(i // 20 for i in range(60)), "domain_of": (0, 0, 0), "masks": ()}
+    | {"slice_ns": 6.0, "noise": 0.005},
     "mi300x": MI300X | {"group_of": tuple(i % 8 for i in range(96))},
     "mi300x_cut_down": MI300X | {"group_of": (0,) * 12 + (1,) * 11 + (2,) * 12 + (3,) * 8 + (4, 5, 6, 7) * 9},
     "mi355x": MI300X

@@ -40,11 +40,11 @@ class Clusters:
     separation: float  # distance of the two clusters that are nearest, over the spread inside clusters; 0 for one
 
 
-def cluster_profiles(profiles: np.ndarray, most: int = 8, least_separation: float = 4.0) -> Clusters:
+def cluster_profiles(profiles: np.ndarray, most: int = 8, least_separation: float = 2.5) -> Clusters:
     """Which rows are alike.
 
-    The number of clusters is the one whose clusters are farthest apart, as seen from their spread; one, if that is less
-    than `least_separation`.
+    The number of clusters is the one whose clusters are farthest apart beyond twice their spread; one, if they are less
+    than `least_separation` spreads apart.
 
     Args:
       profiles: float [items, features]; fewer than 6 items are one cluster.
@@ -60,16 +60,15 @@ def cluster_profiles(profiles: np.ndarray, most: int = 8, least_separation: floa
         labels[known] = 0
         return Clusters(labels, 1, 0.0)
     tree = linkage(rows, "average")
-    best, separation = np.zeros(len(rows), int), 0.0
+    best, separation, lead = np.zeros(len(rows), int), 0.0, 0.0
     for cut in range(2, min(3 * most, len(rows) - 1) + 1):
         found = _without_outliers(rows, fcluster(tree, cut, "maxclust") - 1)
         if not 2 <= found.max() + 1 <= most:
             continue
-        value = _separation(rows, found)
-        if value > separation:
-            best, separation = found, value
-    if separation < least_separation:
-        best, separation = np.zeros(len(rows), int), 0.0
+        apart, inside = _separation(rows, found)
+        # Groups inside groups are seen too: the outermost is meant, whose clusters are the farthest apart.
+        if apart >= least_separation * inside and apart - 2 * inside > lead:
+            best, separation, lead = found, apart / max(inside, 1e-9), apart - 2 * inside
     labels[known] = _in_order(best)
     return Clusters(labels, int(labels.max()) + 1, separation)
 
@@ -82,13 +81,14 @@ def _without_outliers(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.argmin(np.abs(rows[:, None] - centres[None]).sum(axis=2), axis=1)
 
 
-def _separation(rows: np.ndarray, labels: np.ndarray) -> float:
+def _separation(rows: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Distance of the two clusters that are nearest, and spread of the least even cluster, root mean squares."""
     counts = np.bincount(labels)
     centres = np.stack([np.median(rows[labels == c], axis=0) for c in range(len(counts))])
     apart = min(_rms(centres[a] - centres[b]) for a in range(len(counts)) for b in range(a))
-    # Of the least even cluster, without the few numbers that are far off for reasons of their own.
+    # Without the few numbers that are far off for reasons of their own.
     inside = max(_trimmed_rms(rows[labels == c] - centres[c]) for c in range(len(counts)))
-    return float(apart / max(inside, 1e-9))
+    return apart, inside
 
 
 def cluster_latencies(times: np.ndarray, most: int = 64, least_step: float = 1.1) -> Clusters:
