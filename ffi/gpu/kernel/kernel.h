@@ -76,18 +76,19 @@ MK_DEVICE bool opens_early(const Service& s) {
 MK_DEVICE void run_layer(Service& service, int layer, bool opened) {
   renew(service, [&](Service& s) { s.enter_layer(layer); });
   CacheLoads loads;
-  renew(service, [&](Service& s) { start_first_task(s, layer, loads); });
+  if constexpr (!arch::kRenew) start_first_task(service, layer, loads);
   run_phase<kQkv>(
       service, layer,
-      [&](Service& s, const Tiles& deal, int segment, float scale) { publish_rows<kQkv>(s, layer, deal, segment, scale); }, opened);
+      [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) { publish_rows<kQkv>(s, layer, deal, segment, scale, wait); }, opened);
   const bool o_opened = opens_early<kO>(service);
   renew(service, [&](Service& s) {
+    if constexpr (arch::kRenew) start_first_task(s, layer, loads);  // there are no registers to hold it for longer
     p2_attend(s, layer, loads);
     p2_combine(s, layer);
   });
   run_phase<kO>(
       service, layer,
-      [&](Service& s, const Tiles& deal, int segment, float scale) { publish_rows<kO>(s, layer, deal, segment, scale); }, o_opened);
+      [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) { publish_rows<kO>(s, layer, deal, segment, scale, wait); }, o_opened);
   if constexpr (kPostNorm) {
     renew(service, [&](Service& s) {
       add_projection<aligned_in_layer(MK_ATTN_POST_NORM)>(s, s.site(h4_projected, kWorkspace.projected, layer),
@@ -95,9 +96,9 @@ MK_DEVICE void run_layer(Service& service, int layer, bool opened) {
     });
   }
   run_phase<kGateUp>(service, layer,
-                     [&](Service& s, const Tiles& deal, int segment, float scale) { publish_inner(s, layer, deal, segment, scale); });
+                     [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) { publish_inner(s, layer, deal, segment, scale, wait); });
   run_phase<kDown>(service, layer,
-                   [&](Service& s, const Tiles& deal, int segment, float scale) { publish_rows<kDown>(s, layer, deal, segment, scale); });
+                   [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) { publish_rows<kDown>(s, layer, deal, segment, scale, wait); });
   if constexpr (kPostNorm) {
     renew(service, [&](Service& s) {
       add_projection<aligned_in_layer(MK_MLP_POST_NORM)>(s, s.residual_site(layer), s.constants + MK_MLP_POST_NORM);
@@ -111,7 +112,7 @@ MK_DEVICE void p6_head(Service& service) {
   renew(service, [&](Service& s) { search = start_search(s); });
   run_phase<kHead>(
       service, MK_NUM_LAYERS,
-      [&](Service& s, const Tiles& deal, int segment, float scale) { search_logits(s, search, deal, segment, scale); }, opened);
+      [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) { search_logits(s, search, deal, segment, scale, wait); }, opened);
   renew(service, [&](Service& s) { publish_candidates(s, search); });
 }
 
@@ -121,7 +122,7 @@ MK_DEVICE bool start_token(Service& s, bool cancelled) {
     Control& c = s.control();
     bool any = false;
     for (int r = 0; r < kBatch; r++) any |= c.live[r] != 0;
-    c.go[s.token & 1] = any && !cancelled && !s.waiter.aborted && c.aborted == 0;
+    c.go[s.token & 1] = any && !cancelled && !s.waiter.aborted && !(kStreamGathers && c.aborted != 0);
   }
   arch::open_gate();  // T
   arch::take_over();

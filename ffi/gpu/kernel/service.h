@@ -210,9 +210,8 @@ MK_DEVICE HeadRow find_head_row(const Args& args, int token) {
   const int tile = token / kTileRows;
   // The last unit that begins at or before the tile. Tiles are dealt almost evenly, so it is near.
   int unit = (int)((u32)tile * MK_UNITS / (u32)(round_up(kVocab, kTileRows) / kTileRows));
-  auto begin = [](int u) { return kTiles[kHead * MK_UNITS + u].begin; };
-  while (unit > 0 && begin(unit) > tile) unit--;
-  while (unit + 1 < MK_UNITS && begin(unit + 1) <= tile) unit++;
+  while (unit > 0 && kTiles[kHead * MK_UNITS + unit].begin > tile) unit--;
+  while (unit + 1 < MK_UNITS && kTiles[kHead * MK_UNITS + unit + 1].begin <= tile) unit++;
   HeadRow r;
   const Tiles t = kTiles[kHead * MK_UNITS + unit];
   r.unit = unit;
@@ -348,19 +347,24 @@ MK_DEVICE void set_squares(const Service& s, int request, float sum, bool add) {
   }
 }
 
-// Calls use(request, out, row, tile) for the outputs of a segment that fall to this lane; a lane always has the same request.
-// rows: outputs of a tile. products_of(tile, request, r) is the product of row r of the tile.
-template <int rows, typename Use>
-MK_DEVICE void for_products(const Service& s, const Tiles& deal, int segment, Use use) {
+// The outputs of a segment that fall to this lane; a lane always has the same request. rows: outputs of a tile. What follows
+// from an output's place, prepare(request, out), is done before wait(), which waits for the products, and what remains in
+// finish(prepared, out, sum), where sum(r) is the product of the row of the tile that is r after the output's.
+template <int rows, typename Wait, typename Prepare, typename Finish>
+MK_DEVICE void for_products(Service& s, const Tiles& deal, int segment, Wait wait, Prepare prepare, Finish finish) {
   constexpr int per_tile = kBatch * rows;
   constexpr int active = kServiceLanes / per_tile * per_tile;
   const float* products = shared_at<float>(kShared.products) + (segment & 1) * kSegmentTiles * kBatch * kTileRows * kWaves;
-  const int tiles = smaller(kSegmentTiles, deal.count - segment * kSegmentTiles);
+  const int all = smaller(kSegmentTiles, deal.count - segment * kSegmentTiles) * per_tile;
+  const int first_tile = deal.begin + segment * kSegmentTiles;
+  const int request = s.index % per_tile / rows, row = s.index % rows;
+  auto out_of = [&](int i) { return (first_tile + i / per_tile) * rows + row; };
+  auto prepared = prepare(request, out_of(s.index));
+  wait(s);
   if (s.index >= active) return;
-  for (int i = s.index; i < tiles * per_tile; i += active) {
-    const int tile = i / per_tile, request = i % per_tile / rows, row = i % rows;
-    const float* from = products + (tile * kBatch + request) * kTileRows * kWaves;
-    auto sum = [&](int r) {
+  for (int i = s.index; i < all;) {
+    const float* from = products + ((i / per_tile * kBatch + request) * kTileRows + row) * kWaves;
+    finish(prepared, out_of(i), [&](int r) {
       const float* p = from + r * kWaves;
       if constexpr (kWaves % 4 == 0) {
         float v = 0.0f;
@@ -375,8 +379,9 @@ MK_DEVICE void for_products(const Service& s, const Tiles& deal, int segment, Us
       MK_UNROLL
       for (int w = 1; w < kWaves; w++) v += p[w];
       return v;
-    };
-    use(request, (deal.begin + segment * kSegmentTiles + tile) * rows + row, row, sum);
+    });
+    i += active;
+    if (i < all) prepared = prepare(request, out_of(i));
   }
 }
 

@@ -197,7 +197,11 @@ MK_DEVICE Vec4 load_once(const void* p) {
   return {v.x, v.y, v.z, v.w};
 }
 MK_DEVICE void prefetch(const void*, int) {}
-MK_DEVICE void release() { __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent"); }
+MK_DEVICE void release() {
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent");
+  // Compilers may leave out that the write-back must have ended (LLVM pull request 178316).
+  asm volatile("s_waitcnt vmcnt(0)" ::: "memory");
+}
 MK_DEVICE void acquire() { __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "agent"); }
 MK_DEVICE u32 load_host(const u32* p) {
   return __hip_atomic_load((const Global<u32>*)p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_SYSTEM);

@@ -92,6 +92,8 @@ struct MatrixLoads {
   }
 };
 
+#if MK_WAVE_SIZE == 32
+
 // packed: the query heads, the key and the value of the token that attends, [kTaskHeads + 2][kHeadDim / 2]. loads: has been
 // started.
 template <typename Loads>
@@ -220,5 +222,7 @@ MK_DEVICE void store_sums(const Service& s, const WaveSums& sums, float* parts) 
     parts[g * (kHeadDim + 2) + kHeadDim + 1] = sums.total;
   }
 }
+
+#endif  // MK_WAVE_SIZE == 32
 
 }  // namespace mk

@@ -61,21 +61,24 @@ MK_DEVICE Search start_search(const Service& s) {
 }
 
 // p6, for each segment.
-MK_DEVICE void search_logits(Service& s, Search& search, const Tiles& deal, int segment, float scale) {
+template <typename Wait>
+MK_DEVICE void search_logits(Service& s, Search& search, const Tiles& deal, int segment, float scale, Wait wait) {
   const int request = search.request;
   if constexpr (arch::kRenew) search.options = row_options(s.args, request, s.control().position[request]);
   const RowOptions& options = search.options;
-  for_products<kTileRows>(s, deal, segment, [&](int, int token, int row, auto sum) {
-    if (token >= kVocab) return;
-    float raw = sum(row) * scale * MK_LOGIT_MULTIPLIER;
-    if constexpr (MK_LOGIT_SOFTCAP > 0.0f) raw = soft_cap(raw, MK_LOGIT_SOFTCAP);
-    const float z = adjust(options, s.args, request, token, raw);
-    offer(search.best, options, token, raw, z);
-    if (options.filtered) {
-      arch::store_word(adjusted_row(s, request) + token, arch::as_u32(z));
-      if (options.wants_log_prob) arch::store_word(logits_row(s, request) + token, arch::as_u32(raw));
-    }
-  });
+  for_products<kTileRows>(
+      s, deal, segment, wait, [](int, int) { return 0; },
+      [&](int, int token, auto sum) {
+        if (token >= kVocab) return;
+        float raw = sum(0) * scale * MK_LOGIT_MULTIPLIER;
+        if constexpr (MK_LOGIT_SOFTCAP > 0.0f) raw = soft_cap(raw, MK_LOGIT_SOFTCAP);
+        const float z = adjust(options, s.args, request, token, raw);
+        offer(search.best, options, token, raw, z);
+        if (options.filtered) {
+          arch::store_word(adjusted_row(s, request) + token, arch::as_u32(z));
+          if (options.wants_log_prob) arch::store_word(logits_row(s, request) + token, arch::as_u32(raw));
+        }
+      });
 }
 
 // The end of p6: one candidate of this unit for each request.

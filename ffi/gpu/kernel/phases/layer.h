@@ -102,44 +102,67 @@ MK_DEVICE float activate(float x) {
 }
 
 // p1, p3 and p5: bias, residual, and off to the others.
-template <int phase>
-MK_DEVICE void publish_rows(Service& s, int layer, const Tiles& deal, int segment, float scale) {
+template <int phase, typename Wait>
+MK_DEVICE void publish_rows(Service& s, int layer, const Tiles& deal, int segment, float scale, Wait wait) {
   constexpr int size = phase == kQkv ? kQkvSize : kHidden;
   constexpr int bias_offset = phase == kQkv ? MK_Q_BIAS : phase == kO ? MK_O_BIAS : MK_DOWN_BIAS;
+  constexpr bool adds = !kPostNorm && phase != kQkv;
   const Site to = phase == kQkv ? s.site(h1_qkv, kWorkspace.qkv, layer)
                   : phase == kO ? s.site(h4_projected, kWorkspace.projected, layer)
                                 : s.residual_site(layer);
-  for_products<kTileRows>(s, deal, segment, [&](int request, int out, int row, auto sum) {
-    if (out >= size) return;
-    float y = sum(row) * scale + bias<bias_offset>(s, out);
-    if constexpr (!kPostNorm && phase != kQkv) {
-      float& x = s.residual(request)[out - deal.begin * kTileRows];
-      y = x + MK_RESIDUAL_MULTIPLIER * y;
-      x = y;
-    }
-    arch::store_word((u32*)to.words + request * line(size) + out, encode(y, to.parity));
-  });
+  struct Row {
+    u32* word;
+    float* residual;
+    float bias;
+  };
+  for_products<kTileRows>(
+      s, deal, segment, wait,
+      [&](int request, int out) -> Row {
+        return {(u32*)to.words + request * line(size) + out, adds ? s.residual(request) + out - deal.begin * kTileRows : nullptr,
+                out < size ? bias<bias_offset>(s, out) : 0.0f};
+      },
+      [&](const Row& row, int out, auto sum) {
+        if (out >= size) return;
+        float y = sum(0) * scale + row.bias;
+        if constexpr (adds) {
+          y = *row.residual + MK_RESIDUAL_MULTIPLIER * y;
+          *row.residual = y;
+        }
+        arch::store_word(row.word, encode(y, to.parity));
+      });
 }
 
 // p4: activation.
-MK_DEVICE void publish_inner(Service& s, int layer, const Tiles& deal, int segment, float scale) {
+template <typename Wait>
+MK_DEVICE void publish_inner(Service& s, int layer, const Tiles& deal, int segment, float scale, Wait wait) {
   constexpr int rows = output_rows(kGateUp);
   const Site to = s.site(h5_inner, kWorkspace.inner, layer);
-  for_products<rows>(s, deal, segment, [&](int request, int out, int row, auto sum) {
-    if (out >= kInner) return;
-    float y;
-    if constexpr (kGated) {
-      const float gate = sum(row) * scale + bias<MK_GATE_BIAS>(s, out);
-      y = activate(gate) * (sum(row + rows) * scale + bias<MK_UP_BIAS>(s, out));
-    } else {
-      y = activate(sum(row) * scale + bias<MK_UP_BIAS>(s, out));
-    }
-    arch::store_word((u32*)to.words + request * line(kInner) + out, encode(y, to.parity));
-  });
+  struct Row {
+    u32* word;
+    float gate_bias, up_bias;
+  };
+  for_products<rows>(
+      s, deal, segment, wait,
+      [&](int request, int out) -> Row {
+        const bool real = out < kInner;
+        return {(u32*)to.words + request * line(kInner) + out, real ? bias<MK_GATE_BIAS>(s, out) : 0.0f,
+                real ? bias<MK_UP_BIAS>(s, out) : 0.0f};
+      },
+      [&](const Row& row, int out, auto sum) {
+        if (out >= kInner) return;
+        float y;
+        if constexpr (kGated) {
+          y = activate(sum(0) * scale + row.gate_bias) * (sum(rows) * scale + row.up_bias);
+        } else {
+          y = activate(sum(0) * scale + row.up_bias);
+        }
+        arch::store_word(row.word, encode(y, to.parity));
+      });
 }
 
-// A phase's multiplications: gates, fills if the service waves gather, and use(s, deal, segment, scale) for what comes out, which
-// is to be scaled. A unit without tiles does nothing. opened: the first gate is open already.
+// A phase's multiplications: gates, fills if the service waves gather, and use(s, deal, segment, scale, wait) for what comes out,
+// which is to be scaled; it has come when use has called wait(s). A unit without tiles does nothing. opened: the first gate is
+// open already.
 template <int phase, typename Use>
 MK_DEVICE void run_phase(Service& s, int layer, Use use, bool opened = false) {
   const Tiles deal = kTiles[phase * MK_UNITS + arch::unit()];
@@ -159,12 +182,16 @@ MK_DEVICE void run_phase(Service& s, int layer, Use use, bool opened = false) {
         if (fill == fills - 1) renew(s, [&](Service& now) { scale = products_scale<phase>(now); });
         s.mark(kPhaseEvents * phase + kFilled);
       }
-      arch::take_over();  // B
-      s.mark(kPhaseEvents * phase + kMultiplied);
+      if (fill < fills - 1) arch::take_over();  // B
     }
-    // What comes next is in place already: let the stream waves go on before looking at what came out.
-    if (fills == 1 && segment + 1 < segments) arch::open_gate();  // A
-    renew(s, [&](Service& now) { use(now, deal, segment, scale); });
+    renew(s, [&](Service& now) {
+      use(now, deal, segment, scale, [&](Service& waiting) {
+        arch::take_over();  // B
+        waiting.mark(kPhaseEvents * phase + kMultiplied);
+        // What comes next is in place already: let the stream waves go on before looking at what came out.
+        if (fills == 1 && segment + 1 < segments) arch::open_gate();  // A
+      });
+    });
     s.mark(kPhaseEvents * phase + kPublished);
   }
 }
