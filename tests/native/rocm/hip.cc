@@ -24,6 +24,7 @@
 
 #include "about_kernel.h"
 #include "gpu/driver.h"
+#include "numbers.h"
 #include "strict.h"
 
 #define VARIABLE __attribute__((visibility("default")))
@@ -41,16 +42,11 @@ VARIABLE std::atomic<int> hip_loads = 0, hip_launches = 0, hip_allocations = 0, 
 
 namespace {
 
-using rocm::About;
+using namespace rocm;
 namespace host = mk::host;
 
-enum Error : int {  // hipError_t
-  kInvalidValue = 1, kOutOfMemory = 2, kNotInitialized = 3, kInvalidImage = 200, kInvalidContext = 201, kInvalidHandle = 400,
-  kNotFound = 500, kNotReady = 600, kLaunchFailure = 719, kTooLarge = 720
-};
-constexpr size_t kPropertiesBytes = 1472, kArchOffset = 1160;  // hipDeviceProp_tR0600
-constexpr intptr_t kStreams = 0x5000;                          // gpu/handler.h: kTestStreams
-constexpr int kMaxThreads = 1024;
+constexpr intptr_t kStreams = 0x5000;  // gpu/handler.h: kTestStreams
+constexpr int kMostThreads = 1024;
 
 template <typename... A>
 int complain(int error, const char* format, A... arguments) {
@@ -247,7 +243,7 @@ int check_regions(const std::vector<host::Region>& regions, int device) {
 }
 
 int execute(const Module& module, const mk::Args& args) {
-  std::vector<host::Region> regions(rocm::kMostRegions);
+  std::vector<host::Region> regions(kMostRegions);
   regions.resize(module.about->regions(args, regions.data()));
   char* workspace = nullptr;
   uint64_t words = 0;
@@ -322,8 +318,8 @@ EXPORT int hipDeviceGetAttribute(int* value, int attribute, int device) {
   NEEDS_INIT("hipDeviceGetAttribute");
   REQUIRE(device >= 0 && device < hip_devices, kInvalidValue, "hipDeviceGetAttribute: there is no device %d", device);
   const std::map<int, int> values = {
-      {63, hip_units}, {87, 64}, {56, kMaxThreads}, {74, shared_limit()}, {10, 1}, {10017, 100000},
-      {23, 9},         {61, is_gfx950() ? 5 : 4}};
+      {kUnits, hip_units}, {kWaveSize, 64},    {kMaxThreads, kMostThreads}, {kSharedBytes, shared_limit()},
+      {kCooperative, 1},   {kClockRate, 100000}, {kMajor, 9},                 {kMinor, is_gfx950() ? 5 : 4}};
   const auto found = values.find(attribute);
   REQUIRE(found != values.end(), kInvalidValue, "hipDeviceGetAttribute: nobody has a reason to ask for attribute %d", attribute);
   *value = found->second;
@@ -392,11 +388,11 @@ EXPORT int hipFuncGetAttribute(int* value, int attribute, void* function) {
   NEEDS_INIT("hipFuncGetAttribute");
   Module* m = function_of(function);
   REQUIRE(m, kInvalidHandle, "hipFuncGetAttribute: no such function");
-  const std::map<int, int> values = {{1, 0}, {3, 0}, {4, 120}};
+  const std::map<int, int> values = {{kStaticShared, 0}, {kLocal, 0}, {kRegisters, 120}};
   const auto found = values.find(attribute);
   REQUIRE(found != values.end(), kInvalidValue, "hipFuncGetAttribute: nobody has a reason to ask for attribute %d", attribute);
   *value = found->second;
-  m->described |= attribute == 1;
+  m->described |= attribute == kStaticShared;
   return 0;
 }
 
@@ -409,7 +405,7 @@ EXPORT int hipModuleOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void*
   REQUIRE(threads == static_cast<int>(m->about->threads) && shared_bytes == m->about->shared_bytes, kInvalidValue,
           "occupancy: %d threads and %zu bytes; the kernel has %u and %u", threads, shared_bytes, m->about->threads,
           m->about->shared_bytes);
-  *blocks = threads <= kMaxThreads ? shared_limit() / static_cast<int>(shared_bytes) : 0;
+  *blocks = threads <= kMostThreads ? shared_limit() / static_cast<int>(shared_bytes) : 0;
   m->placed = true;
   return 0;
 }
@@ -440,7 +436,7 @@ EXPORT int hipModuleLaunchCooperativeKernel(void* function, unsigned grid_x, uns
   REQUIRE(args.timeout_ticks > 0 && args.timeout_ticks < uint64_t{1} << 48, kInvalidValue, "launch: waits end after %llu ticks",
           args.timeout_ticks);
   REQUIRE((args.trace != nullptr) == (a.trace != 0), kInvalidValue, "launch: a timeline without memory, or the reverse");
-  std::vector<host::Region> regions(rocm::kMostRegions);
+  std::vector<host::Region> regions(kMostRegions);
   regions.resize(a.regions(args, regions.data()));
   if (const int error = check_regions(regions, current())) return error;
   hip_launches++;
@@ -476,7 +472,7 @@ EXPORT int hipFree(void* p) {
 EXPORT int hipHostMalloc(void** p, size_t bytes, unsigned flags) {
   NEEDS_INIT("hipHostMalloc");
   // Without "mapped" a device could not be given it, without "coherent" it might not see a word that changes while a kernel runs.
-  REQUIRE(flags == 0x40000002, kInvalidValue, "hipHostMalloc: flags are %#x; expected mapped and coherent", flags);
+  REQUIRE(flags == kMappedAndCoherent, kInvalidValue, "hipHostMalloc: flags are %#x; expected mapped and coherent", flags);
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), rounded = (bytes + page - 1) / page * page;
   const int file = memfd_create("host", MFD_CLOEXEC);
   REQUIRE(bytes > 0 && ftruncate(file, static_cast<off_t>(rounded)) == 0, kOutOfMemory, "hipHostMalloc: no memory");
@@ -545,7 +541,7 @@ EXPORT int hipMemcpyDtoHAsync(void* to, void* from, size_t bytes, void* stream) 
 
 EXPORT int hipEventCreateWithFlags(void** event, unsigned flags) {
   NEEDS_INIT("hipEventCreateWithFlags");
-  REQUIRE(flags == 2, kInvalidValue, "hipEventCreateWithFlags: flags are %u; expected no timing", flags);
+  REQUIRE(flags == kNoTiming, kInvalidValue, "hipEventCreateWithFlags: flags are %u; expected no timing", flags);
   auto* e = new Event{current()};
   std::lock_guard lock(g_events_mutex);
   g_events.insert(e);

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "gpu/compiler.h"
+#include "numbers.h"
 #include "strict.h"
 
 namespace fs = std::filesystem;
@@ -27,7 +28,7 @@ __attribute__((visibility("default"))) int hiprtc_major = 6, hiprtc_minor = 2;
 
 namespace {
 
-enum Result : int { kInvalidInput = 3, kInvalidProgram = 4, kInvalidOption = 5, kCompilation = 6 };  // hiprtcResult
+using namespace rocm;
 
 struct Program {
   std::string source, name, log, code;
