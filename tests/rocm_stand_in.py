@@ -33,7 +33,8 @@ class StandIn:
 
     def __init__(self, folder: Path, like: StandIn | None = None) -> None:
         """Compiles them in `folder`, or copies others: another file is another library to the loader."""
-        paths = {"hip": folder / "libamdhip64.so.6", "hiprtc": folder / "libhiprtc.so.6"}
+        # Not by the names of AMD's: the run time takes a library of such a name if the process has loaded it.
+        paths = {name: folder / f"stand_in_{name}.so" for name in ("hip", "hiprtc")}
         for name, path in paths.items():
             if like is not None:
                 shutil.copy(like.paths[name], path)
@@ -60,6 +61,21 @@ class StandIn:
             (ctypes.c_char * 64).in_dll(self.hip, "hip_arch").value = value.encode()
             return
         self._variable(ctypes.c_int, name).value = _WORDS[name].index(value) if name in _WORDS else value
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment variables with which the run time uses them."""
+        return {
+            "MONOKERNEL_HIP_LIBRARY": str(self.paths["hip"]),
+            "MONOKERNEL_HIPRTC_LIBRARY": str(self.paths["hiprtc"]),
+        }
+
+    def reset(self) -> None:
+        """As they are at first, save for counters."""
+        first = {"policy": "random", "stores": "random", "fault": "none", "seed": 1, "units": 304, "devices": 2}
+        for name, value in first.items():
+            setattr(self, name, value)
+        self.take_complaints()
 
     @property
     def complaints(self) -> str:

@@ -40,7 +40,7 @@ from decoding import (
 from decoding import decode as native
 from gpu_decode import gpu_plan, gpu_tape_of
 from gpu_fakes import make_call, register
-from rocm_stand_in import StandIn, compiler_command
+from rocm_stand_in import StandIn
 
 from jax_monokernel import cancel, decode
 from jax_monokernel.decode import TARGET
@@ -50,32 +50,12 @@ UNITS = 3
 MODELS = ["windows", "post_norm", "longrope"]
 
 
-@pytest.fixture(scope="module")
-def stand_in(tmp_path_factory):
-    """The libraries, made once: the run time opens each only once in a process."""
-    register()
-    return StandIn(tmp_path_factory.mktemp("rocm"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def rocm(stand_in, cache, environment, monkeypatch):
-    """The stand-ins as they are at first, in use for what follows. At the end, no call may have been wrong."""
-    environment("MONOKERNEL_CACHE_DIR", str(cache))
-    environment("MONOKERNEL_HIP_LIBRARY", str(stand_in.paths["hip"]))
-    environment("MONOKERNEL_HIPRTC_LIBRARY", str(stand_in.paths["hiprtc"]))
-    monkeypatch.setenv("HIPRTC_HOST_COMPILER", compiler_command())
+def rocm(rocm_stand_in, monkeypatch):
+    """The stand-ins, with `decode` calling the handler for ROCM."""
+    register()
     monkeypatch.setattr(sys.modules["jax_monokernel.decode"], "TARGET", "jax_monokernel_decode_on_fake_rocm")
-    for name, value in {"policy": "random", "stores": "random", "fault": "none", "seed": 1}.items():
-        setattr(stand_in, name, value)
-    stand_in.take_complaints()
-    yield stand_in
-    assert stand_in.take_complaints() == ""
-    assert stand_in.hiprtc.hiprtc_programs() == 0
+    return rocm_stand_in
 
 
 def tape_for(spec):
@@ -189,12 +169,14 @@ print(ctypes.c_int.in_dll(hiprtc, "hiprtc_compiles").value)
 """
 
 
-def test_another_process_takes_the_kernel_from_the_disk(rocm, cache):
+def test_another_process_takes_the_kernel_from_the_disk(rocm, tmp_path):
     spec = spec_of("windows")
     want = run(*mixed(spec)).tokens.tolist()
     variables = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", PROCESS]
-    done = subprocess.run(command, env=variables, cwd=cache, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(want), "0"], done.stderr
 
@@ -283,11 +265,11 @@ def test_ctrl_c_ends_a_kernel_that_runs(rocm):
 
 
 @pytest.fixture
-def another(stand_in, rocm, environment, tmp_path):
+def another(rocm, environment, tmp_path):
     """The stand-ins as a fresh process has them."""
-    copy = StandIn(tmp_path, like=stand_in)
-    environment("MONOKERNEL_HIP_LIBRARY", str(copy.paths["hip"]))
-    environment("MONOKERNEL_HIPRTC_LIBRARY", str(copy.paths["hiprtc"]))
+    copy = StandIn(tmp_path, like=rocm)
+    for name, value in copy.variables.items():
+        environment(name, value)
     return copy
 
 

@@ -25,6 +25,9 @@ inline const char* platform_name(Vendor vendor) { return vendor == Vendor::kCuda
   X(device_name, int(char*, int, int), cuDeviceGetName, hipDeviceGetName)                                              \
   X(device_attribute, int(int*, int, int), cuDeviceGetAttribute, hipDeviceGetAttribute)                                \
   X(device_properties, int(void*, int), none, hipGetDevicePropertiesR0600)                                             \
+  X(device_memory, int(size_t*, int), cuDeviceTotalMem_v2, hipDeviceTotalMem)                                          \
+  X(device_bus, int(char*, int, int), cuDeviceGetPCIBusId, hipDeviceGetPCIBusId)                                       \
+  X(can_access_peer, int(int*, int, int), cuDeviceCanAccessPeer, hipDeviceCanAccessPeer)                               \
   X(retain_context, int(void**, int), cuDevicePrimaryCtxRetain, none)                                                  \
   X(push_context, int(void*), cuCtxPushCurrent_v2, none)                                                               \
   X(pop_context, int(void**), cuCtxPopCurrent_v2, none)                                                                \

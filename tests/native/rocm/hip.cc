@@ -20,6 +20,7 @@
 #include <set>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "about_kernel.h"
@@ -119,17 +120,15 @@ class Stream {
     changed_.notify_all();
     return ++added_;
   }
-  // 0, or kNotReady, or what went wrong.
+  // 0, or kNotReady, or what went wrong since it was asked for.
   int state(uint64_t number) {
     std::lock_guard lock(mutex_);
-    return done_ < number ? kNotReady : error_;
+    return done_ < number ? kNotReady : std::exchange(error_, 0);
   }
   int wait() {
     std::unique_lock lock(mutex_);
     changed_.wait(lock, [this] { return done_ == added_; });
-    const int error = error_;
-    error_ = 0;
-    return error;
+    return std::exchange(error_, 0);
   }
 
   const int device;
@@ -311,6 +310,27 @@ EXPORT int hipDeviceGetName(char* name, int bytes, int device) {
   NEEDS_INIT("hipDeviceGetName");
   REQUIRE(device >= 0 && device < hip_devices && bytes > 0, kInvalidValue, "hipDeviceGetName: device %d, %d bytes", device, bytes);
   std::snprintf(name, static_cast<size_t>(bytes), "AMD Instinct MI300X (stand-in)");
+  return 0;
+}
+
+EXPORT int hipDeviceTotalMem(size_t* bytes, int device) {
+  NEEDS_INIT("hipDeviceTotalMem");
+  REQUIRE(device >= 0 && device < hip_devices, kInvalidValue, "hipDeviceTotalMem: there is no device %d", device);
+  *bytes = size_t{192} << 30;
+  return 0;
+}
+
+EXPORT int hipDeviceGetPCIBusId(char* bus, int bytes, int device) {
+  NEEDS_INIT("hipDeviceGetPCIBusId");
+  REQUIRE(device >= 0 && device < hip_devices && bytes >= 13, kInvalidValue, "hipDeviceGetPCIBusId: device %d, %d bytes", device, bytes);
+  std::snprintf(bus, static_cast<size_t>(bytes), "0000:%02x:00.0", 0xc1 + device);
+  return 0;
+}
+
+EXPORT int hipDeviceCanAccessPeer(int* can, int device, int peer) {
+  NEEDS_INIT("hipDeviceCanAccessPeer");
+  REQUIRE(device != peer && std::max(device, peer) < hip_devices, kInvalidValue, "hipDeviceCanAccessPeer: %d and %d", device, peer);
+  *can = 1;
   return 0;
 }
 
