@@ -140,7 +140,7 @@ def test_a_timeline(rocm, environment, tmp_path):
     before = rocm.allocations
     got = jax.block_until_ready(run(*mixed(spec), steps=20))
     np.testing.assert_array_equal(got.tokens[:, :STEPS], reference_of_mixed(spec).tokens)
-    events = np.fromfile(tmp_path / "timeline", np.uint64).reshape(UNITS, 2048, 2)
+    events = np.fromfile(tmp_path / "timeline", np.uint64).reshape(UNITS, -1, 2)
     assert (events[:, :10] > 0).all()
     assert rocm.allocations == before
 

@@ -42,7 +42,7 @@ mk::u64 regions(const mk::Args& a, mk::host::Region* out) {
   add("workspace", a.workspace, words, true);
   add("workspace behind the words", a.workspace == nullptr ? nullptr : static_cast<char*>(a.workspace) + words,
       static_cast<mk::u64>(mk::kWorkspace.bytes) - words, true, true);
-  add("trace", a.trace, MK_TRACE ? mk::u64{MK_UNITS} * 32768 : 0, true);
+  add("trace", a.trace, MK_TRACE ? mk::u64{MK_UNITS} * 16 : 0, true);  // at least; hip.cc knows how much was allocated
   return n;
 }
 

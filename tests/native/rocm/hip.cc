@@ -221,6 +221,16 @@ void fill(void* p, size_t bytes) {
   for (size_t i = 0; i + 4 <= bytes; i += 4) std::memcpy(static_cast<char*>(p) + i, &host::kUnwritten, 4);
 }
 
+std::vector<host::Region> regions_of(const About& about, const mk::Args& args) {
+  std::vector<host::Region> regions(kMostRegions);
+  regions.resize(about.regions(args, regions.data()));
+  for (host::Region& r : regions) {
+    const Memory* m = std::strcmp(r.name, "trace") == 0 ? memory_at(r.begin) : nullptr;
+    if (m && r.begin == m->begin) r.bytes = std::max<uint64_t>(r.bytes, m->bytes);
+  }
+  return regions;
+}
+
 int check_regions(const std::vector<host::Region>& regions, int device) {
   for (const host::Region& r : regions) {
     if (r.bytes == 0) continue;
@@ -242,8 +252,7 @@ int check_regions(const std::vector<host::Region>& regions, int device) {
 }
 
 int execute(const Module& module, const mk::Args& args) {
-  std::vector<host::Region> regions(kMostRegions);
-  regions.resize(module.about->regions(args, regions.data()));
+  std::vector<host::Region> regions = regions_of(*module.about, args);
   char* workspace = nullptr;
   uint64_t words = 0;
   for (const host::Region& r : regions) {
@@ -456,9 +465,7 @@ EXPORT int hipModuleLaunchCooperativeKernel(void* function, unsigned grid_x, uns
   REQUIRE(args.timeout_ticks > 0 && args.timeout_ticks < uint64_t{1} << 48, kInvalidValue, "launch: waits end after %llu ticks",
           args.timeout_ticks);
   REQUIRE((args.trace != nullptr) == (a.trace != 0), kInvalidValue, "launch: a timeline without memory, or the reverse");
-  std::vector<host::Region> regions(kMostRegions);
-  regions.resize(a.regions(args, regions.data()));
-  if (const int error = check_regions(regions, current())) return error;
+  if (const int error = check_regions(regions_of(a, args), current())) return error;
   hip_launches++;
   s->add([m, args] { return execute(*m, args); });
   return 0;
