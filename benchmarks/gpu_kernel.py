@@ -162,7 +162,7 @@ class Launcher:
         self.compile_seconds = time.perf_counter() - start
         self.driver = Driver(binary, "monokernel", SHARED_BYTES)
         self.workspace = jnp.zeros(_native.gpu_workspace_bytes(**attributes, batch=batch, **call), jnp.uint8)
-        self.trace = jnp.zeros((tape.plan.units, 2048, 2, 2), jnp.uint32) if trace else None
+        self.trace = jnp.zeros((2 * tape.plan.units, 2048, 2, 2), jnp.uint32) if trace else None
         self.host = ctypes.c_void_p()
         self.driver.check(self.driver.calls.cuMemHostAlloc(ctypes.byref(self.host), 4096, 2))
 
@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--define", action="append", default=[], metavar="NAME=VALUE", help="a preprocessor definition")
     parser.add_argument(
-        "--trace", help="write the timeline here: u64 [units, events, (ticks << 8 | event, nanoseconds)]"
+        "--trace", help="write the timeline here: u64 [2 tracks a unit, events, (ticks << 8 | event, nanoseconds)]"
     )
     options = parser.parse_args()
     units = jax.devices()[0].core_count

@@ -15,7 +15,7 @@ import numpy as np
 
 from jax_monokernel.plan import PHASES
 
-# What has just ended when a unit's first service lane records an event: enum Event of ffi/gpu/kernel/service.h.
+# What has just ended when a track's first lane records an event: enum Event of ffi/gpu/kernel/service.h.
 EVENTS = (
     *(f"{what} {phase}" for phase in PHASES for what in ("gather", "fill", "multiply", "publish")),
     "prepare heads",
@@ -39,24 +39,26 @@ _OTHER = "#b04a5a"
 
 
 def spans(timeline: np.ndarray) -> list[list[tuple[str, int, int]]]:
-    """For each unit what it did: (what, begin, end) in nanoseconds after the first event.
+    """For each track what its wave did: (what, begin, end) in nanoseconds after the first event.
+
+    A unit has two tracks, one after the other: its first service wave, its first stream wave.
 
     Args:
-      timeline: u64 [units, events, 2]: clock ticks shifted left by 8 bits beside the event's number, then nanoseconds
-        of a clock that all units share; zeros after a unit's last event.
+      timeline: u64 [tracks, events, 2]: clock ticks shifted left by 8 bits beside the event's number, then nanoseconds
+        of a clock that all units share; zeros after a track's last event.
 
     Raises:
       ValueError: an array of another shape, or with events that this version does not know.
     """
     if timeline.ndim != 3 or timeline.shape[2] != 2 or timeline.dtype != np.uint64:
-        raise ValueError(f"a timeline is u64 [units, events, 2]; this is {timeline.dtype} {list(timeline.shape)}")
+        raise ValueError(f"a timeline is u64 [tracks, events, 2]; this is {timeline.dtype} {list(timeline.shape)}")
     recorded = timeline[..., 1] > 0
     if not recorded.any():
         raise ValueError("the timeline is empty: traces begin with the 17th token of a launch")
     start = int(timeline[..., 1][recorded].min())
     found = []
-    for unit, known in zip(timeline, recorded, strict=True):
-        events, times = unit[known, 0] & np.uint64(255), unit[known, 1].astype(np.int64) - start
+    for track, known in zip(timeline, recorded, strict=True):
+        events, times = track[known, 0] & np.uint64(255), track[known, 1].astype(np.int64) - start
         if events.size and int(events.max()) >= len(EVENTS):
             raise ValueError(f"event {int(events.max())} is not one of the {len(EVENTS)} that are known here")
         steps = zip(events[1:].tolist(), times[:-1].tolist(), times[1:].tolist(), strict=True)
@@ -65,33 +67,37 @@ def spans(timeline: np.ndarray) -> list[list[tuple[str, int, int]]]:
 
 
 def chrome_trace(timeline: np.ndarray) -> dict[str, Any]:
-    """The trace as Chrome's JSON: a thread for each unit."""
+    """The trace as Chrome's JSON: a thread for each track."""
     events: list[dict[str, Any]] = []
-    for unit, done in enumerate(spans(timeline)):
-        events.append({"name": "thread_name", "ph": "M", "pid": 0, "tid": unit, "args": {"name": f"unit {unit}"}})
+    for track, done in enumerate(spans(timeline)):
+        events.append({"name": "thread_name", "ph": "M", "pid": 0, "tid": track, "args": {"name": _name(track)}})
         for what, begin, end in done:
-            span = {"name": what, "ph": "X", "pid": 0, "tid": unit, "ts": begin / 1e3, "dur": (end - begin) / 1e3}
+            span = {"name": what, "ph": "X", "pid": 0, "tid": track, "ts": begin / 1e3, "dur": (end - begin) / 1e3}
             events.append(span)
     return {"traceEvents": events, "displayTimeUnit": "ns"}
 
 
-def draw(timeline: np.ndarray, path: Path, units: list[int], begin: float, end: float) -> None:
-    """Bars of what some units do from `begin` to `end` (microseconds), as SVG."""
+def _name(track: int) -> str:
+    return f"unit {track // 2}, {('service', 'stream')[track % 2]}"
+
+
+def draw(timeline: np.ndarray, path: Path, tracks: list[int], begin: float, end: float) -> None:
+    """Bars of what some tracks show from `begin` to `end` (microseconds), as SVG."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
-    figure, axes = pyplot.subplots(figsize=(11, 0.35 * len(units) + 1.4))
+    figure, axes = pyplot.subplots(figsize=(11, 0.35 * len(tracks) + 1.4))
     shown = spans(timeline)
-    for row, unit in enumerate(units):
-        for what, first, last in shown[unit]:
+    for row, track in enumerate(tracks):
+        for what, first, last in shown[track]:
             if last / 1e3 >= begin and first / 1e3 <= end:
                 colour = _COLOURS.get(what.split()[0], _OTHER)
                 axes.broken_barh([(first / 1e3, (last - first) / 1e3)], (row - 0.4, 0.8), facecolors=colour)
     axes.set_xlim(begin, end)
-    axes.set_yticks(range(len(units)), [f"unit {unit}" for unit in units])
+    axes.set_yticks(range(len(tracks)), [_name(track) for track in tracks])
     axes.set_xlabel("microseconds")
     handles = [Patch(color=colour, label=name) for name, colour in _COLOURS.items()]
     axes.legend(handles=handles, ncols=len(handles), loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=7)
@@ -106,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("timeline", type=Path, help="what benchmarks.gpu_kernel --trace wrote")
     parser.add_argument("--trace", type=Path, help="Chrome trace (JSON)")
     parser.add_argument("--picture", type=Path, help="SVG; needs matplotlib")
-    parser.add_argument("--units", default="0,1,40,80,120", help="rows of the picture")
+    parser.add_argument("--units", default="0,1,40,80,120", help="two rows of the picture each")
     parser.add_argument("--begin", type=float, default=0.0, help="of the picture, microseconds")
     parser.add_argument("--length", type=float, default=40.0, help="of the picture, microseconds")
     options = parser.parse_args(argv)
@@ -115,8 +121,9 @@ def main(argv: list[str] | None = None) -> None:
         if options.trace:
             options.trace.write_text(json.dumps(chrome_trace(timeline)))
         if options.picture:
-            units = [unit for unit in map(int, options.units.split(",")) if 0 <= unit < len(timeline)]
-            draw(timeline, options.picture, units, options.begin, options.begin + options.length)
+            units = [unit for unit in map(int, options.units.split(",")) if 0 <= 2 * unit < len(timeline)]
+            tracks = [2 * unit + i for unit in units for i in (1, 0)]
+            draw(timeline, options.picture, tracks, options.begin, options.begin + options.length)
     except ValueError as error:
         parser.error(str(error))
 

@@ -32,6 +32,7 @@
   X(tile_rows)                                                                                                        \
   X(atom_cols)                                                                                                        \
   X(row_major_atom)                                                                                                   \
+  X(group_atoms)  /* neighbouring atoms of a run that are multiplied together; 0: as the runs happen to be */             \
   X(chunk_cols)                                                                                                       \
   X(segment_tiles)                                                                                                    \
   X(wave_elems)   /* one wave's stream */                                                                             \

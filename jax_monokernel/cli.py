@@ -7,6 +7,7 @@ import os
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -250,6 +251,70 @@ def doctor(
 
     if not report(print_, test=test):
         raise typer.Exit(1)
+
+
+@app.command(name="topology")
+def topology(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Probe the GPU, in about ten seconds, and keep the result.")
+    ] = False,
+    platform: Annotated[
+        str | None, typer.Option(help="cpu, cuda or rocm. By default the first GPU, or the CPUs where there is none.")
+    ] = None,
+    device: Annotated[int, typer.Option(min=0, help="Its number among the GPUs of that platform.")] = 0,
+    part: Annotated[
+        str | None, typer.Option(help="A part that is not here instead: MI300X, MI355X/QPX/NPS1, H200, ...")
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Folder for pictures of groups, and of what was measured. Needs matplotlib.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="Of pictures: png or svg.")] = "png",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint or Hugging Face model id, or small: for its placement and plan."),
+    ] = None,
+) -> None:
+    """Print what a device looks like: groups of units, memory domains, and what crossing them costs."""
+    from jax_monokernel import topology as topologies
+
+    try:
+        if part is not None and (measure or platform is not None):
+            raise ValueError("--part is for a device that is not here; leave --measure and --platform out")
+        if platform not in (None, "cpu", "cuda", "rocm"):
+            raise ValueError(f"--platform is {platform}; expected cpu, cuda or rocm")
+        if part is not None:
+            name, _, mode = part.partition("/")
+            compute, _, memory = mode.upper().partition("/")
+            made = topologies.part(name, compute=compute or "SPX", memory=memory or "NPS1")
+            found = topologies.Found(made, None)
+        elif measure:
+            start = time.perf_counter()
+            found = topologies.measure_device(
+                platform,  # type: ignore[arg-type]
+                device,
+                report=lambda text: typer.echo(f"{time.perf_counter() - start:5.1f} s  {text}", err=True),
+            )
+        else:
+            found = topologies.discover(platform, device)  # type: ignore[arg-type]
+        typer.echo(topologies.tree(found.topology))
+        spec = None
+        if model is not None:
+            from jax_monokernel import models
+            from jax_monokernel.models.loading import pretrained_spec
+            from jax_monokernel.topology.placement import report
+
+            spec = pretrained_spec(models.SMALL if model == "small" else model)
+            typer.echo(f"placement of {model}'s pages: {report(spec, found)}")
+        if pictures is not None:
+            from jax_monokernel.topology.draw import draw
+
+            for path in draw(found, pictures, spec=spec, model=model or "", format=format):
+                typer.echo(f"drawn: {path}")
+    except KeyboardInterrupt:
+        typer.echo("\ninterrupted", err=True)
+        raise typer.Exit(130) from None
+    except (ValueError, OSError, RuntimeError) as error:
+        _fail(error)
 
 
 @app.command(name="isa")

@@ -42,8 +42,9 @@ def build_fake(folder: Path) -> Path:
     root = Path(__file__).parent
     library = folder / "libfake.so"
     flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall"]
+    folders = [f"-I{root.parent / 'ffi'}", f"-I{root / 'native'}"]
     source = root / "native" / "fake_gpu.cc"
-    subprocess.run(["c++", *flags, f"-I{root.parent / 'ffi'}", "-o", library, source, "-lpthread"], check=True)
+    subprocess.run(["c++", *flags, *folders, "-o", library, source, "-lpthread"], check=True)
     return library
 
 

@@ -39,6 +39,7 @@ from jax_monokernel.reference import decode_reference
 from jax_monokernel.tape import pack
 
 REPEATS = int(os.environ.get("MONOKERNEL_TEST_REPEATS", "20"))
+SOAK_TOKENS = int(os.environ.get("MONOKERNEL_TEST_SOAK", "10000"))
 _ONE_EACH = {case.config["model_type"]: name for name, case in reversed(CASES.items())}
 _step = jax.jit(decode, static_argnames=("max_new_tokens", "return_log_probs"))
 
@@ -129,6 +130,17 @@ def test_runs_are_equal_to_the_bit(target):
     first = target.decode(spec, state, params)
     for _ in range(REPEATS):
         assert_bit_equal(target.decode(spec, state, params), first)
+
+
+def test_soak(target):
+    """Sixteen requests again and again, MONOKERNEL_TEST_SOAK tokens in all: every call gives the bits of the first."""
+    spec, batch, steps = spec_of("windows", "bfloat16"), 16, 256
+    state = state_of(spec, tuple(range(batch)), capacity=300)
+    params = params_of(spec, batch, temperature=0.8, max_new_tokens=steps)
+    first = target.decode(spec, state, params, steps)
+    assert np.asarray(first.lengths).sum() == batch * steps
+    for _ in range(-(-SOAK_TOKENS // (batch * steps))):
+        assert_bit_equal(target.decode(spec, state, params, steps), first)
 
 
 def test_goes_on_where_it_stopped(target):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from decoding import (
     CAPACITY,
+    POSITIONS,
     SPECS,
     STEPS,
     assert_bit_equal,
@@ -155,16 +156,47 @@ def rms_error(got, want) -> float:
 
 
 @pytest.mark.parametrize(
-    ("wave", "chunk_atoms", "inner", "batch"),
-    [(32, 16, 384, 2), (32, 6, 384, 2), (64, 6, 384, 2), (32, 16, 512, 1), (32, 8, 512, 2), (32, 16, 512, 9)],
+    ("wave", "dtype", "chunk_atoms", "inner", "batch", "units"),
+    [
+        (32, "float16", 16, 384, 2, 4),
+        (32, "float16", 6, 384, 2, 4),
+        (64, "float16", 6, 384, 2, 4),
+        (32, "float16", 16, 512, 9, 4),
+        (32, "float32", 16, 512, 1, 4),
+        (32, "float32", 12, 288, 9, 4),  # activations of a row in several parts
+        (32, "float32", 8, 512, 1, 20),  # sums stay in registers: no unit has more than two tiles of o and down
+        (32, "float32", 8, 352, 2, 20),
+    ],
 )
-def test_a_wide_model(wave, chunk_atoms, inner, batch):
-    """Rows of many atoms: the stream goes around the ring often; its runs are even (inner 512) or not."""
-    spec = spec_of("windows", "float16").replace(hidden_size=256, intermediate_size=inner, num_heads=8, head_dim=32)
+def test_a_wide_model(wave, dtype, chunk_atoms, inner, batch, units):
+    """Rows of many atoms in several chunks; the ring goes around often. In f32 stream waves gather for themselves."""
+    name = "plain" if dtype == "float32" else "windows"
+    spec = spec_of(name, dtype).replace(hidden_size=256, intermediate_size=inner, num_heads=8, head_dim=32)
     spec = spec.replace(ropes=tuple(dataclasses.replace(rope, rotary_dim=32) for rope in spec.ropes))
-    plan = gpu_plan(spec, wave, 4, chunk_atoms=chunk_atoms, segment_tiles=3, service_waves=2 if batch <= 2 else 3)
-    kernel = Kernel(spec, plan, batch=batch, splits=2)
+    plan = gpu_plan(spec, wave, units, chunk_atoms=chunk_atoms, segment_tiles=3, service_waves=2 if batch <= 2 else 3)
+    kernel = Kernel(spec, plan, batch=batch, splits=2, shared_bytes=(64 if inner == 288 else 96) * 1024)
     state, params = state_of(spec, (7, 20, 1, 5, 9, 14, 2, 11, 4)[:batch]), params_of(spec, batch)
+    got, _ = decode_on_host(kernel, state, params, 6)
+    want = decode(tape_of(spec, 2), state, params, steps=6)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.log_probs, want.log_probs, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "kv_heads", "task_heads", "window", "splits", "batch"),
+    [(64, 4, 2, 2, None, 1, 3), (64, 8, 2, 4, 40, 3, 1), (128, 6, 2, 3, None, 2, 2), (128, 4, 1, 4, 20, 1, 1)],
+)
+def test_attention_by_matrix_instructions(head_dim, heads, kv_heads, task_heads, window, splits, batch):
+    """Several query heads with 16-bit keys and values attend by matrix instructions, over many steps."""
+    spec = spec_of("windows", "float16").replace(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    first, *others = spec.layers
+    spec = spec.replace(
+        ropes=tuple(dataclasses.replace(rope, rotary_dim=head_dim) for rope in spec.ropes),
+        layers=(dataclasses.replace(first, window=window), *(dataclasses.replace(x, window=None) for x in others)),
+    )
+    kernel = Kernel(spec, gpu_plan(spec, 32, 4, service_waves=3), batch=batch, splits=splits, task_heads=task_heads)
+    state = state_of(spec, (150, 7, 63)[:batch], capacity=200)
+    params = params_of(spec, batch)
     got, _ = decode_on_host(kernel, state, params, 6)
     want = decode(tape_of(spec, 2), state, params, steps=6)
     np.testing.assert_array_equal(got.tokens, want.tokens)
@@ -346,6 +378,12 @@ MISTAKES = {
         ";",
         "a race with a (write|read)",
     ),
+    "a stream wave multiplies before all lanes have gathered": (
+        "activations.h",
+        r"arch::wave_sync\(\);",
+        ";",
+        None,
+    ),
     "service waves do not wait for each other": (
         "service.h",
         r"arch::group_sync<kServiceGroup, kServiceWaves>\(\);",
@@ -363,9 +401,13 @@ def test_a_broken_kernel_is_noticed(mistake, tmp_path):
     text, count = re.subn(old, new, (source / file).read_text())
     assert count, f"{file} has changed: say here how to break it"
     (source / file).write_text(text)
-    kernel = one_chunk("windows", 32, source=source, sanitize=message is not None)
+    name = "plain" if "stream wave" in mistake else "windows"
+    kernel = one_chunk(name, 32, source=source, sanitize=message is not None)
+    if "stream wave" in mistake:  # with one request, lanes do not meet before they read what others have gathered
+        kernel = dataclasses.replace(kernel, batch=1, spec=kernel.spec.replace(hidden_size=128))
     spec = kernel.spec
-    state, params, want = state_of(spec), mixed_params(spec, 3), reference_of_mixed(spec)
+    state, params = state_of(spec, POSITIONS[: kernel.batch]), mixed_params(spec, kernel.batch)
+    want = reference(spec, state, params)
     for seed in range(4):
         try:
             got, run = decode_on_host(kernel, state, params, STEPS, seed=seed, timeout_ticks=60_000, max_steps=10**6)

@@ -17,11 +17,11 @@ from benchmarks import timeline  # noqa: E402
 
 
 def made_up() -> np.ndarray:
-    """Two units; the second begins 100 ns later and has one event less."""
+    """Two tracks; the second begins 100 ns later and has one event less."""
     events = np.zeros((2, 8, 2), np.uint64)
-    for unit, delay in enumerate((0, 100)):
-        for i, event in enumerate((0, 2, 3, 21)[: 4 - unit]):
-            events[unit, i] = (1000 * i << 8 | event, 5_000 + delay + 500 * i)
+    for track, delay in enumerate((0, 100)):
+        for i, event in enumerate((0, 2, 3, 21)[: 4 - track]):
+            events[track, i] = (1000 * i << 8 | event, 5_000 + delay + 500 * i)
     return events
 
 

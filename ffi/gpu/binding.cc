@@ -3,6 +3,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "gpu/failure.h"
 #include "gpu/handler.h"
 #include "gpu/headers.h"
+#include "gpu/probe.h"
 #include "gpu/request.h"
 #include "gpu/settings.h"
 
@@ -61,6 +63,7 @@ py::list devices(const std::string& platform) {
     d["arch"] = device.architecture().name;
     d["units"] = device.multiprocessors();
     d["clock_khz"] = device.clock_khz();
+    d["driver_version"] = device.api().version;
     all.append(d);
   }
   return all;
@@ -108,6 +111,67 @@ py::list describe(const std::string& platform) {
     all.append(d);
   }
   return all;
+}
+
+// An array of structs, from and to arrays of their 32-bit fields.
+template <typename T>
+std::vector<T> structs(const Array<uint32_t>& array) {
+  constexpr py::ssize_t kFields = sizeof(T) / sizeof(uint32_t);
+  if (array.size() % kFields != 0) throw std::invalid_argument("expected " + std::to_string(kFields) + " numbers of 32 bits for each");
+  const T* data = reinterpret_cast<const T*>(array.data());
+  return {data, data + array.size() / kFields};
+}
+
+template <typename T>
+py::array_t<uint32_t> fields(const std::vector<T>& values) {
+  constexpr py::ssize_t kFields = sizeof(T) / sizeof(uint32_t);
+  py::array_t<uint32_t> array({static_cast<py::ssize_t>(values.size()), kFields});
+  if (!values.empty()) std::memcpy(array.mutable_data(), values.data(), values.size() * sizeof(T));
+  return array;
+}
+
+void bind_probe(py::module_& m) {
+  m.def("gpu_probe_source", &probe_source, "The device code of GpuProbe.");
+  py::class_<Probe>(m, "GpuProbe", "Runs the probe of a device's topology (docs/topology.md).")
+      .def(py::init([](const std::string& platform, int device, uint64_t memory_bytes, uint64_t address) {
+             const Vendor vendor = vendor_of(platform);
+             py::gil_scoped_release release;
+             return std::make_unique<Probe>(vendor, device, memory_bytes, address);
+           }),
+           py::arg("platform"), py::arg("device"), py::arg("memory_bytes"), py::arg("address") = 0)
+      .def_property_readonly("name", [](const Probe& p) { return p.device().name(); })
+      .def_property_readonly("arch", [](const Probe& p) { return p.device().architecture().name; })
+      .def_property_readonly("driver_version", [](const Probe& p) { return p.device().api().version; })
+      .def_property_readonly("units", [](const Probe& p) { return p.device().multiprocessors(); })
+      .def_property_readonly("memory_bytes", &Probe::memory_bytes)
+      .def("run",
+           [](Probe& p, const Array<uint32_t>& unit_of, const Array<uint32_t>& jobs, const Array<uint32_t>& tracks, const Array<int32_t>& track_of,
+              const Array<uint32_t>& blocks, const Array<uint32_t>& readings, uint32_t block_shift, uint32_t steps,
+              uint32_t batches, uint32_t rounds, uint32_t warm_up, double limit_s) {
+             const Probe::Work work{.unit_of = structs<uint32_t>(unit_of),
+                                    .jobs = structs<topology::Job>(jobs),
+                                    .tracks = structs<topology::Range>(tracks),
+                                    .track_of = {track_of.data(), track_of.data() + track_of.size()},
+                                    .blocks = structs<uint32_t>(blocks),
+                                    .readings = structs<topology::Range>(readings),
+                                    .steps = steps,
+                                    .block_shift = block_shift,
+                                    .batches = batches,
+                                    .rounds = rounds,
+                                    .warm_up = warm_up,
+                                    .limit_s = limit_s};
+             Probe::Found found;
+             {
+               py::gil_scoped_release release;
+               found = p.run(work);
+             }
+             return py::make_tuple(fields(found.results), fields(found.units));
+           },
+           py::kw_only(), py::arg("unit_of"), py::arg("jobs"), py::arg("tracks"), py::arg("track_of"), py::arg("blocks"), py::arg("readings"),
+           py::arg("block_shift"), py::arg("steps"), py::arg("batches"), py::arg("rounds"), py::arg("warm_up"), py::arg("limit_s"),
+           "One launch: u32 [jobs, 2] ticks and u32 [units, 16] reports (probe/probe.h).")
+      .def("clusters", &Probe::clusters, py::arg("size"), py::call_guard<py::gil_scoped_release>(),
+           "For each block of a launch of clusters of this size its SM and its cluster; empty where there are none.");
 }
 
 }  // namespace
@@ -176,13 +240,14 @@ void bind(py::module_& m) {
 #undef PROGRAM
   m.def("gpu_shared_bytes", [](const std::string& arch) { return architecture(arch).shared_bytes; }, py::arg("arch"),
         "Shared memory of a unit on an architecture.");
-  m.def("gpu_devices", &devices, py::arg("platform"), "Name, architecture, number of units and rate of the kernel's ticks of each device.");
   m.def("gpu_describe", &describe, py::arg("platform"),
         "Name, bus, memory, units, shared memory and peers of each device; and its architecture, or the problem with it.");
   m.def("gpu_driver", [](const std::string& platform) {
     const Driver& d = driver(vendor_of(platform));
     return py::make_tuple(d.version, d.path);
   }, py::arg("platform"), "Version and library of the driver.");
+  m.def("gpu_devices", &devices, py::arg("platform"), "Name, architecture, number of units, rate of the kernel's ticks and driver version of each device.");
+  bind_probe(m);
   m.def("gpu_compiler", [](const std::string& platform) {
     const Compiler& c = compiler(vendor_of(platform));
     return py::make_tuple(c.version, c.path);

@@ -30,19 +30,18 @@ std::string hash_of(const Architecture& architecture, const std::string& source)
   return sha256(all);
 }
 
-Failure no_compile(const Architecture& a, const Request& request, const std::string& dir, const std::string& why) {
-  return Failure(Code::kMissing, "there is no compiled kernel for this model on " + a.name + " in the cache (" +
+Failure no_compile(const Architecture& a, const Title& title, const std::string& dir, const std::string& why) {
+  return Failure(Code::kMissing, "there is no compiled " + title.short_what + " on " + a.name + " in the cache (" +
                                      (dir.empty() ? "which has no folder" : dir) + "), and " + why +
-                                     ". To compile it ahead of time: jax-monokernel compile --model CHECKPOINT --batch " +
-                                     std::to_string(request.batch) + " --arch " + a.name);
+                                     ". To compile it ahead of time: " + title.ahead);
 }
 
-Built build_now(const Architecture& a, const Request& request, const std::string& source, const std::string& hash) {
+Built build_now(const Architecture& a, const Title& title, const std::string& source, const std::string& hash) {
   const Settings s = settings();
   const Cache cache(s.cache_dir);
   if (s.no_compile) {
     if (auto code = cache.load(hash, "")) return {*code, "", 0};
-    throw no_compile(a, request, cache.dir(), "MONOKERNEL_NO_COMPILE forbids compiling");
+    throw no_compile(a, title, cache.dir(), "MONOKERNEL_NO_COMPILE forbids compiling");
   }
   const Compiler* with = nullptr;
   try {
@@ -57,8 +56,8 @@ Built build_now(const Architecture& a, const Request& request, const std::string
   if (auto code = cache.load(hash, with->version)) return {*code, path, 0};
 
   const auto start = std::chrono::steady_clock::now();
-  std::fprintf(stderr, "jax_monokernel: compiling the kernel for this model, batch %d, on %s (%s)\n",
-               static_cast<int>(request.batch), a.name.c_str(), with->version.c_str());
+  std::fprintf(stderr, "jax_monokernel: compiling %s on %s (%s)\n", title.what.c_str(), a.name.c_str(),
+               with->version.c_str());
   Built built;
   built.code = compile(a, source);
   built.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -70,14 +69,21 @@ Built build_now(const Architecture& a, const Request& request, const std::string
 }  // namespace
 
 std::shared_ptr<const Built> build(const Architecture& a, const Request& request) {
-  const std::string source = stub(request, a.shared_bytes);
+  const std::string batch = std::to_string(request.batch);
+  return build(a, stub(request, a.shared_bytes),
+               {.what = "the kernel for this model, batch " + batch + ",",
+                .short_what = "kernel for this model",
+                .ahead = "jax-monokernel compile --model CHECKPOINT --batch " + batch + " --arch " + a.name});
+}
+
+std::shared_ptr<const Built> build(const Architecture& a, const std::string& source, const Title& title) {
   const std::string hash = hash_of(a, source);
   using Key = std::array<std::string, 3>;
   static auto* all = new OnceMap<Key, const Built>;
   const Settings settings_now = settings();
   const std::string& library = a.vendor == Vendor::kCuda ? settings_now.nvrtc_library : settings_now.hiprtc_library;
   return all->get(Key{hash, settings_now.cache_dir, library},
-                  [&] { return std::make_shared<const Built>(build_now(a, request, source, hash)); });
+                  [&] { return std::make_shared<const Built>(build_now(a, title, source, hash)); });
 }
 
 }  // namespace monokernel::gpu

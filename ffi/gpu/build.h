@@ -1,4 +1,4 @@
-// Gives the compiled kernel for a request: from memory, from the disk, or from the compiler.
+// Gives compiled kernels: from memory, from the disk, or from the compiler.
 #pragma once
 
 #include <memory>
@@ -17,5 +17,15 @@ struct Built {
 
 // Threads that ask for the same kernel wait for one of them to build it. Throws Failure.
 std::shared_ptr<const Built> build(const Architecture& architecture, const Request& request);
+
+// What a source is, for messages.
+struct Title {
+  std::string what;   // "the kernel for this model, batch 1,"
+  std::string short_what;  // "kernel for this model"
+  std::string ahead;  // the command that compiles it ahead of time
+};
+
+// The same for any source.
+std::shared_ptr<const Built> build(const Architecture& architecture, const std::string& source, const Title& title);
 
 }  // namespace monokernel::gpu

@@ -42,12 +42,16 @@ inline const char* platform_name(Vendor vendor) { return vendor == Vendor::kCuda
   X(launch_cooperative,                                                                                                \
     int(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**),                   \
     cuLaunchCooperativeKernel, hipModuleLaunchCooperativeKernel)                                                       \
+  X(launch,                                                                                                            \
+    int(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**),           \
+    cuLaunchKernel, hipModuleLaunchKernel)                                                                             \
   X(device_alloc, int(void**, size_t), cuMemAlloc_v2, hipMalloc)                                                       \
   X(device_free, int(void*), cuMemFree_v2, hipFree)                                                                    \
   X(host_alloc, int(void**, size_t, unsigned), cuMemHostAlloc, hipHostMalloc)                                          \
   X(host_address, int(void**, void*, unsigned), cuMemHostGetDevicePointer_v2, hipHostGetDevicePointer)                 \
   X(set_async, int(void*, unsigned char, size_t, void*), cuMemsetD8Async, hipMemsetD8Async)                            \
   X(copy_async, int(void*, void*, size_t, void*), cuMemcpyDtoDAsync_v2, hipMemcpyDtoDAsync)                            \
+  X(copy_in_async, int(void*, const void*, size_t, void*), cuMemcpyHtoDAsync_v2, hipMemcpyHtoDAsync)                   \
   X(copy_out_async, int(void*, void*, size_t, void*), cuMemcpyDtoHAsync_v2, hipMemcpyDtoHAsync)                        \
   X(event_create, int(void**, unsigned), cuEventCreate, hipEventCreateWithFlags)                                       \
   X(event_record, int(void*, void*), cuEventRecord, hipEventRecord)                                                    \

@@ -1,8 +1,12 @@
-# Usage: cmake -DDIR=... -DOUT=... -P embed_headers.cmake: writes the headers below DIR into a C++ file.
+# Usage: cmake -DDIR=... -DOUT=... [-DNAME=headers] -P embed_headers.cmake: writes the headers below DIR into a C++ file, as what the
+# function NAME gives.
+if(NOT NAME)
+  set(NAME headers)
+endif()
 file(GLOB_RECURSE paths RELATIVE "${DIR}" "${DIR}/*.h")
 list(SORT paths)
 set(source "#include \"gpu/headers.h\"\n\nnamespace monokernel::gpu {\n\n")
-string(APPEND source "const std::vector<Header>& headers() {\n  static const std::vector<Header> all = {\n")
+string(APPEND source "const std::vector<Header>& ${NAME}() {\n  static const std::vector<Header> all = {\n")
 foreach(path IN LISTS paths)
   file(READ "${DIR}/${path}" text)
   string(APPEND source "{\"${path}\", R\"MONOKERNEL(${text})MONOKERNEL\"},\n")

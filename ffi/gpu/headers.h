@@ -1,4 +1,4 @@
-// The kernel's headers, as text. The build writes the table from the files in gpu/kernel (embed_headers.cmake).
+// Device code, as text. The build writes the tables from the files in gpu/kernel and gpu/probe (embed_headers.cmake).
 #pragma once
 
 #include <vector>
@@ -10,6 +10,7 @@ struct Header {
   const char* text;
 };
 
-const std::vector<Header>& headers();  // by name
+const std::vector<Header>& headers();        // the kernel's, by name
+const std::vector<Header>& probe_headers();  // probe.h alone
 
 }  // namespace monokernel::gpu

@@ -23,7 +23,7 @@ WorkspaceSize workspace_size(const Request& request) {
 }
 
 int64_t trace_bytes(const Request& request) {
-  constexpr int64_t kUnitBytes = 32768;  // no less than kernel/service.h fills
+  constexpr int64_t kUnitBytes = 2 * 32768;  // no less than kernel/service.h fills
   return request.trace ? request.program.units * kUnitBytes : 0;
 }
 

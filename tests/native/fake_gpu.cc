@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "gpu/kernel/args.h"
+#include "probe_on_host.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -30,6 +31,7 @@ extern "C" {
 VARIABLE int fake_devices = 2, fake_major = 9, fake_minor = 0, fake_units = 132, fake_occupancy = 1, fake_cooperative = 1;
 VARIABLE int fake_shared_bytes = 227 * 1024, fake_driver_version = 13000, fake_nvrtc_major = 13, fake_launch = kRuns;
 VARIABLE int fake_compile_ms = 0, fake_compile_error = 0, fake_no_memory = 0, fake_launch_ms = 0;
+VARIABLE int fake_groups = 2, fake_most_bytes = 0;
 VARIABLE char fake_arch[64] = "gfx942:sramecc+:xnack-";
 // What was seen.
 VARIABLE std::atomic<int> fake_compiles = 0, fake_loads = 0, fake_launches = 0, fake_allocations = 0, fake_overlaps = 0,
@@ -112,6 +114,22 @@ int begin_launch(void* function, unsigned grid, unsigned block, unsigned shared,
   r.batch = std::atoi(std::strstr(static_cast<char*>(function), "#define MK_BATCH ") + 17);
   r.active = true;
   r.end = std::chrono::steady_clock::now() + std::chrono::milliseconds(fake_launch_ms);
+  return 0;
+}
+
+// What a module's functions other than the kernel are.
+enum Other : int { kProbe, kClusters };
+Other g_others[] = {kProbe, kClusters};
+
+bool is(void* function, Other other) { return function == &g_others[other]; }
+
+int launch_probe(unsigned units, const topology::Args& args, double ticks_per_ns, int place_shift) {
+  if (fake_launch == kFailsToLaunch) return kTooLarge;
+  fake_launches++;
+  topology::arch::g_ticks_per_ns = ticks_per_ns;
+  topology::arch::g_groups = fake_groups;
+  topology::arch::g_place_shift = place_shift;
+  run_probe_on_host(args, units);
   return 0;
 }
 
@@ -216,8 +234,9 @@ BOTH(cuModuleLoadData, hipModuleLoadData, (void** module, const void* code), {
   return device() < 0 ? kInvalidValue : 0;
 })
 BOTH(cuModuleGetFunction, hipModuleGetFunction, (void** function, void* module, const char* name), {
-  *function = module;
-  return std::strcmp(name, "monokernel") == 0 ? 0 : kInvalidValue;
+  const std::string wanted = name;
+  *function = wanted == "topology_probe" ? &g_others[kProbe] : wanted.starts_with("topology_clusters_") ? &g_others[kClusters] : module;
+  return *function != module || wanted == "monokernel" ? 0 : kInvalidValue;
 })
 BOTH(cuFuncGetAttribute, hipFuncGetAttribute, (int* value, int number, void*),
      { return attribute(value, number, {{1, 0}, {3, 0}, {4, 128}}); })
@@ -229,11 +248,31 @@ BOTH(cuOccupancyMaxActiveBlocksPerMultiprocessor, hipModuleOccupancyMaxActiveBlo
        *blocks = fake_occupancy;
        return 0;
      })
-BOTH(cuLaunchCooperativeKernel, hipModuleLaunchCooperativeKernel,
-     (void* function, unsigned grid, unsigned, unsigned, unsigned block, unsigned, unsigned, unsigned shared, void*, void** parameters),
-     { return begin_launch(function, grid, block, shared, *static_cast<mk::Args*>(parameters[0])); })
+#define LAUNCH (void* function, unsigned grid, unsigned, unsigned, unsigned block, unsigned, unsigned, unsigned shared, void*, void** parameters)
+EXPORT int cuLaunchCooperativeKernel LAUNCH {
+  if (is(function, kProbe)) return launch_probe(grid, *static_cast<topology::Args*>(parameters[0]), 1.98, 0);
+  return begin_launch(function, grid, block, shared, *static_cast<mk::Args*>(parameters[0]));
+}
+EXPORT int hipModuleLaunchCooperativeKernel LAUNCH {
+  if (is(function, kProbe)) return launch_probe(grid, *static_cast<topology::Args*>(parameters[0]), 0.1, 8);
+  return begin_launch(function, grid, block, shared, *static_cast<mk::Args*>(parameters[0]));
+}
+#undef LAUNCH
+BOTH(cuLaunchKernel, hipModuleLaunchKernel,
+     (void* function, unsigned grid, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void** parameters, void**), {
+       if (!is(function, kClusters)) return kInvalidValue;
+       auto* found = *static_cast<uint32_t**>(parameters[0]);
+       // Clusters of SMs whose numbers have the same remainder, as few as there may be.
+       for (unsigned i = 0; i < grid; i++) {
+         const unsigned count = static_cast<unsigned>(fake_groups);
+         found[i * 2] = i;
+         found[i * 2 + 1] = i % count;
+       }
+       return 0;
+     })
 BOTH(cuMemAlloc_v2, hipMalloc, (void** memory, size_t bytes), {
-  *memory = fake_no_memory ? nullptr : std::malloc(bytes);
+  const bool too_much = fake_most_bytes > 0 && bytes > static_cast<size_t>(fake_most_bytes);
+  *memory = fake_no_memory || too_much ? nullptr : std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
   if (*memory) fake_allocations++;
   return *memory ? 0 : 2;
 })
@@ -257,6 +296,10 @@ BOTH(cuMemsetD8Async, hipMemsetD8Async, (void* to, unsigned char value, size_t b
      })
 BOTH(cuMemcpyDtoDAsync_v2, hipMemcpyDtoDAsync, (void* to, void* from, size_t bytes, void*),
      { return enqueue([=] { std::memcpy(to, from, bytes); }); })
+BOTH(cuMemcpyHtoDAsync_v2, hipMemcpyHtoDAsync, (void* to, const void* from, size_t bytes, void*), {
+  std::memcpy(to, from, bytes);
+  return device() < 0 ? kInvalidValue : 0;
+})
 BOTH(cuMemcpyDtoHAsync_v2, hipMemcpyDtoHAsync, (void* to, void* from, size_t bytes, void*),
      { return enqueue([=] { std::memcpy(to, from, bytes); }); })
 BOTH(cuEventCreate, hipEventCreateWithFlags, (void** event, unsigned), {

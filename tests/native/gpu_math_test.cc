@@ -245,7 +245,9 @@ bool eos(const i32* ids, i32 count, i32 row, i32 token) {
   Args a{};
   a.eos_token_id = ids;
   a.eos_count = count;
-  return is_eos(a, row, token);
+  bool found = false;
+  for (int lane = 0; lane < arch::kWave; lane++) found |= is_eos(a, row, token, first_eos(a, row, lane), lane);
+  return found;
 }
 
 // sample_filtered with a candidate that need not be that of the logits, which are 16-byte aligned whole vectors.

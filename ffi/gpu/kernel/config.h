@@ -79,7 +79,12 @@ constexpr int kTasks = kBatch * (kHeads / kTaskHeads) * kSplits;
 
 // Columns of a phase's matrix, real and padded to whole atoms.
 constexpr int cols(int phase) { return phase == kO ? kQSize : phase == kDown ? kInner : kHidden; }
-constexpr int atoms(int phase) { return round_up(cols(phase), kAtomCols) / kAtomCols; }
+#if defined(MK_REGISTER_RING)
+constexpr int kAlignAtoms = 1;
+#else
+constexpr int kAlignAtoms = kWaves * MK_GROUP_ATOMS;  // so that all waves have the same to do
+#endif
+constexpr int atoms(int phase) { return round_up(cols(phase), kAlignAtoms * kAtomCols) / kAtomCols; }
 constexpr int padded_cols(int phase) { return atoms(phase) * kAtomCols; }
 constexpr int chunk_count(int phase) { return (atoms(phase) + kChunkAtoms - 1) / kChunkAtoms; }
 constexpr int kWidest = larger(larger(padded_cols(kQkv), padded_cols(kO)), padded_cols(kDown));
@@ -102,14 +107,16 @@ constexpr int wave_atoms(int phase, int wave) {
   return n;
 }
 
+constexpr int most_run(int phase) {
+  int most = 0;
+  for (int wave = 0; wave < kWaves; wave++) most = larger(most, run_of(phase, 0, wave).count);
+  return most;
+}
+
 // Every run is a multiple of kGroup atoms, so that a wave looks for the end of a run only that often.
 #if defined(MK_REGISTER_RING)
-constexpr int kMostGroup = 8;
-#else
-constexpr int kMostGroup = 4;  // of which a wave holds two groups in registers
-#endif
 constexpr int find_group() {
-  int group = kMostGroup;
+  int group = 8;
   for (int phase = 0; phase < kPhases; phase++) {
     for (int chunk = 0; chunk < chunk_count(phase); chunk++) {
       for (int wave = 0; wave < kWaves; wave++) group = common_divisor(group, run_of(phase, chunk, wave).count);
@@ -118,48 +125,81 @@ constexpr int find_group() {
   return group;
 }
 constexpr int kGroup = find_group();
-
-// Streams whose runs are all of 4 atoms, or a multiple, are read in loops (stream.h).
-#if defined(MK_REGISTER_RING)
-constexpr bool kEven = false;
 #else
-constexpr bool kEven = kGroup == kMostGroup;
+constexpr int kGroup = MK_GROUP_ATOMS;  // one slot of a wave's ring
+static_assert(kGroup >= 1 && kGroup <= 4 && kChunkAtoms % kAlignAtoms == 0, "the plan has chunks that waves cannot share evenly");
 #endif
 
 // How a unit's weights are requested in the layers, where hand-offs wait behind all that is on its way, and in the head. What
-// served best on one H200 (docs/performance-log.md): a layer that takes its hand-offs' time anyway leaves memory time to idle.
-constexpr bool kLongLayers =
-    ((i64)kQkvSize * kHidden + (i64)kHidden * kQSize + (i64)(kGated ? 3 : 2) * kHidden * kInner) * kWeightBytes / MK_UNITS > 512 * 1024;
+// served best on one H200 (docs/performance-log.md): a layer that takes its hand-offs' time anyway leaves memory time to idle,
+// one that fits in the ring or is long does not need to.
+constexpr i64 kLayerBytes =
+    ((i64)kQkvSize * kHidden + (i64)kHidden * kQSize + (i64)(kGated ? 3 : 2) * kHidden * kInner) * kWeightBytes / MK_UNITS;  // of a unit
+constexpr bool kPaced = kLayerBytes > 128 * 1024 && kLayerBytes < 512 * 1024;
 #if !defined(MK_FLIGHT_BYTES)
-#define MK_FLIGHT_BYTES (kLongLayers ? 48 * 1024 : 32 * 1024)  // on their way at most
+#define MK_FLIGHT_BYTES (kPaced ? 32 * 1024 : 64 * 1024)  // on their way at most
 #endif
 #if !defined(MK_PACE)
-#define MK_PACE (kLongLayers ? 0 : 72)  // clock ticks for a KiB at least
+#define MK_PACE (kPaced ? 64 : 0)  // clock ticks for a KiB at least
 #endif
 #if !defined(MK_HEAD_FLIGHT_BYTES)
 #define MK_HEAD_FLIGHT_BYTES (96 * 1024)
 #endif
 
-constexpr int kSlotAtoms = kEven ? kGroup : 8;  // of a ring in shared memory
+// Registers of a stream wave's lane where it gives some of its 128 to the service waves, which attend: 0, none. With several
+// requests it needs them itself.
+#if !defined(MK_STREAM_REGISTERS)
+#define MK_STREAM_REGISTERS 112
+#endif
+constexpr int kStreamRegisters = kBatch == 1 && kWaves == 8 && kServiceWaves + kFeedWaves == 8 ? MK_STREAM_REGISTERS : 0;
 
 // Where one matrix instruction takes all requests, half its rows are free: the second instruction of an atom uses them, with
 // the same registers, if the middle words of every 16 bytes of activations are swapped (math/matrix.h).
 constexpr bool kSwapped = arch::kWave == 32 && kWeightType != kF32 && kBatch <= 8;
 
+// f16 has too small a range for values that are scaled only after the multiplication.
+constexpr bool kScaleAfter = kWeightType != kF16;
+
+// Whether each stream wave gathers the activations that it multiplies with, for itself alone; elsewhere the service waves gather
+// for all. A wave whose ring is registers has no time to wait for anything else. A norm that is not applied afterwards and the
+// residual stream of post-norms need whole rows.
+#if defined(MK_REGISTER_RING)
+constexpr bool kStreamGathers = false;
+#else
+constexpr bool kStreamGathers = kScaleAfter && !kPostNorm;
+#endif
+
 // ---- Shared memory ----
 
-// A request's activations. The rest of 64 modulo 128 bytes spreads the lanes' rows over all banks.
+// Atoms of the first `chunks` chunks of a phase that a wave multiplies, at most.
+constexpr int most_atoms(int chunks) {
+  int most = 0;
+  for (int phase = 0; phase < kPhases; phase++) {
+    for (int wave = 0; wave < kWaves; wave++) {
+      int n = 0;
+      for (int chunk = 0; chunk < smaller(chunks, chunk_count(phase)); chunk++) n += run_of(phase, chunk, wave).count;
+      most = larger(most, n);
+    }
+  }
+  return most;
+}
+
+// Activations: rows of all requests, for each stream wave if it gathers its own. The rest of 64 modulo 128 bytes spreads the
+// lanes' rows over all banks.
 constexpr int kResidentLimitBytes = 64 * 1024;
-constexpr int row_bytes(int columns) { return round_up(columns * kWeightBytes, 128) + 64; }
+constexpr int kHolders = kStreamGathers ? kWaves : 1;
+constexpr int row_bytes(int chunks) {
+  const int columns = kStreamGathers ? most_atoms(chunks) * kAtomCols : smaller(chunks * kChunkCols, kWidest);
+  return round_up(columns * kWeightBytes, 128) + 64;
+}
 constexpr int find_resident() {  // chunks that are in shared memory at once
   int chunks = (kWidest / kAtomCols + kChunkAtoms - 1) / kChunkAtoms;
   const int limit = smaller(kResidentLimitBytes, MK_SHARED_BYTES / 3);
-  while (chunks > 1 && kBatch * row_bytes(chunks * kChunkCols) > limit) chunks--;
+  while (chunks > 1 && kHolders * kBatch * row_bytes(chunks) > limit) chunks--;
   return chunks;
 }
 constexpr int kResident = find_resident();
-constexpr int kRowBytes = row_bytes(smaller(kResident * kChunkCols, kWidest));
-constexpr int kRowElems = kRowBytes / kWeightBytes;
+constexpr int kRowBytes = row_bytes(kResident);
 constexpr int fill_count(int phase) { return (chunk_count(phase) + kResident - 1) / kResident; }
 
 constexpr int most_tiles(int phase) {
@@ -173,11 +213,16 @@ constexpr int kOwnRows = most_tiles(kO) * kTileRows;  // of the residual stream,
 constexpr int kTaskVectors = kTaskHeads + 2;  // q heads, then k and v
 constexpr int kRopeRows = MK_NUM_ROPES > 0 ? MK_NUM_ROPES : 1;
 
+// Parts of a request's sum of squares. Stream waves leave a single request's to the service waves lane by lane, as adding them up
+// takes a wave long.
+constexpr bool kLaneSquares = kStreamGathers && kBatch == 1;
+constexpr int kSquareParts = !kStreamGathers ? kServiceWaves : kLaneSquares ? kWaves * arch::kWave : kWaves;
+
 // Offsets in bytes. Lives for the whole launch unless said otherwise.
 struct SharedLayout {
-  int activations;  // weights' dtype [batch][kRowElems]
+  int activations;  // weights' dtype [kHolders][batch], rows of kRowBytes
   int products;     // f32 [2][kSegmentTiles][batch][kTileRows][kWaves]
-  int squares;      // f32 [2][batch][kServiceWaves]: partial sums of squares
+  int squares;      // f32 [2][batch][kSquareParts]: partial sums of squares
   int residual;     // f32 [batch][own rows], or with post-norms [batch][kHidden]
   int attention;    // scratch of p2_attend and p2_combine
   int angles;       // f32 [batch][ropes][2][kHalfRotary]: cosines, then sines
@@ -189,8 +234,13 @@ struct SharedLayout {
   int ring_slots;  // of each stream wave
 };
 
+// Whether matrix instructions attend (phases/attend_matrix.h). For a single query head they are slower.
+constexpr bool kMatrixAttention =
+    arch::kWave == 32 && kKvType != kF32 && (kHeadDim == 64 || kHeadDim == 128) && kTaskHeads >= 2 && kTaskHeads <= 8;
+constexpr int kPackedWords = kKvType == kF32 ? 0 : round_up(kTaskVectors * kHeadDim / 2, 4);  // of vectors as they are stored
+
 constexpr int kAttentionFloats =
-    kTaskVectors * kHeadDim + kServiceWaves * kTaskHeads * (kHeadDim + 2) + 2 * kServiceWaves + 8;
+    kPackedWords + 4 + kTaskVectors * kHeadDim + kServiceWaves * kTaskHeads * (kHeadDim + 2) + 2 * kServiceWaves + 8;
 constexpr int kSamplingBytes = 16 * 1024;
 constexpr bool kResidualInShared = !kPostNorm || kBatch * kHidden * 4 <= 32 * 1024;
 
@@ -207,11 +257,11 @@ constexpr SharedLayout make_shared_layout() {
   SharedLayout s{};
   int at = 0;
   s.activations = at;
-  at += round_up(larger(kBatch * kRowBytes, kScratchApart ? 0 : kScratchBytes), 128);
+  at += round_up(larger(kHolders * kBatch * kRowBytes, kScratchApart ? 0 : kScratchBytes), 128);
   s.products = at;
   at += round_up(2 * kSegmentTiles * kBatch * kTileRows * kWaves * 4, 128);
   s.squares = at;
-  at += round_up(2 * kBatch * kServiceWaves * 4, 128);
+  at += round_up(2 * kBatch * kSquareParts * 4, 128);
   s.residual = at;
   at += round_up((kPostNorm ? (kResidualInShared ? kBatch * kHidden : 0) : kBatch * kOwnRows) * 4, 128);
   s.attention = s.sampling = kScratchApart ? at : s.activations;  // never in use at the same time
@@ -219,13 +269,13 @@ constexpr SharedLayout make_shared_layout() {
   s.angles = at;
   at += round_up(kBatch * kRopeRows * 2 * kHalfRotary * 4, 128);
   s.control = at;
-  at += round_up(64 + kBatch * 64, 128);
+  at += round_up(64 + kBatch * 64, 128);  // checked in control.h
   s.stop = at;
   at += 128;
   s.barriers = at;
   at += 4096;
   s.ring = at;
-  s.ring_slots = smaller((MK_SHARED_BYTES - at) / (kWaves * kSlotAtoms * arch::kWave * 16), 4096 / 16 / kWaves);
+  s.ring_slots = smaller((MK_SHARED_BYTES - at) / (kWaves * kGroup * arch::kWave * 16), 4096 / 16);
   return s;
 }
 constexpr SharedLayout kShared = make_shared_layout();

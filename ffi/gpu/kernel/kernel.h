@@ -3,12 +3,18 @@
 
 #include "phases/attention.h"
 #include "phases/head.h"
+#if defined(MK_REGISTER_RING)
+#include "stream_walk.h"
+#else
+#include "stream_loops.h"
+#endif
 
 namespace mk {
 
 // Copies what the caller gave for each request, by every unit for itself.
 MK_DEVICE void start_requests(Service& s) {
   Control& c = s.control();
+  if (s.index == 0) c.aborted = 0;
   if (s.index < kBatch) {
     const int r = s.index;
     // Words, as the owner of a request may be at its end already.
@@ -16,6 +22,8 @@ MK_DEVICE void start_requests(Service& s) {
     c.token[r] = (int)arch::load_word((const u32*)s.args.last_token + r);
     c.status[r] = (int)arch::load_word((const u32*)s.args.status + r);
     c.emitted[r] = 0;
+    c.limit[r] = smaller(s.args.max_new_tokens, s.args.row_max_new_tokens[r]);
+    c.filtered[r] = row_options(s.args, r, 0).filtered;
     const bool valid = c.position[r] >= 0 && c.token[r] >= 0 && c.token[r] < kVocab;
     update_live(s, r);
     if (!valid) {
@@ -56,16 +64,30 @@ MK_DEVICE void finish_requests(Service& s, bool cancelled) {
   if (r == 0 && cancelled && arch::claim(s.at<u32>(kWorkspace.abort) + 1)) s.args.report->reason = kCancelled;
 }
 
-MK_DEVICE void run_layer(Service& service, int layer) {
+// Stream waves that gather need not wait while the service waves are busy with something else before a phase.
+template <int phase>
+MK_DEVICE bool opens_early(const Service& s) {
+  if (!kStreamGathers || kTiles[phase * MK_UNITS + s.unit].count == 0) return false;
+  arch::open_gate();  // A
+  return true;
+}
+
+// opened: the first gate is open already.
+MK_DEVICE void run_layer(Service& service, int layer, bool opened) {
   renew(service, [&](Service& s) { s.enter_layer(layer); });
-  run_phase<kQkv>(service, layer,
-                  [&](Service& s, const Tiles& deal, int segment, float scale) { publish_rows<kQkv>(s, layer, deal, segment, scale); });
+  CacheLoads loads;
+  renew(service, [&](Service& s) { start_first_task(s, layer, loads); });
+  run_phase<kQkv>(
+      service, layer,
+      [&](Service& s, const Tiles& deal, int segment, float scale) { publish_rows<kQkv>(s, layer, deal, segment, scale); }, opened);
+  const bool o_opened = opens_early<kO>(service);
   renew(service, [&](Service& s) {
-    p2_attend(s, layer);
+    p2_attend(s, layer, loads);
     p2_combine(s, layer);
   });
-  run_phase<kO>(service, layer,
-                [&](Service& s, const Tiles& deal, int segment, float scale) { publish_rows<kO>(s, layer, deal, segment, scale); });
+  run_phase<kO>(
+      service, layer,
+      [&](Service& s, const Tiles& deal, int segment, float scale) { publish_rows<kO>(s, layer, deal, segment, scale); }, o_opened);
   if constexpr (kPostNorm) {
     renew(service, [&](Service& s) {
       add_projection<aligned_in_layer(MK_ATTN_POST_NORM)>(s, s.site(h4_projected, kWorkspace.projected, layer),
@@ -85,10 +107,11 @@ MK_DEVICE void run_layer(Service& service, int layer) {
 
 MK_DEVICE void p6_head(Service& service) {
   Search search;
+  const bool opened = opens_early<kHead>(service);
   renew(service, [&](Service& s) { search = start_search(s); });
-  run_phase<kHead>(service, MK_NUM_LAYERS, [&](Service& s, const Tiles& deal, int segment, float scale) {
-    search_logits(s, search, deal, segment, scale);
-  });
+  run_phase<kHead>(
+      service, MK_NUM_LAYERS,
+      [&](Service& s, const Tiles& deal, int segment, float scale) { search_logits(s, search, deal, segment, scale); }, opened);
   renew(service, [&](Service& s) { publish_candidates(s, search); });
 }
 
@@ -98,15 +121,11 @@ MK_DEVICE bool start_token(Service& s, bool cancelled) {
     Control& c = s.control();
     bool any = false;
     for (int r = 0; r < kBatch; r++) any |= c.live[r] != 0;
-    c.go[s.token & 1] = any && !cancelled && !s.waiter.aborted;
+    c.go[s.token & 1] = any && !cancelled && !s.waiter.aborted && c.aborted == 0;
   }
   arch::open_gate();  // T
   arch::take_over();
-  if (s.control().go[s.token & 1] == 0) return false;
-  fill_angles(s);
-  start_residual(s);
-  s.mark(kTokenStart);
-  return true;
+  return s.control().go[s.token & 1] != 0;
 }
 
 MK_DEVICE void serve(const Args& args) {
@@ -117,7 +136,16 @@ MK_DEVICE void serve(const Args& args) {
     bool go;
     renew(service, [&](Service& s) { go = start_token(s, cancelled); });
     if (!go) break;
-    for (int layer = 0; layer < MK_NUM_LAYERS; layer++) run_layer(service, layer);
+    bool opened = opens_early<kQkv>(service);
+    renew(service, [&](Service& s) {
+      fill_angles(s);
+      start_residual(s);
+    });
+    service.mark(kTokenStart);
+    for (int layer = 0; layer < MK_NUM_LAYERS; layer++) {
+      run_layer(service, layer, opened);
+      opened = false;
+    }
     p6_head(service);
     renew(service, [&](Service& s) { cancelled = !p7_sample(s); });
     service.token++;
@@ -136,15 +164,19 @@ MK_KERNEL(mk::kThreads) void monokernel(mk::Args args) {
     mk::Ring::make_barriers(mk::shared_at<char>(mk::kShared.barriers));
   }
   mk::arch::unit_sync();
+#endif
+  if (mk::arch::wave() < mk::kWaves) {
+    mk::arch::divide_registers<true, mk::kStreamRegisters>();
+    mk::StreamWave stream;
+    stream.run(args);
+    return;
+  }
+  mk::arch::divide_registers<false, mk::kStreamRegisters>();
+#if defined(MK_FEED_WAVE)
   if (feeds) {
     mk::feed(args);
     return;
   }
 #endif
-  if (mk::arch::wave() < mk::kWaves) {
-    mk::StreamWave stream;
-    stream.run(args);
-  } else {
-    mk::serve(args);
-  }
+  mk::serve(args);
 }

@@ -2,8 +2,9 @@
 // phases share.
 #pragma once
 
+#include "control.h"
 #include "math/elementary.h"
-#include "stream.h"
+#include "math/matrix.h"
 #include "sync/words.h"
 
 namespace mk {
@@ -17,15 +18,18 @@ constexpr int kTeams = kServiceWaves / kTeamWaves;
 constexpr int kTeamLanes = kTeamWaves * arch::kWave;
 static_assert(kServiceLanes >= kBatch * kTileRows, "a service lane must have one request only: more service waves are needed");
 
-// f16 has too small a range for values that are scaled only after the multiplication.
-constexpr bool kScaleAfter = kWeightType != kF16;
+MK_DEVICE float wave_sum(float v) {
+  MK_UNROLL
+  for (int step = 1; step < arch::kWave; step *= 2) v += arch::shuffle_xor(v, step);
+  return v;
+}
 
 // Events of the timeline: a phase's events are kPhaseEvents * phase and what follows.
 constexpr int kPhaseEvents = 4;
 enum Event : int {
-  kGathered,    // the first service wave's part of the activations is in place
-  kFilled,      // the gate is open for this wave; before a norm's products are scaled, all parts are in place
-  kMultiplied,  // the last segment's products are
+  kGathered,    // the wave's part of the activations is in place
+  kFilled,      // service waves that gather: the gate is open; before a norm's products are scaled, all parts are in place
+  kMultiplied,  // the segment's products are
   kPublished,
   kPrepared = kPhaseEvents * kPhases,  // p2_attend: heads and cache
   kAttended,
@@ -35,7 +39,8 @@ enum Event : int {
   kChosen,
   kKnown,
 };
-constexpr int kTraceEvents = 2048;  // of a unit
+constexpr int kTraceEvents = 2048;  // of a track
+constexpr int kTracks = 2;          // of a unit: the first service wave, the first stream wave
 constexpr int kTraceFrom = 16;      // token of the launch
 
 struct Service {
@@ -44,7 +49,7 @@ struct Service {
   int unit, wave, lane, index;  // index: of the lane among the service lanes; wave: among the service waves
   int team, team_wave, team_lane;
   int token;  // of this launch
-  int squares_set;  // which half of the partial sums of squares is in use
+  int squares_set;  // which half of the partial sums of squares is in use; changes with every phase that multiplies
   const float* constants;  // of the layer
   int events;              // of the timeline so far
 
@@ -91,11 +96,12 @@ struct Service {
   MK_METHOD Control& control() const { return *shared_at<Control>(kShared.control); }
   MK_METHOD void sync() const { arch::group_sync<kServiceGroup, kServiceWaves>(); }
 
-  // Timeline: what the first service lane has just finished.
+  // Timeline: what the first lane of a track's wave has just finished.
   MK_METHOD void mark(int event) {
 #if MK_TRACE
-    if (index == 0 && token >= kTraceFrom && events < kTraceEvents) {
-      u64* to = (u64*)args.trace + ((i64)unit * kTraceEvents + events++) * 2;
+    const int track = wave == 0 ? 0 : 1;
+    if ((wave == 0 || wave == -kWaves) && lane == 0 && token >= kTraceFrom && events < kTraceEvents) {
+      u64* to = (u64*)args.trace + (((i64)unit * kTracks + track) * kTraceEvents + events++) * 2;
       to[0] = arch::ticks() << 8 | (u64)event;
       to[1] = arch::wall_clock();
     }
@@ -129,14 +135,23 @@ struct Service {
   }
 
   MK_METHOD float* squares(int request) const {
-    return shared_at<float>(kShared.squares) + (squares_set * kBatch + request) * kServiceWaves;
+    return shared_at<float>(kShared.squares) + (squares_set * kBatch + request) * kSquareParts;
   }
   // 1 / RMS of a request's last gathered vector of `size` elements.
   MK_METHOD float norm_scale(int request, int size) const {
+    return arch::fast_rsqrt(square_sum(squares(request)) * (1.0f / (float)size) + MK_NORM_EPS);
+  }
+
+  MK_METHOD float square_sum(const float* parts) const {
     float sum = 0.0f;
+    if constexpr (kLaneSquares) {
+      MK_UNROLL
+      for (int i = 0; i < kSquareParts; i += arch::kWave) sum += parts[i + lane];
+      return wave_sum(sum);
+    }
     MK_UNROLL
-    for (int i = 0; i < kTeamWaves; i++) sum += squares(request)[i];
-    return arch::fast_rsqrt(sum * (1.0f / (float)size) + MK_NORM_EPS);
+    for (int i = 0; i < (kStreamGathers ? kWaves : kTeamWaves); i++) sum += parts[i];
+    return sum;
   }
 };
 
@@ -150,12 +165,6 @@ MK_DEVICE void renew(Service& service, Use use) {
     use(s);
     service.keep(s);
   }
-}
-
-MK_DEVICE float wave_sum(float v) {
-  MK_UNROLL
-  for (int step = 1; step < arch::kWave; step *= 2) v += arch::shuffle_xor(v, step);
-  return v;
 }
 
 MK_DEVICE float soft_cap(float x, float cap) { return cap * tanh_(x / cap); }
@@ -199,22 +208,18 @@ struct HeadRow {
 
 MK_DEVICE HeadRow find_head_row(const Args& args, int token) {
   const int tile = token / kTileRows;
-  int low = 0, high = MK_UNITS - 1;  // the last unit that begins at or before the tile and is not empty
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (kTiles[kHead * MK_UNITS + middle].begin <= tile) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
+  // The last unit that begins at or before the tile. Tiles are dealt almost evenly, so it is near.
+  int unit = (int)((u32)tile * MK_UNITS / (u32)(round_up(kVocab, kTileRows) / kTileRows));
+  auto begin = [](int u) { return kTiles[kHead * MK_UNITS + u].begin; };
+  while (unit > 0 && begin(unit) > tile) unit--;
+  while (unit + 1 < MK_UNITS && begin(unit + 1) <= tile) unit++;
   HeadRow r;
-  const Tiles t = kTiles[kHead * MK_UNITS + low];
-  r.unit = low;
+  const Tiles t = kTiles[kHead * MK_UNITS + unit];
+  r.unit = unit;
   r.tile = tile - t.begin;
   r.row = token % kTileRows;
   r.tiles_of_segment = smaller(kSegmentTiles, t.count - r.tile / kSegmentTiles * kSegmentTiles);
-  r.unit_stream = (const char*)args.streams + (i64)low * MK_UNIT_ELEMS * kWeightBytes;
+  r.unit_stream = (const char*)args.streams + (i64)unit * MK_UNIT_ELEMS * kWeightBytes;
   return r;
 }
 
@@ -225,7 +230,10 @@ MK_DEVICE Vec4 load_head_row(const HeadRow& r, int column) {
   const int wave = ((in_chunk + 1) * kWaves - 1) / n;
   const Run run = run_of(kHead, chunk, wave);
   int before = 0;  // atoms of the wave that stand before
-  for (int p = 0; p < kHead; p++) before += wave_atoms(p, wave) * kTiles[p * MK_UNITS + r.unit].count;
+  MK_UNROLL
+  for (int p = 0; p < kHead; p++) {
+    before += (kAlignAtoms > 1 ? atoms(p) / kWaves : wave_atoms(p, wave)) * kTiles[p * MK_UNITS + r.unit].count;
+  }
   before *= MK_NUM_LAYERS;
   before += r.tile / kSegmentTiles * kSegmentTiles * wave_atoms(kHead, wave);
   for (int c = 0; c < chunk; c++) before += r.tiles_of_segment * run_of(kHead, c, wave).count;

@@ -471,6 +471,10 @@ EXPORT int hipModuleLaunchCooperativeKernel(void* function, unsigned grid_x, uns
   return 0;
 }
 
+EXPORT int hipModuleLaunchKernel(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**) {
+  return complain(kInvalidHandle, "hipModuleLaunchKernel: decode has nothing to launch that is not cooperative");
+}
+
 EXPORT int hipMalloc(void** p, size_t bytes) {
   NEEDS_INIT("hipMalloc");
   REQUIRE(bytes > 0, kInvalidValue, "hipMalloc: no bytes");
@@ -542,6 +546,19 @@ EXPORT int hipMemcpyDtoDAsync(void* to, void* from, size_t bytes, void* stream) 
   REQUIRE(wrong.empty() && bytes > 0, kInvalidValue, "hipMemcpyDtoDAsync: %zu bytes of %s", bytes, wrong.c_str());
   const char *a = static_cast<char*>(to), *b = static_cast<char*>(from);
   REQUIRE(a + bytes <= b || b + bytes <= a, kInvalidValue, "hipMemcpyDtoDAsync: the two overlap");
+  s->add([=] {
+    std::memcpy(to, from, bytes);
+    return 0;
+  });
+  return 0;
+}
+
+EXPORT int hipMemcpyHtoDAsync(void* to, const void* from, size_t bytes, void* stream) {
+  NEEDS_INIT("hipMemcpyHtoDAsync");
+  Stream* s = stream_of("hipMemcpyHtoDAsync", stream);
+  if (!s) return kInvalidHandle;
+  const std::string wrong = not_on_device(to, bytes, current());
+  REQUIRE(wrong.empty() && bytes > 0 && from, kInvalidValue, "hipMemcpyHtoDAsync: %zu bytes to %s", bytes, wrong.c_str());
   s->add([=] {
     std::memcpy(to, from, bytes);
     return 0;

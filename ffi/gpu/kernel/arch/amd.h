@@ -45,6 +45,7 @@ MK_DEVICE T fresh(T v) {
   asm volatile("" : "+v"(v));
   return v;
 }
+MK_DEVICE int unknown(int v) { return fresh(v); }
 template <typename T>
 MK_DEVICE T fresh_uniform(T v) {
   asm volatile("" : "+s"(v));
@@ -72,6 +73,8 @@ MK_DEVICE Shared<u32>* group_counter(int id) {
 }
 
 // Orders shared memory, and global memory inside the unit. Global loads stay in flight.
+template <bool streams, int stream_registers>
+MK_DEVICE void divide_registers() {}
 MK_DEVICE void unit_sync() {
   __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
   __builtin_amdgcn_s_barrier();
@@ -82,6 +85,8 @@ MK_DEVICE void open_gate() { unit_sync(); }
 MK_DEVICE void pass_gate() { unit_sync(); }
 MK_DEVICE void hand_over() { unit_sync(); }
 MK_DEVICE void take_over() { unit_sync(); }
+MK_DEVICE void hand_over_squares() { unit_sync(); }
+MK_DEVICE void take_over_squares() { unit_sync(); }
 
 MK_DEVICE void enter() {
   if (__builtin_amdgcn_workitem_id_x() < kGroups) {
@@ -159,6 +164,14 @@ MK_DEVICE float sum_quarters(float v) {
   using Sums = float __attribute__((ext_vector_type(4)));
   return __builtin_amdgcn_mfma_f32_16x16x4f32(1.0f, v, Sums{0.0f, 0.0f, 0.0f, 0.0f}, 0, 0, 0)[0];
 }
+MK_DEVICE u32 wave_max(u32 v) {
+  MK_UNROLL
+  for (int step = 1; step < kWave; step *= 2) {
+    const u32 other = shuffle_xor(v, step);
+    v = other > v ? other : v;
+  }
+  return v;
+}
 MK_DEVICE bool any(bool v) { return __builtin_amdgcn_ballot_w64(v) != 0; }
 
 // ---- Memory ----
@@ -183,6 +196,7 @@ MK_DEVICE Vec4 load_once(const void* p) {
   const Words4 v = __builtin_nontemporal_load((const Global<Words4>*)p);
   return {v.x, v.y, v.z, v.w};
 }
+MK_DEVICE void prefetch(const void*, int) {}
 MK_DEVICE void release() { __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent"); }
 MK_DEVICE void acquire() { __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "agent"); }
 MK_DEVICE u32 load_host(const u32* p) {

@@ -11,7 +11,11 @@
 //                               registers if they were computed once for the whole launch; then unit(), wave(), lane(),
 //                               arguments(args) and fresh(v) return what the compiler knows nothing of, so that such values are
 //                               computed where they are needed
+//   unknown(v)                  v, of which the compiler then knows nothing, so that what follows from it is computed where it is
+//                               needed
 //   enter()                     once, by all lanes, before anything else
+//   divide_registers<streams, registers>()   once by each wave, when nothing is shared any more by the code of stream waves
+//                               (streams) and the others: a stream wave's lane keeps so many, the others get the rest. 0: as it is
 //   unit_sync()                 barrier of all waves of the unit; orders shared and global memory inside the unit
 //   group_sync<id, waves>()     barrier of `waves` whole waves (id 1 to 7)
 //   wave_sync()                 barrier and shared-memory order inside a wave
@@ -19,15 +23,17 @@
 //   pass_gate()                 by all stream waves: waits for that
 //   hand_over()                 by all stream waves: what they have written is there for the service waves
 //   take_over()                 by all service waves: waits for that. The four take turns in this order
+//   hand_over_squares(), take_over_squares()   the same for sums of squares, between pass_gate and hand_over
 //   MK_FEED_WAVE                defined where another wave, after stream and service waves, runs Ring::feed
 //   shuffle(v, lane), shuffle_xor(v, mask)   u32 and float; all lanes take part
 //   sum_quarters(v)             wave 64: float, the sum over the lanes whose numbers differ by multiples of 16, in all of them
-//   any(bool)                   over the wave
+//   any(bool), wave_max(u32)    over the wave
 //   load_word(p), load_words(p) relaxed, device scope: u32; four u32 (each atomic by itself, p 16-byte aligned)
 //   store_word(p, v)            relaxed, device scope
 //   store_byte(p, v)            of a word whose other bytes may be other units'
 //   load_shared_data(p)         16 bytes of device memory that other units may have written before the last acquire
 //   load_once(p)                16 bytes of read-only memory that is not needed again
+//   prefetch(p, bytes)          brings device memory nearer, if the machine can; both are multiples of 16
 //   release(), acquire()        device-scope fences
 //   load_host(p)                u32 of host memory, not cached
 //   claim(p)                    true for the first caller of a launch (atomic compare and swap of 0 by 1)
@@ -41,11 +47,10 @@
 //   pack_bf16(low, high)        two floats, rounded to nearest even, as one word
 //   mma_16x8x16(c, a, b)        wave 32: float c[4], u32 a[4], u32 b[2] as PTX's mma.m16n8k16; template on bf16 or f16
 //   mfma_4x4x4(c, a, b)         wave 64: float c[4], u32 a[2], u32 b[2] as v_mfma_f32_4x4x4 with 16 blocks; likewise
-//   Ring<slots, slot_atoms, even>   the stream of one wave, through slots in shared memory; even: the streams of all waves are in
-//                               step:
+//   Ring<slots, slot_atoms>     the stream of one wave, through slots in shared memory; the streams of a unit's waves are in step:
 //     static constexpr int kSlotAtoms            atoms that are waited for and requested together
-//     void start(rings, barriers, stream, bytes) reads `bytes` at `stream`, again and again; bytes is a whole number of slots;
-//                                                rings, barriers: shared memory of all waves' rings
+//     void start(ring, barriers, stream, bytes)  reads `bytes` at `stream`, again and again; bytes is a whole number of slots;
+//                                                ring, barriers: shared memory of all waves' slots
 //     void wait()                                until the current slot is there
 //     template <int n> void read(int atom, Vec4 (&w)[n])   atoms `atom` to atom + n - 1 of the slot, 16 bytes a lane
 //     template <int n> void done(int atom)       these atoms will not be read again

@@ -31,19 +31,30 @@ MK_DEVICE char* shared() {
 constexpr bool kRenew = false;
 MK_DEVICE const Args& arguments(const Args& args) { return args; }
 MK_DEVICE u32 fresh(u32 v) { return v; }
+MK_DEVICE int unknown(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
 
 MK_DEVICE void enter() {}
+template <bool streams, int stream_registers>
+MK_DEVICE void divide_registers() {
+  if constexpr (stream_registers > 0 && streams) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(stream_registers));
+  if constexpr (stream_registers > 0 && !streams) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(256 - stream_registers));
+}
 MK_DEVICE void unit_sync() { asm volatile("barrier.sync 0;" ::: "memory"); }
 template <int id, int waves>
 MK_DEVICE void group_sync() {
   asm volatile("barrier.sync %0, %1;" ::"n"(id), "n"(waves * 32) : "memory");
 }
 // Barriers at which one side arrives and the other waits; group_sync has those up to 7.
-constexpr int kOpened = 8, kHandedOver = 9, kAllLanes = (MK_WAVES + MK_SERVICE_WAVES) * 32;
+constexpr int kOpened = 8, kHandedOver = 9, kSquares = 10, kAllLanes = (MK_WAVES + MK_SERVICE_WAVES) * 32;
 MK_DEVICE void open_gate() { asm volatile("barrier.arrive %0, %1;" ::"n"(kOpened), "n"(kAllLanes) : "memory"); }
 MK_DEVICE void pass_gate() { asm volatile("barrier.sync %0, %1;" ::"n"(kOpened), "n"(kAllLanes) : "memory"); }
 MK_DEVICE void hand_over() { asm volatile("barrier.arrive %0, %1;" ::"n"(kHandedOver), "n"(kAllLanes) : "memory"); }
 MK_DEVICE void take_over() { asm volatile("barrier.sync %0, %1;" ::"n"(kHandedOver), "n"(kAllLanes) : "memory"); }
+MK_DEVICE void hand_over_squares() { asm volatile("barrier.arrive %0, %1;" ::"n"(kSquares), "n"(kAllLanes) : "memory"); }
+MK_DEVICE void take_over_squares() { asm volatile("barrier.sync %0, %1;" ::"n"(kSquares), "n"(kAllLanes) : "memory"); }
 MK_DEVICE void wave_sync() { __syncwarp(); }
 
 MK_DEVICE u32 as_u32(float v) { return __float_as_uint(v); }
@@ -52,6 +63,7 @@ MK_DEVICE u32 shuffle(u32 v, int from) { return __shfl_sync(0xffffffffu, v, from
 MK_DEVICE float shuffle(float v, int from) { return __shfl_sync(0xffffffffu, v, from); }
 MK_DEVICE u32 shuffle_xor(u32 v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 MK_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+MK_DEVICE u32 wave_max(u32 v) { return __reduce_max_sync(0xffffffffu, v); }
 MK_DEVICE bool any(bool v) { return __any_sync(0xffffffffu, v); }
 
 MK_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
@@ -97,6 +109,9 @@ MK_DEVICE Vec4 load_once(const void* p) {
                : "l"(p));
   return v;
 }
+MK_DEVICE void prefetch(const void* p, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+}
 MK_DEVICE void release() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 MK_DEVICE void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 MK_DEVICE u32 load_host(const u32* p) {
@@ -135,42 +150,34 @@ MK_DEVICE void mma_16x8x16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 
 MK_DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// The streams of a unit's waves through rings in shared memory, which the feed wave keeps filled by bulk copies. However many
-// slots are free, only a few copies are on their way at a time, and they are requested at an even pace: what other units have
-// written waits behind all that the memory has been asked for (docs/performance-log.md).
-//
-// Where the waves' streams are in step (`even`), one lane of the feed wave goes round a single ring, of which an entry is a slot
-// of every wave. Elsewhere each wave has a ring of its own, and that a lane of the feed wave. An entry has two barriers: one for
-// the arrival of its bytes, one for the end of their use.
-template <int slots, int slot_atoms, bool even>
+// The streams of a unit's waves, which are in step, through a ring in shared memory. An entry is a slot of every wave; the feed
+// wave keeps entries filled by bulk copies. However many are free, only a few copies are on their way at a time, and they are
+// requested at an even pace: what other units have written waits behind all that the memory has been asked for
+// (docs/performance-log.md). An entry has two barriers: one for the arrival of its bytes, one for the end of their use.
+template <int slots, int slot_atoms>
 struct Ring {
   static constexpr int kSlotAtoms = slot_atoms;
   static constexpr int kSlotBytes = kSlotAtoms * 512;
-  static constexpr int kUsers = even ? MK_WAVES : 1;  // waves of an entry
-  static constexpr int kEntryBytes = kUsers * kSlotBytes;
-  static constexpr int kRings = MK_WAVES / kUsers;
+  static constexpr int kEntryBytes = MK_WAVES * kSlotBytes;
 
-  const char* memory;  // of the slot with number 0
+  const char* memory;  // of this lane in the slot with number 0
   u32 barriers;
   u32 slot, parity;
 
-  static MK_METHOD char* memory_of(char* all, int ring) { return all + ring * slots * kEntryBytes; }
-  static MK_METHOD u32 barriers_of(char* all, int ring) { return shared_address(all) + ring * slots * 16; }
-
   // By all lanes of the feed wave, before the others start.
   static MK_METHOD void make_barriers(char* all) {
-    for (int i = lane(); i < kRings * slots * 2; i += 32) {
-      const int arrivals = i / slots % 2 == 0 ? 1 : kUsers;
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(all) + i * 8), "r"(arrivals) : "memory");
+    for (int i = lane(); i < slots * 2; i += 32) {
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(all) + i * 8), "r"(i < slots ? 1 : MK_WAVES) : "memory");
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 
-  // What a lane of the feed wave does until *stop: keeps a ring filled with `bytes` at `streams`, again and again. The streams of
-  // an entry's waves are `stride` bytes apart. Of the first slow_bytes, `limit` entries are on their way at most, requested no
-  // faster than one in `pace` clock ticks; of the rest late_limit.
-  static MK_METHOD void feed(char* ring, u32 barriers, const volatile u32* stop, const char* streams, u32 bytes, i64 stride,
+  // What a lane of the feed wave does until *stop: keeps the ring filled with `bytes` of each wave's stream, again and again. The
+  // first wave's stream is at `streams`, the others `stride` bytes apart. Of the first slow_bytes, `limit` entries are on their
+  // way at most, requested no faster than one in `pace` clock ticks; of the rest late_limit.
+  static MK_METHOD void feed(char* ring, char* all_barriers, const volatile u32* stop, const char* streams, u32 bytes, i64 stride,
                              u32 slow_bytes, u32 limit, u32 late_limit, i32 pace) {
+    const u32 barriers = shared_address(all_barriers);
     Place arriving = {0, 0}, next = {0, 1};
     u32 flying = 0, at = 0, due = clock();
     for (;;) {
@@ -181,12 +188,12 @@ struct Ring {
       const bool slow = at < slow_bytes;
       if (flying < (slow ? limit : late_limit) && (!slow || (i32)(clock() - due) >= 0) &&
           is_over(barriers + (slots + next.slot) * 8, next.parity)) {
-        const u32 now = clock();
-        due = ((i32)(now - due) < pace ? due : now) + pace;
+        const u32 now = clock();  // time that was not used before is no reason to hurry
+        due = (slow && at > 0 && (i32)(now - due) < pace ? due : now) + pace;
         const u32 to = shared_address(ring) + next.slot * kEntryBytes, arrival = barriers + next.slot * 8;
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrival), "n"(kEntryBytes) : "memory");
         MK_UNROLL
-        for (int i = 0; i < kUsers; i++) copy(to + i * kSlotBytes, streams + at + i * stride, arrival);
+        for (int i = 0; i < MK_WAVES; i++) copy(to + i * kSlotBytes, streams + at + i * stride, arrival);
         flying++;
         next.step();
         at = at + kSlotBytes == bytes ? 0 : at + kSlotBytes;
@@ -201,9 +208,9 @@ struct Ring {
     }
   }
 
-  MK_METHOD void start(char* rings, char* all_barriers, const void*, u64) {
-    memory = memory_of(rings, even ? 0 : wave()) + (even ? wave() * kSlotBytes : 0) + lane() * 16;
-    barriers = barriers_of(all_barriers, even ? 0 : wave());
+  MK_METHOD void start(char* ring, char* all_barriers, const void*, u64) {
+    memory = ring + wave() * kSlotBytes + lane() * 16;
+    barriers = shared_address(all_barriers);
     slot = parity = 0;
   }
 
@@ -265,10 +272,14 @@ struct Ring {
     return over != 0;
   }
 
+  // Weights leave the L2 cache first: what stays is keys, values and words.
   static MK_METHOD void copy(u32 to, const char* from, u32 arrival) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-                 "n"(kSlotBytes), "r"(arrival)
-                 : "memory");
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+        "l"(from), "n"(kSlotBytes), "r"(arrival), "l"(policy)
+        : "memory");
   }
 };
 

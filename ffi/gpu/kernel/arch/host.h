@@ -94,8 +94,11 @@ MK_DEVICE char* shared() { return host::shared_memory(); }
 constexpr bool kRenew = kWave == 64;  // as on the machines with such waves
 MK_DEVICE const Args& arguments(const Args& args) { return args; }
 MK_DEVICE u32 fresh(u32 v) { return v; }
+MK_DEVICE int unknown(int v) { return v; }
 
 MK_DEVICE void enter() {}
+template <bool streams, int stream_registers>
+MK_DEVICE void divide_registers() {}
 MK_DEVICE void unit_sync(host::Where at = host::here()) { host::barrier(0, host::geometry.waves, at); }
 template <int id, int waves>
 MK_DEVICE void group_sync(host::Where at = host::here()) {
@@ -106,6 +109,8 @@ MK_DEVICE void open_gate(host::Where at = host::here()) { unit_sync(at); }
 MK_DEVICE void pass_gate(host::Where at = host::here()) { unit_sync(at); }
 MK_DEVICE void hand_over(host::Where at = host::here()) { unit_sync(at); }
 MK_DEVICE void take_over(host::Where at = host::here()) { unit_sync(at); }
+MK_DEVICE void hand_over_squares(host::Where at = host::here()) { unit_sync(at); }
+MK_DEVICE void take_over_squares(host::Where at = host::here()) { unit_sync(at); }
 MK_DEVICE void wave_sync(host::Where at = host::here()) { host::wave_sync(at); }
 
 MK_DEVICE u32 as_u32(float v) { return __builtin_bit_cast(u32, v); }
@@ -123,6 +128,13 @@ MK_DEVICE float shuffle_xor(float v, int mask, host::Where at = host::here()) {
 MK_DEVICE float sum_quarters(float v, host::Where at = host::here()) {
   v += shuffle_xor(v, 16, at);
   return v + shuffle_xor(v, 32, at);
+}
+MK_DEVICE u32 wave_max(u32 v, host::Where at = host::here()) {
+  for (int step = 1; step < kWave; step *= 2) {
+    const u32 other = shuffle_xor(v, step, at);
+    v = other > v ? other : v;
+  }
+  return v;
 }
 MK_DEVICE bool any(bool v, host::Where at = host::here()) { return host::any(v, at); }
 
@@ -146,6 +158,7 @@ MK_DEVICE void store_word(u32* p, u32 v, host::Where at = host::here()) { host::
 MK_DEVICE void store_byte(u8* p, u32 v) { *p = (u8)v; }
 MK_DEVICE Vec4 load_shared_data(const void* p, host::Where at = host::here()) { return host::load_data(p, false, at); }
 MK_DEVICE Vec4 load_once(const void* p, host::Where at = host::here()) { return host::load_data(p, true, at); }
+MK_DEVICE void prefetch(const void*, int) {}
 MK_DEVICE void release(host::Where at = host::here()) { host::release(at); }
 MK_DEVICE void acquire(host::Where at = host::here()) { host::acquire(at); }
 MK_DEVICE u32 load_host(const u32* p, host::Where at = host::here()) { return host::load_host(p, at); }
@@ -235,7 +248,7 @@ struct Ring {
 
 // One wave's stream through a ring in shared memory. Each lane keeps its own part of a slot: it appears in wait(), and
 // done() destroys it.
-template <int slots, int slot_atoms, bool even>
+template <int slots, int slot_atoms>
 struct Ring {
   static constexpr int kSlotAtoms = slot_atoms;
   static constexpr int kSlotBytes = kSlotAtoms * kWave * 16;

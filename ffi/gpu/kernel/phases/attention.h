@@ -5,13 +5,11 @@
 // reads what it appends to the cache. Units that share a key/value head compute and write the same bits of it.
 #pragma once
 
-#include "service.h"
+#include "phases/attend_matrix.h"
 
 namespace mk {
 
-constexpr int kSplitBlock = 64;
 constexpr int kGroupTasks = kHeads / kTaskHeads;  // of one request
-constexpr float kLowest = -1e30f;                 // of scores; finite, so that differences are no NaN
 
 constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 
@@ -30,10 +28,12 @@ struct AttentionScratch {
   float* vectors;  // [kTaskHeads q, k, v][kHeadDim], rotated and rounded
   float* parts;    // [wave][kTaskHeads][kHeadDim + 2]: sums, then maximum and sum of weights
   float* squares;  // [2][kServiceWaves]
+  u32* packed;     // [kTaskHeads q, k, v][kHeadDim / 2]: the vectors as they are stored
 };
 MK_DEVICE AttentionScratch attention_scratch() {
   float* base = shared_at<float>(kShared.attention);
-  return {base, base + kTaskVectors * kHeadDim, base + kTaskVectors * kHeadDim + kServiceWaves * kTaskHeads * (kHeadDim + 2)};
+  float* parts = base + round_up(kTaskVectors * kHeadDim, 4) + kPackedWords;
+  return {base, parts, parts + kServiceWaves * kTaskHeads * (kHeadDim + 2), (u32*)(base + round_up(kTaskVectors * kHeadDim, 4))};
 }
 
 // A layer's angles of a request: cosines, then sines.
@@ -192,6 +192,9 @@ MK_DEVICE void prepare_in_lanes(Service& s, const Site& site, int layer, int req
         arch::store_word(cache, low);
         arch::store_word(cache + 1, high);
       }
+      u32* packed = attention_scratch().packed + (j * kHeadDim + at) / 2;
+      packed[0] = low;
+      packed[1] = high;
     }
     *(Vec4*)(attention_scratch().vectors + j * kHeadDim + at) = {arch::as_u32(x.v[0]), arch::as_u32(x.v[1]), arch::as_u32(x.v[2]),
                                                                  arch::as_u32(x.v[3])};
@@ -228,6 +231,7 @@ MK_DEVICE void prepare_in_memory(Service& s, const Site& site, int layer, int re
       x[2 * i] = low_of<kKvType>(pair);
       x[2 * i + 1] = high_of<kKvType>(pair);
       if (row != nullptr) arch::store_word(cache + i, pair);
+      attention_scratch().packed[j * kHeadDim / 2 + i] = pair;
     }
   }
 }
@@ -293,6 +297,29 @@ MK_DEVICE void unpack_position(const Position& x, float (&out)[kLaneElems]) {
   }
 }
 
+// The same of a vector in the scratch, which is the position that is not in the cache yet.
+MK_DEVICE Position load_own_position(const AttentionScratch& scratch, int vector, int part) {
+  Position x;
+  MK_UNROLL
+  for (int i = 0; i < kLaneVectors; i++) {
+    const int at = part + i * kPositionLanes;
+    const u32* from = kKvType == kF32 ? (const u32*)scratch.vectors : scratch.packed;
+    x.vectors[i] = zero_vector();
+    if (at < kPositionVectors) x.vectors[i] = *(const Vec4*)(from + vector * (kHeadDim * kKvBytes / 4) + at * 4);
+  }
+  return x;
+}
+
+MK_DEVICE Position either(bool first, const Position& a, const Position& b) {
+  Position x;
+  MK_UNROLL
+  for (int i = 0; i < kLaneVectors; i++) {
+    const Vec4 &v = a.vectors[i], &w = b.vectors[i];
+    x.vectors[i] = {first ? v.x : w.x, first ? v.y : w.y, first ? v.z : w.z, first ? v.w : w.w};
+  }
+  return x;
+}
+
 MK_DEVICE void load_own(const float* x, int part, float (&out)[kLaneElems]) {
   MK_UNROLL
   for (int i = 0; i < kLaneVectors; i++) {
@@ -304,58 +331,47 @@ MK_DEVICE void load_own(const float* x, int part, float (&out)[kLaneElems]) {
   }
 }
 
-MK_DEVICE void attend(Service& s, int layer, int task) {
-  const int split = task % kSplits, group = task / kSplits % kGroupTasks, request = task / (kSplits * kGroupTasks);
-  const u32 parity = s.site(h1_qkv, kWorkspace.qkv, layer).parity;
-  const bool live = s.control().live[request] != 0;
-  const int position = s.control().position[request];
-  const int window = kLayers[layer].window;
-  const int first = window > 0 && position + 1 > window ? position + 1 - window : 0;
-  const int last_block = position / kSplitBlock;
-  const bool owns_last = last_block % kSplits == split;
+// A position of a part of the context that one of the lanes looks at, or one that nobody sees.
+MK_DEVICE int lane_place(const Part& context, int sub, int i, int u) {
+  const int at = (int)arch::fresh((u32)(i + u * kWavePositions + sub));
+  const int p = context.position_of(at);
+  return at < context.end && p >= context.first ? p : context.position + 1;
+}
+
+// What a lane has asked for of the cache.
+struct LaneLoads {
+  Position keys[kUnroll], values[kUnroll];
+
+  MK_METHOD void load(const Part& context, int lane, int i, const char* cache, Position (&to)[kUnroll]) {
+    MK_UNROLL
+    for (int u = 0; u < kUnroll; u++) {
+      const int p = lane_place(context, lane / kPositionLanes, i, u);
+      to[u] = {};
+      if (p < context.position) to[u] = load_position(cache + (i64)p * kHeadDim * kKvBytes, lane % kPositionLanes);
+    }
+  }
+  MK_METHOD void start(const Service& s, const Part& context) {
+    const int own = s.wave * kWavePositions * kUnroll;
+    load(context, s.lane, own, context.keys, keys);
+    load(context, s.lane, own, context.values, values);
+  }
+};
+
+// Attention without matrix instructions, for any head and cache: a position's elements over neighbouring lanes, which hold f32
+// sums. Stores them to scratch.parts. raw: has been started.
+template <typename Loads>
+MK_DEVICE void attend_by_lanes(Service& s, const Part& context, Loads& raw) {
   const AttentionScratch scratch = attention_scratch();
   const int part = s.lane % kPositionLanes, sub = s.lane / kPositionLanes;
-  const float *own_key = scratch.vectors + kTaskHeads * kHeadDim, *own_value = own_key + kHeadDim;
-  const i64 base = (((i64)request * MK_NUM_LAYERS + layer) * kKvHeads + group * kTaskHeads / (kHeads / kKvHeads)) * s.args.capacity;
-  const char* keys = (const char*)s.args.k_cache + base * kHeadDim * kKvBytes;
-  const char* values = (const char*)s.args.v_cache + base * kHeadDim * kKvBytes;
-
-  const int first_block = first / kSplitBlock;
-  const int begin_block = first_block + (split - first_block % kSplits + kSplits) % kSplits;
-  const int blocks = live && begin_block <= last_block ? (last_block - begin_block) / kSplits + 1 : 0;
+  [[maybe_unused]] const float *own_key = scratch.vectors + kTaskHeads * kHeadDim, *own_value = own_key + kHeadDim;
   constexpr int wave_step = kWavePositions * kUnroll;
-  // Places of this part, without those after the last position.
-  const int end = owns_last && blocks > 0 ? (blocks - 1) * kSplitBlock + position % kSplitBlock + 1 : blocks * kSplitBlock;
-  const int own = s.wave * wave_step;
-  auto place = [&](int i, int u) {  // the position, or one that nobody sees
-    const int at = (int)arch::fresh((u32)(i + u * kWavePositions + sub));
-    const int p = (begin_block + at / kSplitBlock * kSplits) * kSplitBlock + at % kSplitBlock;
-    return at < end && p >= first ? p : position + 1;
-  };
-  Position raw_keys[kUnroll], raw_values[kUnroll];
-  auto load_keys = [&](int i) {
-    MK_UNROLL
-    for (int u = 0; u < kUnroll; u++) {
-      const int p = place(i, u);
-      raw_keys[u] = {};
-      if (p < position) raw_keys[u] = load_position(keys + (i64)p * kHeadDim * kKvBytes, part);
-    }
-  };
-  auto load_values = [&](int i) {
-    MK_UNROLL
-    for (int u = 0; u < kUnroll; u++) {
-      const int p = place(i, u);
-      raw_values[u] = {};
-      if (p < position) raw_values[u] = load_position(values + (i64)p * kHeadDim * kKvBytes, part);
-    }
-  };
-  load_keys(own);  // what is in the cache already is on its way while the query is not there
-  load_values(own);
-
-  renew(s, [&](Service& now) {
-    prepare_heads(now, now.site(h1_qkv, kWorkspace.qkv, layer), layer, request, group, live && owns_last);
-  });
-  s.mark(kPrepared);
+  const int end = context.end, position = context.position, own = s.wave * wave_step;
+  auto place = [&](int i, int u) { return lane_place(context, sub, i, u); };
+  Position new_key, new_value;  // where whole vectors can be taken instead of those of the cache
+  if constexpr (kKvAligned) {
+    new_key = load_own_position(scratch, kTaskHeads, part);
+    new_value = load_own_position(scratch, kTaskHeads + 1, part);
+  }
 
   float q[kTaskHeads][kLaneElems], sums[kTaskHeads][kLaneElems], top[kTaskHeads], total[kTaskHeads];
   MK_UNROLL
@@ -375,8 +391,12 @@ MK_DEVICE void attend(Service& s, int layer, int task) {
       const int p = place(i, u);
       seen[u] = p <= position;
       float k[kLaneElems];
-      unpack_position(raw_keys[u], k);
-      if (p == position) load_own(own_key, part, k);
+      if constexpr (kKvAligned) {
+        unpack_position(either(p == position, new_key, raw.keys[u]), k);
+      } else {
+        unpack_position(raw.keys[u], k);
+        if (p == position) load_own(own_key, part, k);
+      }
       MK_UNROLL
       for (int h = 0; h < kTaskHeads; h++) {
         score[h][u] = 0.0f;
@@ -384,7 +404,7 @@ MK_DEVICE void attend(Service& s, int layer, int task) {
         for (int e = 0; e < kLaneElems; e++) score[h][u] = arch::fma(q[h][e], k[e], score[h][u]);
       }
     }
-    load_keys(i + stride);
+    raw.load(context, s.lane, i + stride, context.keys, raw.keys);
     float fade[kTaskHeads];
     MK_UNROLL
     for (int h = 0; h < kTaskHeads; h++) {
@@ -414,15 +434,19 @@ MK_DEVICE void attend(Service& s, int layer, int task) {
     MK_UNROLL
     for (int u = 0; u < kUnroll; u++) {
       float v[kLaneElems];
-      unpack_position(raw_values[u], v);
-      if (place(i, u) == position) load_own(own_value, part, v);
+      if constexpr (kKvAligned) {
+        unpack_position(either(place(i, u) == position, new_value, raw.values[u]), v);
+      } else {
+        unpack_position(raw.values[u], v);
+        if (place(i, u) == position) load_own(own_value, part, v);
+      }
       MK_UNROLL
       for (int h = 0; h < kTaskHeads; h++) {
         MK_UNROLL
         for (int e = 0; e < kLaneElems; e++) sums[h][e] = arch::fma(score[h][u], v[e], sums[h][e]);
       }
     }
-    load_values(i + stride);
+    raw.load(context, s.lane, i + stride, context.values, raw.values);
   }
 
   // Positions of one wave, then those of all waves.
@@ -456,6 +480,90 @@ MK_DEVICE void attend(Service& s, int layer, int task) {
       }
     }
   }
+}
+
+template <typename Loads>
+MK_DEVICE void attend_part(Service& s, const Part& context, Loads& loads) {
+  if constexpr (kMatrixAttention) {
+    const AttentionScratch scratch = attention_scratch();
+    store_sums(s, attend_by_matrix(s, context, scratch.packed, loads), scratch.parts + s.wave * kTaskHeads * (kHeadDim + 2));
+  } else {
+    attend_by_lanes(s, context, loads);
+  }
+}
+
+template <bool, typename A, typename B>
+struct Choice {
+  using Type = A;
+};
+template <typename A, typename B>
+struct Choice<false, A, B> {
+  using Type = B;
+};
+using CacheLoads = Choice<kMatrixAttention, MatrixLoads, LaneLoads>::Type;
+
+// A task, and its part of the context.
+struct Task {
+  int request, group, split;
+  bool live, owns_last;
+  Part part;
+};
+
+MK_DEVICE Task find_task(const Service& s, int layer, int number) {
+  Task task;
+  task.split = number % kSplits;
+  task.group = number / kSplits % kGroupTasks;
+  task.request = number / (kSplits * kGroupTasks);
+  task.live = s.control().live[task.request] != 0;
+  const int position = s.control().position[task.request];
+  const int window = kLayers[layer].window;
+  const int first = window > 0 && position + 1 > window ? position + 1 - window : 0;
+  const int last_block = position / kSplitBlock;
+  task.owns_last = last_block % kSplits == task.split;
+  const i64 head = ((i64)task.request * MK_NUM_LAYERS + layer) * kKvHeads + task.group * kTaskHeads / (kHeads / kKvHeads);
+  const i64 base = head * s.args.capacity * kHeadDim * kKvBytes;
+  const int first_block = first / kSplitBlock;
+  const int begin_block = first_block + (task.split - first_block % kSplits + kSplits) % kSplits;
+  const int blocks = task.live && begin_block <= last_block ? (last_block - begin_block) / kSplits + 1 : 0;
+  // Without the places after the last position.
+  const int end = task.owns_last && blocks > 0 ? (blocks - 1) * kSplitBlock + position % kSplitBlock + 1 : blocks * kSplitBlock;
+  task.part = {(const char*)s.args.k_cache + base, (const char*)s.args.v_cache + base, position, first, begin_block, end};
+  return task;
+}
+
+// Brings what comes after the first round nearer: block after block of positions.
+MK_DEVICE void prefetch_part(const Service& s, const Part& part) {
+  if constexpr (kKvAligned) {
+    constexpr int row = kHeadDim * kKvBytes;
+    if (s.wave != 0) return;
+    for (int block = s.lane; block * kSplitBlock < part.end; block += arch::kWave) {
+      const int place = block * kSplitBlock;
+      const int rows = smaller(kSplitBlock, part.end - place);
+      arch::prefetch(part.keys + (i64)part.position_of(place) * row, rows * row);
+      arch::prefetch(part.values + (i64)part.position_of(place) * row, rows * row);
+    }
+  }
+}
+
+// Asks for what the unit's first task reads of the cache, long before its query is there: where words are waited for, loads that
+// were asked for just before would hold up the first look.
+MK_DEVICE void start_first_task(const Service& s, int layer, CacheLoads& loads) {
+  if (s.unit >= kTasks) return;
+  const Part part = find_task(s, layer, s.unit).part;
+  loads.start(s, part);
+  prefetch_part(s, part);
+}
+
+MK_DEVICE void attend(Service& s, int layer, const Task& task, CacheLoads& loads) {
+  const int group = task.group, request = task.request;
+  [[maybe_unused]] const int split = task.split;
+  const u32 parity = s.site(h1_qkv, kWorkspace.qkv, layer).parity;
+  const AttentionScratch scratch = attention_scratch();
+  renew(s, [&](Service& now) {
+    prepare_heads(now, now.site(h1_qkv, kWorkspace.qkv, layer), layer, request, group, task.live && task.owns_last);
+  });
+  s.mark(kPrepared);
+  attend_part(s, task.part, loads);
   s.sync();
   for (int i = s.index; i < kTaskHeads * kHeadDim; i += kServiceLanes) {
     const int h = i / kHeadDim, d = i % kHeadDim, head = group * kTaskHeads + h;
@@ -475,7 +583,7 @@ MK_DEVICE void attend(Service& s, int layer, int task) {
       weights = arch::fma(weight, from[w * stride + kHeadDim + 1], weights);
     }
     if constexpr (kSplits == 1) {
-      const float y = live ? sum / weights : 0.0f;
+      const float y = task.live ? sum / weights : 0.0f;
       arch::store_word(s.at<u32>(kWorkspace.attended) + request * line(kQSize) + head * kHeadDim + d, encode(y, parity));
     } else {
       u32* to = s.at<u32>(kWorkspace.partial) + ((request * kHeads + head) * kSplits + split) * line(kHeadDim + 2);
@@ -490,8 +598,13 @@ MK_DEVICE void attend(Service& s, int layer, int task) {
   s.mark(kAttended);
 }
 
-MK_DEVICE void p2_attend(Service& s, int layer) {
-  for (int task = s.unit; task < kTasks; task += MK_UNITS) attend(s, layer, task);
+// loads: those of the first task have been started.
+MK_DEVICE void p2_attend(Service& s, int layer, CacheLoads& loads) {
+  for (int number = s.unit; number < kTasks; number += MK_UNITS) {
+    const Task task = find_task(s, layer, number);
+    if (number != s.unit) loads.start(s, task.part);
+    attend(s, layer, task, loads);
+  }
 }
 
 // Joins the parts of the context: one head of one request after the other, one lane per element.

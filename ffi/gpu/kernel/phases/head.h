@@ -14,7 +14,7 @@ constexpr int kPackedLanes = kServiceLanes / kTileRows;  // groups of lanes that
 static_assert(kPackedCandidate < kCandidateWords, "one word is for flags");
 static_assert(kPackedLanes / kBatch <= arch::kWave, "a wave must hold all candidates of a request");
 
-enum Flags : u32 { kEmitted = 1, kStop = 2, kCancel = 4 };
+enum Flags : u32 { kEmitted = 1, kStop = 2, kCancel = 4 };  // in h8, the last also in h7
 
 // A filtered request's logits, [vocab]: after penalties, bias and temperature; as they were computed.
 MK_DEVICE u32* adjusted_row(const Service& s, int request) {
@@ -24,8 +24,18 @@ MK_DEVICE u32* logits_row(const Service& s, int request) {
   return s.at<u32>(kWorkspace.logits) + (i64)request * line(kVocab);
 }
 
-// Once a token, so its code is never in the instruction cache: small is fast.
+// Once a token, so its code is never in the instruction cache: small is fast. Gives all lanes the same.
 MK_DEVICE void merge_wave(Candidate& c) {
+  if (!arch::any(!(c.sum == 0.0f) || !(c.mass == 0.0f))) {
+    // Floats as integers of the same order; equal ones, zeros of both signs too, become equal.
+    const u32 bits = arch::as_u32(c.best.score + 0.0f), score = bits >> 31 ? ~bits : bits | 0x80000000u;
+    const u32 highest = arch::wave_max(score);
+    const u32 token = ~arch::wave_max(score == highest ? ~(u32)c.best.token : 0u);  // the lowest
+    const bool wins = score == highest && (u32)c.best.token == token;
+    c.raw = arch::as_f32(arch::wave_max(wins ? arch::as_u32(c.raw) : 0u));
+    c.best = {arch::as_f32(highest >> 31 ? highest & 0x7fffffffu : ~highest), (i32)token};
+    return;
+  }
   MK_NO_UNROLL
   for (int mask = 1; mask < arch::kWave; mask *= 2) merge_lanes(c, mask);
 }
@@ -33,15 +43,17 @@ MK_DEVICE void merge_wave(Candidate& c) {
 // What a lane finds in its rows of the head, which are all of one request.
 struct Search {
   int request;
-  u32 flags;
+  u32 cancel;  // what was found in the host's memory
   RowOptions options;
   Candidate best;
 };
 
 MK_DEVICE Search start_search(const Service& s) {
   Search search;
-  // Unit 0 passes a user's interrupt on to the owner of every request. Asked for now, it has come when it is needed.
-  search.flags = s.unit == 0 && s.lane == 0 && arch::load_host(s.args.cancel) != 0 ? kCancel : 0;
+  // Unit 0 passes a user's interrupt on to the owner of every request. Asked for now and not looked at before the end of the
+  // phase: the host's memory is microseconds away.
+  search.cancel = 0;
+  if (s.unit == 0 && s.lane == 0) search.cancel = arch::load_host(s.args.cancel);
   search.request = s.index % (kBatch * kTileRows) / kTileRows;
   search.options = row_options(s.args, search.request, s.control().position[search.request]);
   search.best = no_candidate();
@@ -68,18 +80,21 @@ MK_DEVICE void search_logits(Service& s, Search& search, const Tiles& deal, int 
 
 // The end of p6: one candidate of this unit for each request.
 MK_DEVICE void publish_candidates(Service& s, Search& search) {
-  const u32 parity = s.token_site(h7_candidate, kWorkspace.candidate).parity, flags = search.flags;
+  const u32 parity = s.token_site(h7_candidate, kWorkspace.candidate).parity;
   Candidate& best = search.best;
   s.mark(kCandidates);
-  // The lanes of a tile's rows, then all that have the same request.
-  MK_NO_UNROLL
-  for (int mask = 1; mask < kTileRows; mask *= 2) merge_lanes(best, mask);
-  u32(*packed)[kPackedCandidate] = shared_at<u32[kPackedCandidate]>(kShared.sampling);
-  if (s.index % kTileRows == 0) {
-    pack(best, packed[s.index / kTileRows]);
+  // Neighbouring lanes that have the same request, then all that have it.
+  constexpr int group = kBatch == 1 ? arch::kWave : kTileRows;
+  if constexpr (kBatch == 1) {
+    merge_wave(best);
+  } else {
+    MK_NO_UNROLL
+    for (int mask = 1; mask < group; mask *= 2) merge_lanes(best, mask);
   }
+  u32(*packed)[kPackedCandidate] = shared_at<u32[kPackedCandidate]>(kShared.sampling);
+  if (s.index % group == 0) pack(best, packed[s.index / group]);
   s.sync();
-  constexpr int used = kServiceLanes / (kBatch * kTileRows);  // groups of each request
+  constexpr int used = kServiceLanes / (kBatch * group);  // groups of each request
   for (int r = s.wave; r < kBatch; r += kServiceWaves) {
     Candidate c = no_candidate();
     if (s.lane < used) c = unpack(packed[s.lane * kBatch + r]);
@@ -88,11 +103,11 @@ MK_DEVICE void publish_candidates(Service& s, Search& search) {
     pack(c, words);
     if (s.lane == 0) {
       // Whoever owns a filtered request reads all adjusted logits.
-      if (row_options(s.args, r, 0).filtered) arch::release();
+      if (s.control().filtered[r]) arch::release();
       u32* to = s.at<u32>(kWorkspace.candidate) + (r * MK_UNITS + s.unit) * kCandidateWords;
       MK_UNROLL
       for (int i = 0; i < kPackedCandidate; i++) arch::store_word(to + i, encode_int(words[i], parity));
-      arch::store_word(to + kPackedCandidate, encode_int(flags, parity));
+      arch::store_word(to + kPackedCandidate, encode_int(search.cancel != 0 ? kCancel : 0, parity));
       for (int i = kPackedCandidate + 1; i < kCandidateWords; i++) arch::store_word(to + i, encode_int(0, parity));
     }
   }
@@ -104,20 +119,32 @@ MK_DEVICE Candidate gather_candidates(Service& s, int request, u32* flags) {
   const Site site = s.token_site(h7_candidate, kWorkspace.candidate);
   Candidate best = no_candidate();
   *flags = 0;
+  // Two vectors a unit, dealt to the lanes one by one and asked for together; then a lane swaps one with its neighbour for the
+  // other half of what it keeps.
+  constexpr int vectors = 2 * MK_UNITS, rounds = round_up((vectors + arch::kWave - 1) / arch::kWave, 2), at_once = smaller(rounds, 10);
+  const bool odd = s.lane % 2 != 0;
   MK_NO_UNROLL
-  for (int first = 0; first < MK_UNITS; first += arch::kWave) {
-    const int unit = first + s.lane;
-    Vec4 v[2];
-    wait_words<2>(s.waiter, site, site.words + (request * MK_UNITS + (unit < MK_UNITS ? unit : 0)) * kCandidateWords, 4, v,
-                  [&](int) { return 4; });
-    const u32 words[kPackedCandidate] = {decode_int(v[0].x), decode_int(v[0].y), decode_int(v[0].z),
-                                         decode_int(v[0].w), decode_int(v[1].x), decode_int(v[1].y)};
-    if (unit < MK_UNITS) {
-      merge(best, unpack(words));
-      *flags |= decode_int(v[1].z);
+  for (int first = 0; first < rounds; first += at_once) {
+    Vec4 v[at_once];
+    const int own = first * arch::kWave + s.lane;
+    wait_words<at_once>(s.waiter, site, site.words + request * MK_UNITS * kCandidateWords + own * 4, arch::kWave * 4, v,
+                        [&](int i) { return own + i * arch::kWave < vectors ? 4 : 0; });
+    MK_UNROLL
+    for (int i = 0; i < at_once; i += 2) {
+      const Vec4 given = odd ? v[i] : v[i + 1];
+      const Vec4 got = {arch::shuffle_xor(given.x, 1), arch::shuffle_xor(given.y, 1), arch::shuffle_xor(given.z, 1),
+                        arch::shuffle_xor(given.w, 1)};
+      const Vec4 low = odd ? got : v[i], high = odd ? v[i + 1] : got;
+      const u32 words[kPackedCandidate] = {decode_int(low.x), decode_int(low.y), decode_int(low.z),
+                                           decode_int(low.w), decode_int(high.x), decode_int(high.y)};
+      if (own + (i + odd) * arch::kWave < vectors) {
+        merge(best, unpack(words));
+        *flags |= decode_int(high.z);
+      }
     }
   }
   merge_wave(best);
+  *flags = arch::any((*flags & kCancel) != 0) ? kCancel : 0;
   return best;
 }
 
@@ -125,42 +152,41 @@ MK_DEVICE Candidate gather_candidates(Service& s, int request, u32* flags) {
 MK_DEVICE void choose(Service& s, int request) {
   const Control& control = s.control();
   const bool live = control.live[request] != 0;
-  const RowOptions options = row_options(s.args, request, control.position[request]);
+  const bool filtered = control.filtered[request] && live;
   Candidate best = no_candidate();
   u32 flags = 0;
+  const i32 eos = first_eos(s.args, request, s.lane);  // on its way while the candidates are not there
   Candidate* shared_best = shared_at<Candidate>(kShared.sampling);
   if (s.wave == 0) {
     best = gather_candidates(s, request, &flags);
     if (s.lane == 0) *shared_best = best;
   }
-  if (options.filtered && live) {
+  if (filtered) {
     s.sync();
     arch::acquire();
     best = *shared_best;
     s.sync();  // the scratch is free
     const Service now = s.renewed();
-    best.best.token = sample_filtered<kServiceGroup>(arch::kRenew ? row_options(now.args, request, control.position[request]) : options,
-                                                     best, (const float*)adjusted_row(now, request),
+    const RowOptions options = row_options(now.args, request, control.position[request]);
+    best.best.token = sample_filtered<kServiceGroup>(options, best, (const float*)adjusted_row(now, request),
                                                      shared_at<char>(kShared.sampling), now.index);
     if (options.wants_log_prob) best.raw = arch::as_f32(arch::load_word(logits_row(s, request) + best.best.token));
     s.sync();
   }
-  if (s.wave == 0 && s.lane == 0) {
+  if (s.wave == 0) {
     const u32 parity = s.token_site(h8_token, kWorkspace.token).parity;
     i32 token = best.best.token;
     token = token >= 0 && token < kVocab ? token : 0;  // after an aborted wait it may be anything
-    if (live && !s.waiter.aborted) {
-      flags |= kEmitted;
-      if (is_eos(s.args, request, token)) flags |= kStop;
+    const bool emits = live && !s.waiter.aborted;
+    if (emits) flags |= kEmitted;
+    if (arch::any(emits && is_eos(s.args, request, token, eos, s.lane))) flags |= kStop;
+    if (emits && s.lane == 0) {
       const i64 place = (i64)request * s.args.max_new_tokens + control.emitted[request];
       s.args.tokens[place] = token;
       if (s.args.log_probs != nullptr) s.args.log_probs[place] = log_prob(best.raw, best.top, best.sum);
     }
     u32* to = s.at<u32>(kWorkspace.token) + request * line(kTokenWords);
-    arch::store_word(to, encode_int((u32)token, parity));
-    arch::store_word(to + 1, encode_int(flags, parity));
-    arch::store_word(to + 2, encode_int(0, parity));
-    arch::store_word(to + 3, encode_int(0, parity));
+    if (s.lane < kTokenWords) arch::store_word(to + s.lane, encode_int(s.lane == 0 ? (u32)token : s.lane == 1 ? flags : 0, parity));
   }
   s.sync();
 }
@@ -175,8 +201,7 @@ MK_DEVICE void mark_seen(const Service& s, int request, int token) {
 
 MK_DEVICE bool wants_more(const Service& s, int request) {
   const Control& c = s.control();
-  return c.status[request] == kRunning && c.emitted[request] < s.args.max_new_tokens &&
-         c.emitted[request] < s.args.row_max_new_tokens[request];
+  return c.status[request] == kRunning && c.emitted[request] < c.limit[request];
 }
 
 MK_DEVICE void update_live(const Service& s, int request) {

@@ -1,20 +1,11 @@
 // The phases that multiply: p1_norm_qkv, p3_project_out, p4_gate_up, p5_down, and what they share with p6_head.
 #pragma once
 
-#include "service.h"
+#include "activations.h"
 
 namespace mk {
 
-constexpr Float4 kZero4 = {{0.0f, 0.0f, 0.0f, 0.0f}};
-
 // ---- Residual stream ----
-
-MK_DEVICE Float4 residual4(const Service& s, int request, int column) {
-  Float4 f;
-  MK_UNROLL
-  for (int i = 0; i < 4; i++) f.v[i] = column + i < kHidden ? s.residual(request)[column + i] : 0.0f;
-  return f;
-}
 
 // Before the first layer.
 MK_DEVICE void start_residual(Service& s) {
@@ -76,98 +67,6 @@ MK_DEVICE void add_projection(Service& s, const Site& site, const float* weights
   s.sync();
 }
 
-// ---- What a phase multiplies ----
-
-constexpr bool has_norm(int phase) { return phase == kHead || (kPreNorm && (phase == kQkv || phase == kGateUp)); }
-constexpr int norm_offset(int phase) { return phase == kQkv ? MK_ATTN_NORM : MK_MLP_NORM; }
-template <int phase>
-constexpr bool kNormAligned = phase == kHead ? MK_FINAL_NORM % 4 == 0 : aligned_in_layer(norm_offset(phase));
-
-template <int phase>
-MK_DEVICE const float* norm_of(const Service& s) {
-  return phase == kHead ? s.args.constants + MK_FINAL_NORM : s.constants + norm_offset(phase);
-}
-
-// Where a phase's input comes from. words null: the residual stream is at hand, in the unit's own copy or the embedding.
-template <int phase>
-MK_DEVICE Site source_of(const Service& s, int layer) {
-  if constexpr (phase == kO) return s.site(h2_attended, kWorkspace.attended, layer);
-  if constexpr (phase == kDown) return s.site(h5_inner, kWorkspace.inner, layer);
-  if constexpr (!kPostNorm) {
-    if constexpr (phase == kGateUp) return s.site(h4_projected, kWorkspace.projected, layer);
-    if (phase == kHead || layer > 0) return s.residual_site(layer - 1);
-  }
-  return {};
-}
-
-// Columns [begin, end) of a request's row: use(column, value, weight).
-template <int phase, typename Weights, typename Use>
-MK_DEVICE void for_source(Service& s, const Site& site, int request, int begin, int end, Weights weights_of, Use use) {
-  if (phase == kO || phase == kDown || site.words != nullptr) {
-    gather_words<cols(phase), fill_count(phase) == 1>(s, site, site.words + request * line(cols(phase)), begin, end,
-                                                      weights_of, use);
-    return;
-  }
-  if constexpr (phase == kQkv || kPostNorm) {
-    const int token = s.control().token[request];
-    HeadRow row = {};
-    if constexpr (!kPostNorm && MK_TIED_HEAD) row = find_head_row(s.args, token);
-    for (int column = begin + (int)arch::fresh((u32)s.team_lane) * 4; column < end; column += kTeamLanes * 4) {
-      Float4 x = kZero4;
-      if (column < kHidden) {
-        if constexpr (kPostNorm) {
-          x = residual4(s, request, column);
-        } else {
-          x = embedding4(s, token, row, column);
-        }
-      }
-      use(column, x, weights_of(column));
-    }
-  }
-}
-
-template <int phase>
-MK_DEVICE void fill_activations(Service& s, const Site& site, int fill) {
-  const int begin = fill_count(phase) == 1 ? 0 : fill * kResident * kChunkCols;
-  const int end = fill_count(phase) == 1 ? padded_cols(phase) : smaller(padded_cols(phase), begin + kResident * kChunkCols);
-  char* activations = shared_at<char>(kShared.activations);
-  constexpr bool norm = has_norm(phase);
-  if constexpr (norm && !kScaleAfter) {
-    if (fill == 0) {
-      for_team_requests(s, [&](int request) {
-        float sum = 0.0f;
-        for_source<phase>(s, site, request, 0, padded_cols(phase), NoWeights{}, [&](int, const Float4& x, const Float4&) {
-          MK_UNROLL
-          for (int i = 0; i < 4; i++) sum = arch::fma(x.v[i], x.v[i], sum);
-        });
-        set_squares(s, request, sum, false);
-      });
-      s.sync();
-    }
-  }
-  for_team_requests(s, [&](int request) {
-    char* row = activations + request * kRowBytes;
-    if constexpr (norm) {
-      float sum = 0.0f;
-      const Norm weights = {norm_of<phase>(s), kScaleAfter ? 1.0f : s.norm_scale(request, kHidden)};
-      for_source<phase>(s, site, request, begin, end,
-                        [&](int column) { return norm_weights<kHidden, kNormAligned<phase>>(weights, column); },
-                        [&](int column, Float4 x, const Float4& weight) {
-                          MK_UNROLL
-                          for (int i = 0; i < 4; i++) {
-                            sum = arch::fma(x.v[i], x.v[i], sum);
-                            x.v[i] = column + i < kHidden ? x.v[i] * weight.v[i] : 0.0f;
-                          }
-                          store_activations(row, column - begin, x);
-                        });
-      if constexpr (kScaleAfter) set_squares(s, request, sum, fill > 0);
-    } else {
-      for_source<phase>(s, site, request, begin, end, NoWeights{},
-                        [&](int column, const Float4& x, const Float4&) { store_activations(row, column - begin, x); });
-    }
-  });
-}
-
 // Outputs of a tile.
 constexpr int output_rows(int phase) { return phase == kGateUp && kGated ? kTileRows / 2 : kTileRows; }
 
@@ -175,7 +74,12 @@ constexpr int output_rows(int phase) { return phase == kGateUp && kGated ? kTile
 template <int phase>
 MK_DEVICE float products_scale(const Service& s) {
   if constexpr (!kScaleAfter || !has_norm(phase)) return 1.0f;
-  s.sync();  // all parts of the sum of squares are there
+  // All parts of the sum of squares are there.
+  if constexpr (kStreamGathers) {
+    arch::take_over_squares();  // Q
+  } else {
+    s.sync();
+  }
   constexpr int rows = output_rows(phase);
   return s.norm_scale(s.index % (kBatch * rows) / rows, kHidden);
 }
@@ -234,21 +138,24 @@ MK_DEVICE void publish_inner(Service& s, int layer, const Tiles& deal, int segme
   });
 }
 
-// A phase's multiplications: fills, barriers, and use(s, deal, segment, scale) for what comes out, which is to be scaled. A unit without tiles does nothing.
+// A phase's multiplications: gates, fills if the service waves gather, and use(s, deal, segment, scale) for what comes out, which
+// is to be scaled. A unit without tiles does nothing. opened: the first gate is open already.
 template <int phase, typename Use>
-MK_DEVICE void run_phase(Service& s, int layer, Use use) {
+MK_DEVICE void run_phase(Service& s, int layer, Use use, bool opened = false) {
   const Tiles deal = kTiles[phase * MK_UNITS + arch::unit()];
   if (deal.count == 0) return;
   s.squares_set ^= 1;
   const int segments = segment_count(deal);
-  constexpr int fills = fill_count(phase);
+  constexpr int fills = kStreamGathers ? 1 : fill_count(phase);
   float scale = 1.0f;
   for (int segment = 0; segment < segments; segment++) {
     for (int fill = 0; fill < fills; fill++) {
       if (fills > 1 || segment == 0) {
-        renew(s, [&](Service& now) { fill_activations<phase>(now, source_of<phase>(now, layer), fill); });
-        s.mark(kPhaseEvents * phase + kGathered);
-        arch::open_gate();  // A
+        if constexpr (!kStreamGathers) {
+          renew(s, [&](Service& now) { fill_activations<phase>(now, source_of<phase>(now, layer), fill); });
+          s.mark(kPhaseEvents * phase + kGathered);
+        }
+        if (!opened) arch::open_gate();  // A
         if (fill == fills - 1) renew(s, [&](Service& now) { scale = products_scale<phase>(now); });
         s.mark(kPhaseEvents * phase + kFilled);
       }

@@ -176,7 +176,7 @@ MK_DEVICE void offer(Candidate& c, const RowOptions& o, i32 token, float raw, fl
 
 // Gives the same bits whichever of the two comes first.
 MK_DEVICE void merge(Candidate& c, const Candidate& other) {
-  add_exps(c.top, c.sum, other.top, other.sum);
+  if (!(c.sum + other.sum == 0.0f)) add_exps(c.top, c.sum, other.top, other.sum);  // 0: nobody wants log-probabilities
   if (c.mass + other.mass > 0.0f) {
     float top = c.best.score;
     add_exps(top, c.mass, other.best.score, other.mass);
@@ -229,9 +229,15 @@ MK_DEVICE float log_prob(float raw, float top, float sum) {
 
 // ---- After the choice ----
 
-MK_DEVICE bool is_eos(const Args& a, int row, i32 token) {
-  bool found = false;
-  for (int i = 0; i < a.eos_count; i++) found |= a.eos_token_id[row * a.eos_count + i] == token;
+constexpr i32 kNoEos = -1;
+
+// The EOS token of a request that a lane looks at first.
+MK_DEVICE i32 first_eos(const Args& a, int row, int lane) { return lane < a.eos_count ? a.eos_token_id[row * a.eos_count + lane] : kNoEos; }
+
+// Whether it is among those that a lane looks at.
+MK_DEVICE bool is_eos(const Args& a, int row, i32 token, i32 first, int lane) {
+  bool found = first == token;
+  for (int i = lane + arch::kWave; i < a.eos_count; i += arch::kWave) found |= a.eos_token_id[row * a.eos_count + i] == token;
   return found;
 }
 

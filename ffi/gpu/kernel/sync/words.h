@@ -72,14 +72,14 @@ MK_DEVICE bool give_up(Waiter& waiter, const Site& site, u32 word, u32 seen, boo
 
 constexpr int kSpinsBetweenLooks = 256;
 
-// Loads `count` vectors of four words, vector i of this lane at p + i * step words, until all are ready; those that are not
-// are asked for again. Only the first words_of(i) words of vector i are waited for; the others come out as 0.
-template <int count, typename WordsOf>
-MK_DEVICE void wait_words(Waiter& waiter, const Site& site, const u32* p, int step, Vec4 (&v)[count], WordsOf words_of) {
+// Loads `count` vectors of four words, vector i of this lane at place(i), until all are ready; those that are not are asked for
+// again. Only the first words_of(i) words of vector i are waited for; the others come out as 0.
+template <int count, typename Place, typename WordsOf>
+MK_DEVICE void wait_places(Waiter& waiter, const Site& site, Place place, Vec4 (&v)[count], WordsOf words_of) {
   MK_UNROLL
   for (int i = 0; i < count; i++) {
     v[i] = {site.parity, site.parity, site.parity, site.parity};
-    if (words_of(i) > 0) v[i] = arch::load_words(p + i * step);
+    if (words_of(i) > 0) v[i] = arch::load_words(place(i));
   }
   for (int spins = 1;; spins++) {
     bool missing = false;
@@ -90,12 +90,20 @@ MK_DEVICE void wait_words(Waiter& waiter, const Site& site, const u32* p, int st
       if (words_of(i) < 2) v[i].y = site.parity;
       if (!ready(v[i], site.parity)) {
         missing = true;
-        v[i] = arch::load_words(p + i * step);
+        v[i] = arch::load_words(place(i));
       }
     }
     if (!arch::any(missing)) return;
-    if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, (u32)(p - site.words), v[0].x, spins == kSpinsBetweenLooks)) return;
+    if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, (u32)(place(0) - site.words), v[0].x, spins == kSpinsBetweenLooks)) {
+      return;
+    }
   }
+}
+
+// The same where vector i is at p + i * step.
+template <int count, typename WordsOf>
+MK_DEVICE void wait_words(Waiter& waiter, const Site& site, const u32* p, int step, Vec4 (&v)[count], WordsOf words_of) {
+  wait_places<count>(waiter, site, [&](int i) { return p + i * step; }, v, words_of);
 }
 
 // One word per lane and i, at p + i * step; of those only wanted(i).

@@ -1,0 +1,312 @@
+"""Pictures of a device: its groups and memory, latencies, homes of pages, and a plan laid on it. Needs matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jax_monokernel.plan import PHASES, Plan, attention_tasks, geometry
+from jax_monokernel.topology.discover import Found
+from jax_monokernel.topology.layout import DOMAIN_COLOURS, INK, LINE, Layout
+from jax_monokernel.topology.model import Topology
+
+if TYPE_CHECKING:
+    from jax_monokernel.spec import DecoderSpec
+
+FORMATS = ("png", "svg")
+
+
+def draw(
+    found: Found,
+    folder: Path,
+    *,
+    spec: DecoderSpec | None = None,
+    plan: Plan | None = None,
+    model: str = "",
+    format: str = "png",
+) -> list[Path]:
+    """Draws all that is known.
+
+    Args:
+      found: the device.
+      folder: where files go; made if needed.
+      spec: the model whose plan is drawn; none by default.
+      plan: by default the model's plan for as many units as the device has.
+      model: its name, for the title.
+      format: "png" or "svg".
+
+    Returns:
+      The files: groups, and for a measured device latency and homes, and for a model plan.
+
+    Raises:
+      ValueError: another format, or matplotlib is missing, naming what to install.
+      OSError: files that cannot be written.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"the format of pictures is {format}; expected png or svg")
+    pyplot = _pyplot()
+    folder.mkdir(parents=True, exist_ok=True)
+    makers: list[tuple[str, Callable[[Any], Any]]] = [("groups", lambda p: draw_groups(p, found.topology))]
+    if found.measurement is not None:
+        makers.append(("latency", lambda p: draw_latency(p, found)))
+        makers.append(("homes", lambda p: draw_homes(p, found)))
+    if spec is not None:
+        laid = plan or Plan(platform=found.topology.platform, units=found.topology.units)
+        makers.append(("plan", lambda p: draw_plan(p, found.topology, spec, laid, model)))
+    written = []
+    with pyplot.rc_context(
+        {"font.size": 9, "font.family": "DejaVu Sans", "svg.fonttype": "none", "axes.edgecolor": LINE}
+    ):
+        for name, make in makers:
+            figure = make(pyplot)
+            path = folder / f"{name}.{format}"
+            figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
+            pyplot.close(figure)
+            written.append(path)
+    return written
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("pictures need matplotlib: pip install 'jax-monokernel[pictures]'") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+# ---- Groups ----
+
+
+def draw_groups(pyplot: Any, topology: Topology) -> Any:
+    """The die map: groups as they nest, units coloured by the memory that is near them, and memory beside its group."""
+    colours = {unit: DOMAIN_COLOURS[d % 8] for unit, d in topology.near_domain().items()}
+    if len(topology.domains) < 2:
+        colours = dict.fromkeys(colours, DOMAIN_COLOURS[0])
+    figure, axes = _blank(pyplot)
+    layout = Layout(axes, topology, lambda unit: (colours[unit], str(unit)))
+    layout.draw()
+    figure.set_size_inches(*layout.inches())
+    axes.set_title(_title(topology), loc="left", fontsize=11, color=INK)
+    lines = [f"{_constant_text(name, c.value)} ({c.basis})" for name, c in topology.constants.items()]
+    if lines:
+        half = math.ceil(len(lines) / 2)
+        rows = ["     ".join(f"{x:<52}" for x in pair) for pair in zip(lines[:half], [*lines[half:], ""], strict=False)]
+        text = "\n".join(row.rstrip() for row in rows)
+        axes.text(0, layout.height + 1.2, text, va="top", family="DejaVu Sans Mono", fontsize=7, color="#444444")
+        line = 0.135 / layout.scale()  # inches
+        axes.set_ylim(layout.height + 1.3 + line * len(rows), -0.6)
+    return figure
+
+
+def _constant_text(name: str, value: float) -> str:
+    unit = "GB/s" if name.endswith("_gb_s") else "µs"
+    plain = name.removesuffix("_gb_s").removesuffix("_us").replace("_", " ").replace("hand off", "hand-off")
+    return f"{plain}: {value:,.4g} {unit}" if value < 1000 else f"{plain}: {value:,.0f} {unit}"
+
+
+def _title(topology: Topology) -> str:
+    mode = f", {topology.mode}" if topology.mode else ""
+    return f"{topology.name}{mode}: {topology.units} units ({topology.platform} {topology.arch})"
+
+
+def _blank(pyplot: Any) -> tuple[Any, Any]:
+    figure, axes = pyplot.subplots()
+    axes.set_aspect("equal")
+    axes.axis("off")
+    return figure, axes
+
+
+# ---- Measured matrices ----
+
+
+def _unit_order(found: Found) -> tuple[np.ndarray, list[int], list[str]]:
+    """Units by memory domain, then group; where groups begin; their names."""
+    m = found.measurement
+    assert m is not None
+    order = np.lexsort((np.arange(len(m.groups)), m.groups, m.domains))
+    keys = list(zip(m.domains[order].tolist(), m.groups[order].tolist(), strict=True))
+    starts = [i for i, key in enumerate(keys) if i == 0 or keys[i - 1] != key]
+    kind = "XCD" if m.platform == "rocm" else "GPC"
+    return order, starts, [f"{kind} {keys[i][1]}" for i in starts]
+
+
+def draw_latency(pyplot: Any, found: Found) -> Any:
+    """Heat-maps of the hand-off between every pair of units: idle and while all units read."""
+    m = found.measurement
+    assert m is not None
+    order, starts, names = _unit_order(found)
+    figure, both = pyplot.subplots(1, 2, figsize=(13.5, 6.2), constrained_layout=True)
+    panels = (
+        (m.latency, "nothing else runs; the word lives near the unit that asks"),
+        (m.latency_loaded, f"while all units read ({m.load_gb_s:,.0f} GB/s)"),
+    )
+    for axes, (times, what) in zip(both, panels, strict=True):
+        shown = times[np.ix_(order, order)]
+        known = shown[~np.isnan(shown)]
+        low, high = np.quantile(known, [0.01, 0.99]) if known.size else (0, 1)
+        image = axes.imshow(np.ma.masked_invalid(shown), cmap="viridis", vmin=low, vmax=max(high, low + 1))
+        for start in starts[1:]:
+            axes.axhline(start - 0.5, color="white", linewidth=0.6)
+            axes.axvline(start - 0.5, color="white", linewidth=0.6)
+        ends = [*starts[1:], len(order)]
+        middles = [(a + b - 1) / 2 for a, b in zip(starts, ends, strict=True)]
+        axes.set_xticks(middles, names, rotation=90, fontsize=7)
+        axes.set_yticks(middles, names, fontsize=7)
+        axes.set_xlabel("answers")
+        axes.set_ylabel("asks")
+        axes.set_title(f"{what}\nmedian {np.median(known) if known.size else 0:,.0f} ns", fontsize=9)
+        figure.colorbar(image, ax=axes, shrink=0.85, label="one flag, one way (ns)")
+    figure.suptitle(f"{m.name}: hand-off between every pair of its {len(m.places)} units", fontsize=11)
+    return figure
+
+
+def draw_homes(pyplot: Any, found: Found, rows: int = 64) -> Any:
+    """Where the blocks of the probe's memory live, row by row, and how reads from near and far differ."""
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+
+    m = found.measurement
+    assert m is not None
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(13.5, 5.2), gridspec_kw={"width_ratios": [2.1, 1]}, constrained_layout=True
+    )
+    count = int(m.domains.max()) + 1
+    columns = 128
+    shown = m.homes[: rows * columns]
+    rows = max(1, len(shown) // columns)
+    shown = shown[: rows * columns].reshape(rows, -1)
+    colours = ListedColormap(["#ffffff", *DOMAIN_COLOURS[:count]])
+    left.imshow(shown, cmap=colours, norm=BoundaryNorm(np.arange(-1.5, count + 0.5), count + 1), aspect="auto")
+    unit = "page" if m.block_bytes == 4096 else "block"
+    left.set_xlabel(f"{unit} of {m.block_bytes:,} bytes in the row")
+    left.set_ylabel(f"rows of {columns} {unit}s")
+    known = m.homes[m.homes >= 0]
+    shares = np.bincount(known, minlength=count) / max(len(known), 1)
+    from matplotlib.patches import Patch
+
+    legend = [Patch(color=DOMAIN_COLOURS[d], label=f"domain {d}: {shares[d]:.1%}") for d in range(count)]
+    if (m.homes < 0).any():
+        legend.append(Patch(facecolor="#ffffff", edgecolor=LINE, label=f"undecided: {np.mean(m.homes < 0):.1%}"))
+    left.legend(handles=legend, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(legend), frameon=False, fontsize=8)
+    names = [n for n in ("unit", "domain", "device") if n in m.stream]
+    kinds = [k for k in ("", "_near", "_far") if any(n + k in m.stream for n in names)]
+    paint = {"": "#9a9a9a", "_near": "#009E73", "_far": "#D55E00"}
+    label = {"": "all memory", "_near": "near memory", "_far": "far memory"}
+    for i, kind in enumerate(kinds):
+        base = [m.stream.get(n + kind, 0.0) / max(m.stream.get(n, 1.0), 1e-9) for n in names]
+        at = np.arange(len(names)) + (i - (len(kinds) - 1) / 2) * 0.27
+        bars = right.bar(at, base, 0.25, color=paint[kind], label=label[kind])
+        texts = [f"{m.stream[n + kind]:,.0f}" if n + kind in m.stream else "" for n in names]
+        right.bar_label(bars, texts, fontsize=7, padding=2)
+    right.set_xticks(range(len(names)), [f"one {n}" if n != "device" else "the device" for n in names])
+    right.set_ylabel("rate over that from all memory; GB/s above")
+    right.set_ylim(0, max(1.3, right.get_ylim()[1] * 1.15))
+    right.legend(frameon=False, fontsize=8, ncols=len(kinds), loc="upper center")
+    for side in ("top", "right"):
+        right.spines[side].set_visible(False)
+    one = count == 1
+    title = "all memory is equally far" if one else f"{m.granule_bytes:,} bytes live together"
+    times = "" if one else f"; ping-pong {m.near_ns:.0f} ns near, {m.far_ns:.0f} ns far"
+    figure.suptitle(f"{m.name}: where memory lives ({title}{times})", fontsize=11)
+    return figure
+
+
+# ---- Plan ----
+
+
+def plan_of_units(spec: DecoderSpec, plan: Plan) -> list[dict[str, Any]]:
+    """What each unit of a plan holds: {"rows": {phase: (first, end)}, "heads": query heads that it attends with}.
+
+    Rows are of the phase's matrix (gate_up: pairs of a gate and an up row on GPUs count as two). Heads are of a request
+    alone with a short context.
+    """
+    geo = geometry(spec, plan)
+    held: list[dict[str, Any]] = []
+    for unit in range(plan.units):
+        rows = {}
+        for phase in PHASES:
+            m = geo.matrices[phase]
+            per_tile = m.rows // m.tiles
+            limit = {"qkv": spec.q_size + 2 * spec.kv_size, "head": spec.vocab_size}.get(phase, m.rows)
+            first, end = m.begin[unit] * per_tile, min(m.begin[unit + 1] * per_tile, limit)
+            rows[phase] = (first, max(first, end))
+        held.append({"rows": rows, "heads": []})
+    if plan.platform == "cpu":
+        return held
+    _, heads = attention_tasks(spec, plan, 1, 2048)
+    for task in range(spec.num_heads // heads):
+        held[task % plan.units]["heads"] += list(range(task * heads, (task + 1) * heads))
+    return held
+
+
+def draw_plan(pyplot: Any, topology: Topology, spec: DecoderSpec, plan: Plan, model: str = "") -> Any:
+    """The plan on the device: which units attend with which heads, and which rows of each matrix a unit holds."""
+    if plan.units != topology.units:
+        raise ValueError(f"the plan has {plan.units} units and {topology.name} has {topology.units}")
+    held = plan_of_units(spec, plan)
+    units = list(topology.root.all_units())  # the plan's unit i runs on the i-th of them
+    group = spec.num_heads // spec.num_kv_heads
+    shades = pyplot.get_cmap("tab20")
+
+    def look(unit: int) -> tuple[Any, str]:
+        heads = held[units.index(unit)]["heads"]
+        if not heads:
+            return "#e4e4e0", ""
+        text = f"h{heads[0]}" if len(heads) == 1 else f"h{heads[0]}-{heads[-1]}"
+        red, green, blue, _ = shades(heads[0] // group % 20)
+        return (0.4 + 0.6 * red, 0.4 + 0.6 * green, 0.4 + 0.6 * blue), text  # light enough for the text
+
+    figure = pyplot.figure(constrained_layout=True)
+    top, bottom = figure.subplots(2, 1, gridspec_kw={"height_ratios": [3, 1.3]})
+    top.set_aspect("equal")
+    top.axis("off")
+    layout = Layout(top, topology, look)
+    layout.draw()
+    width, height = layout.inches()
+    figure.set_size_inches(max(width, 9), height * max(1, 9 / width) * 0.8 + 4.2)
+    colours = "a colour is a key/value head" if any(h["heads"] for h in held) else "attention is not tied to units"
+    top.set_title(
+        f"attention: unit → query heads ({colours}). Unit i of the plan is drawn at the i-th place; it runs where its "
+        "work-group starts",
+        loc="left",
+        fontsize=9,
+    )
+
+    geo = geometry(spec, plan)
+    for row, phase in enumerate(PHASES):
+        counts = np.array([h["rows"][phase][1] - h["rows"][phase][0] for h in held], float)
+        m = geo.matrices[phase]
+        shown = counts / max(counts.max(), 1)
+        extent = (-0.5, plan.units - 0.5, row + 0.42, row - 0.42)
+        bottom.imshow(shown[None], extent=extent, cmap="Blues", vmin=0, vmax=2.2, aspect="auto")
+        low, high = int(counts.min()), int(counts.max())
+        each = f"{high}" if low == high else f"{low} to {high}"
+        bottom.text(
+            plan.units + 0.01 * plan.units, row, f"{each} rows a unit, {m.cols:,} columns", va="center", fontsize=7
+        )
+        for unit in _labelled(plan.units):
+            first, end = held[unit]["rows"][phase]
+            if end > first:
+                bottom.text(unit, row, f"{first:,}", ha="left", va="center", fontsize=6.5, color=INK)
+    bottom.set_yticks(range(len(PHASES)), PHASES)
+    bottom.set_xlim(-0.5, plan.units - 0.5)
+    bottom.set_ylim(len(PHASES) - 0.45, -0.55)
+    bottom.set_xlabel("unit of the plan; the number at a place is the first row that the unit there holds")
+    for side in ("top", "right", "left"):
+        bottom.spines[side].set_visible(False)
+    bottom.tick_params(left=False)
+    shape = f"{spec.num_layers} layers, {spec.num_heads} heads on {spec.num_kv_heads}, hidden {spec.hidden_size}"
+    title = f"{model or 'model'}: {shape}"
+    figure.suptitle(f"{title}  on  {_title(topology)}", fontsize=11)
+    return figure
+
+
+def _labelled(units: int) -> list[int]:
+    """Units whose rows are written down: as many as there is room for."""
+    return list(range(0, units, max(1, math.ceil(units / 16))))

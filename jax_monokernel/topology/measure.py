@@ -1,0 +1,305 @@
+"""What `jax-monokernel topology --measure` does: the probe's launches in order, and what they amount to."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from jax_monokernel.topology import evaluate
+from jax_monokernel.topology.measurement import Measurement
+from jax_monokernel.topology.probe import WORD_BYTES, Probe, ProbeError, Session
+
+MEMORY_BYTES = 1 << 30  # that homes are looked for in and that is read
+_PAGE = 4096
+_MOST_PAGES, _MOST_BLOCKS = 1 << 18, 1 << 20  # whose homes are looked for; the second of blocks smaller than a page
+
+
+_LEAST_CONTRAST = 0.15  # of far words over near ones
+
+
+def measure(
+    session: Session, platform: str, *, seed: int = 0, report: Callable[[str], None] = lambda text: None
+) -> Measurement:
+    """Probes a device, in about ten seconds.
+
+    Args:
+      session: `_native.GpuProbe`.
+      platform: "cuda" or "rocm".
+      seed: of the choice of words and partners.
+      report: is told what is being measured.
+
+    Raises:
+      ProbeError, RuntimeError, ValueError: what the device or its driver said.
+    """
+    start = time.monotonic()
+    rng = np.random.default_rng(seed)
+    probe = Probe(session, platform)
+    xcds = len({p.xcc for p in probe.places})
+    report(f"{probe.units} compute units on {xcds} XCDs" if platform == "rocm" else f"{probe.units} SMs")
+    groups = _groups(probe)
+    report("which units are near the same memory")
+    profiles = _profiles(probe, groups, rng)
+    found = evaluate.cluster_profiles(profiles)
+    domains = np.where(found.labels < 0, 0, found.labels)
+    pairs = _witnesses(probe, domains, groups)
+    report(f"{found.count} memory domains; which memory is where")
+    granule = _granule(probe, pairs, rng)
+    block_bytes = min(max(granule, 128), _PAGE)
+    homes = _homes(probe, pairs, block_bytes)
+    if not _holds(found.count, homes):
+        # What looked like domains has no memory of its own: noise, or memory that is equally far from everywhere.
+        found = dataclasses.replace(found, count=1, separation=0.0)
+        domains = np.zeros(probe.units, int)
+        granule = 0
+        homes = dataclasses.replace(homes, homes=np.zeros(len(homes.homes), np.int8), far_ns=float("nan"), margin=0.0)
+    report("hand-offs between all pairs of units")
+    latency = _latency(probe, domains, homes.homes, block_bytes)
+    blocks = np.arange(len(homes.homes), dtype=np.uint32)
+    shift = block_bytes.bit_length() - 1
+    loaded, load = _loaded(probe, domains, homes.homes, block_bytes, rng.permutation(blocks), shift)
+    report("reads from near and far memory")
+    stream = _streams(probe, domains, homes.homes, shift, rng)
+    return Measurement(
+        name=session.name,
+        platform=platform,
+        arch=session.arch,
+        driver_version=session.driver_version,
+        places=probe.places,
+        groups=groups,
+        domains=domains,
+        domain_separation=found.separation,
+        profiles=profiles,
+        latency=latency,
+        latency_loaded=loaded,
+        load_gb_s=load,
+        granule_bytes=granule,
+        block_bytes=block_bytes,
+        homes=homes.homes,
+        near_ns=homes.near_ns,
+        far_ns=homes.far_ns,
+        home_margin=homes.margin,
+        stream=stream,
+        seconds=time.monotonic() - start,
+    )
+
+
+def homes_of_pages(session: Session, found: Measurement) -> evaluate.Homes:
+    """Homes of the 4 KiB pages of a session's memory, on a device that was measured.
+
+    Args:
+      session: `_native.GpuProbe` over the memory; what its words hold stays.
+      found: of the same device.
+
+    Raises:
+      ProbeError: what the device said, or it has other units than were measured.
+    """
+    probe = Probe(session, found.platform)
+    if probe.places != found.places:
+        raise ProbeError(f"{session.name} has other units than were measured; measure it again")
+    pairs = _witnesses(probe, found.domains, found.groups)
+    places = np.arange(session.memory_bytes // _PAGE) * (_PAGE // WORD_BYTES)
+    if len(pairs) < 2:
+        return evaluate.Homes(np.zeros(len(places), np.int8), found.near_ns, found.far_ns, 0.0)
+    return evaluate.block_homes(*_play_words(probe, pairs, places))
+
+
+def _groups(probe: Probe) -> np.ndarray:
+    """XCDs, or SMs that are seen in one cluster."""
+    if probe.platform == "rocm":
+        return np.unique([p.xcc for p in probe.places], return_inverse=True)[1]
+    pairs = []
+    for size, repeats in ((8, 4), (4, 2), (2, 2)):
+        for _ in range(repeats):
+            try:
+                clusters = probe.clusters(size)
+            except RuntimeError:  # a part of a device on which none of this size fits
+                break
+            for cluster in clusters:
+                pairs += [(cluster[0], other) for other in cluster[1:]]
+    if not pairs:
+        return np.zeros(probe.units, int)
+    return evaluate.union_groups(np.array(pairs), probe.units)
+
+
+def _profiles(probe: Probe, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """How far units are from some words. A partner in the XCD of a unit tells nothing: their words stay in its L2."""
+    pages = probe.session.memory_bytes // _PAGE
+    words = rng.choice(pages, size=min(32, pages), replace=False) * (_PAGE // WORD_BYTES)
+    partners: list[int] = []
+    for unit in rng.permutation(probe.units).tolist():
+        if len(partners) < 4 and (probe.platform == "cuda" or groups[unit] not in groups[partners]):
+            partners.append(unit)
+    wanted, where = [], []
+    for u in range(probe.units):
+        for i, partner in enumerate(partners):
+            if u == partner or (probe.platform == "rocm" and groups[u] == groups[partner]):
+                continue
+            for w, word in enumerate(words.tolist()):
+                wanted.append((u, partner, word))
+                where.append((u, i, w))
+    times = np.full((probe.units, max(len(partners), 1), len(words)), np.nan)
+    if wanted:
+        (found,), _ = probe.play([np.array(wanted)])
+        times[tuple(np.array(where).T)] = found
+    return evaluate.unit_profiles(times)
+
+
+def _witnesses(probe: Probe, domains: np.ndarray, groups: np.ndarray, most: int = 16) -> list[list[tuple[int, int]]]:
+    """For each domain disjoint pairs of its units; of different XCDs, because inside one the memory is not reached."""
+    pairs: list[list[tuple[int, int]]] = []
+    for d in range(int(domains.max()) + 1):
+        units = np.flatnonzero(domains == d).tolist()
+        if probe.platform == "rocm":
+            by_group = [[u for u in units if groups[u] == g] for g in sorted(set(groups[units].tolist()))]
+            found = list(zip(by_group[0], by_group[1], strict=False)) if len(by_group) > 1 else []
+        else:
+            half = len(units) // 2
+            found = list(zip(units[:half], units[half:], strict=False))
+        pairs.append(found[:most])
+    if any(not p for p in pairs):
+        return [list(itertools.islice(zip(range(0, probe.units - 1, 2), range(1, probe.units, 2), strict=False), most))]
+    return pairs
+
+
+def _play_words(probe: Probe, pairs: list[list[tuple[int, int]]], places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Times [domains, words] of one pair of each domain over every word, and which pair it was."""
+    tracks, at = [], []
+    # Dealt at random, so that every pair meets words of every home.
+    order = np.random.default_rng(len(places)).permutation(len(places))
+    for d, of_domain in enumerate(pairs):
+        of_domain = of_domain[: max(1, len(places) // 128)]  # each meets enough to know its near time
+        for i, (a, b) in enumerate(of_domain):
+            chosen = np.sort(order[i :: len(of_domain)])
+            tracks.append(np.stack([np.full(len(chosen), a), np.full(len(chosen), b), places[chosen]], axis=1))
+            at.append((d, i, chosen))
+    found, _ = probe.play(tracks, batches=3, rounds=4, warm_up=2, jobs_at_once=4096)
+    times = np.full((len(pairs), len(places)), np.nan)
+    players = np.zeros((len(pairs), len(places)), int)
+    for (d, i, chosen), values in zip(at, found, strict=True):
+        times[d, chosen] = values
+        players[d, chosen] = i
+    return times, players
+
+
+def _granule(probe: Probe, pairs: list[list[tuple[int, int]]], rng: np.random.Generator) -> int:
+    """Bytes that live together: from words 128 bytes apart in 48 runs of 16 KiB."""
+    if len(pairs) < 2:
+        return 0
+    run, step = 4 * _PAGE, 128
+    runs = probe.session.memory_bytes // run
+    starts = rng.choice(runs, size=min(48, runs), replace=False)
+    places = (starts[:, None] * (run // WORD_BYTES) + np.arange(run // step) * (step // WORD_BYTES)).reshape(-1)
+    homes = evaluate.block_homes(*_play_words(probe, pairs, places)).homes
+    return evaluate.granule(homes.reshape(len(starts), -1), step)
+
+
+def _homes(probe: Probe, pairs: list[list[tuple[int, int]]], block_bytes: int) -> evaluate.Homes:
+    most = _MOST_PAGES if block_bytes == _PAGE else _MOST_BLOCKS  # in all several times an L2
+    count = min(probe.session.memory_bytes // block_bytes, most)
+    if len(pairs) < 2:
+        places = np.arange(0, count, max(count // 1024, 1)) * (block_bytes // WORD_BYTES)
+        found = evaluate.block_homes(*_play_words(probe, pairs, places))
+        return dataclasses.replace(found, homes=np.zeros(count, np.int8))
+    return evaluate.block_homes(*_play_words(probe, pairs, np.arange(count) * (block_bytes // WORD_BYTES)))
+
+
+def _holds(count: int, homes: evaluate.Homes) -> bool:
+    """Whether blocks really have homes in all domains, which they are seen to have."""
+    if count == 1:
+        return True
+    share = homes.share
+    if homes.far_ns - homes.near_ns < _LEAST_CONTRAST * homes.near_ns:
+        return False  # units that are a little nearer to some slices of the same cache
+    even = len(share) == count and float(share.min()) > 0.25 / count
+    return even and float(np.mean(homes.homes >= 0)) > 0.5 and homes.margin > 2
+
+
+def _near_words(domains: np.ndarray, homes: np.ndarray, block_bytes: int) -> np.ndarray:
+    """For each domain the place of a word that lives in it."""
+    first = [int(np.argmax(homes == d)) for d in range(int(domains.max()) + 1)]
+    return np.array(first) * (block_bytes // WORD_BYTES)
+
+
+def _latency(probe: Probe, domains: np.ndarray, homes: np.ndarray, block_bytes: int) -> np.ndarray:
+    words = _near_words(domains, homes, block_bytes)
+    a, b = np.nonzero(~np.eye(probe.units, dtype=bool))
+    (times,), _ = probe.play([np.stack([a, b, words[domains[a]]], axis=1)])
+    found = np.full((probe.units, probe.units), np.nan)
+    found[a, b] = times
+    return found
+
+
+def _loaded(
+    probe: Probe, domains: np.ndarray, homes: np.ndarray, block_bytes: int, load: np.ndarray, shift: int
+) -> tuple[np.ndarray, float]:
+    words = _near_words(domains, homes, block_bytes)
+    a, b = np.nonzero(np.triu(np.ones((probe.units, probe.units), bool), 1))
+    jobs = np.stack([a, b, words[domains[a]]], axis=1)
+    (times,), rate = probe.play([jobs], batches=2, rounds=3, warm_up=1, load=load, load_shift=shift)
+    found = np.full((probe.units, probe.units), np.nan)
+    found[a, b] = found[b, a] = times
+    return found, rate
+
+
+def _streams(
+    probe: Probe, domains: np.ndarray, homes: np.ndarray, shift: int, rng: np.random.Generator, repeats: int = 3
+) -> dict[str, float]:
+    """Rates of units, domains and the device, from near, far and all memory."""
+    count = int(domains.max()) + 1
+    everything = rng.permutation(len(homes))
+    near_of = [everything[homes[everything] == d] for d in range(count)]
+    far_of = [everything[(homes[everything] != d) & (homes[everything] >= 0)] for d in range(count)]
+    least = 8192 >> shift
+
+    def deal(source: Callable[[int], np.ndarray], chosen: np.ndarray) -> list[np.ndarray]:
+        """Each domain's chosen units share its source."""
+        out = [np.zeros(0, np.uint32)] * probe.units
+        for d in range(count):
+            units = np.flatnonzero(chosen & (domains == d))
+            if len(units):
+                for unit, part in zip(units, np.array_split(source(d), len(units)), strict=True):
+                    out[unit] = part[: len(part) // least * least]
+        return out
+
+    def rate(blocks_of: list[np.ndarray]) -> float:
+        # Long enough for a clock that ticks every few microseconds.
+        reads = [probe.read(blocks_of, shift=shift, bytes_each=128 << 20).gb_s for _ in range(repeats)]
+        return float(np.median(reads))
+
+    everyone = np.ones(probe.units, bool)
+    # Who reads everything deals it among all units, not among those of each domain.
+    shares = np.array_split(everything, probe.units)
+    all_blocks = [part[: len(part) // least * least] for part in shares]
+    found = {"device": rate(all_blocks)}
+    first = np.array([int(np.argmax(domains == d)) for d in range(count)])
+    units, groups = {"all": [], "near": [], "far": []}, {"all": [], "near": [], "far": []}  # type: ignore[var-annotated]
+    sources = {"all": lambda d: everything}
+    if count > 1:
+        sources |= {"near": lambda d: near_of[d], "far": lambda d: far_of[d]}
+        found["device_near"] = rate(deal(sources["near"], everyone))
+        found["device_far"] = rate(deal(_dealt_far(far_of, near_of), everyone))
+    for d in range(count):
+        for kind, source in sources.items():
+            alone = np.arange(probe.units) == first[d]
+            units[kind].append(rate(deal(source, alone)))
+            if count > 1:
+                groups[kind].append(rate(deal(source, domains == d)))
+    for kind in sources:
+        suffix = "" if kind == "all" else f"_{kind}"
+        found[f"unit{suffix}"] = float(np.median(units[kind]))
+        if groups[kind]:
+            found[f"domain{suffix}"] = float(np.median(groups[kind]))
+    return found
+
+
+def _dealt_far(far_of: list[np.ndarray], near_of: list[np.ndarray]) -> Callable[[int], np.ndarray]:
+    """Far blocks such that no two domains read the same: of each domain's blocks every other one reads its own part."""
+    count = len(near_of)
+    if count == 2:
+        return lambda d: far_of[d]
+    parts = [np.array_split(blocks, count - 1) for blocks in near_of]
+    return lambda d: np.concatenate([parts[o][(d - o - 1) % count] for o in range(count) if o != d])

@@ -1,0 +1,154 @@
+"""What the probe found of a device, and the model that follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jax_monokernel.topology import evaluate
+from jax_monokernel.topology.model import Constant, Group, Interleave, MemoryDomain, Topology
+from jax_monokernel.topology.probe import Place
+
+_HOW = "jax-monokernel topology --measure"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Everything that the probe found. Times are nanoseconds one way, rates GB/s."""
+
+    name: str
+    platform: str
+    arch: str
+    driver_version: int
+    places: list[Place]  # of the units
+    groups: np.ndarray  # int [units]: XCDs, or SMs that form clusters; one group where neither is known
+    domains: np.ndarray  # int [units]: nearest memory domain
+    domain_separation: float  # `evaluate.Clusters.separation`
+    profiles: np.ndarray  # float [units, words]: how far units are from some words (`evaluate.unit_profiles`)
+    latency: np.ndarray  # float [units, units], from asking to answering, over a word near the one that asks
+    latency_loaded: np.ndarray  # float [units, units], while all units read; the same both ways
+    load_gb_s: float  # what they read meanwhile
+    granule_bytes: int  # of the interleave
+    block_bytes: int  # of `homes`: granule_bytes, at most a page
+    homes: np.ndarray  # int8 [blocks], of the start of the probe's memory; -1: undecided
+    near_ns: float
+    far_ns: float
+    home_margin: float  # `evaluate.Homes.margin`
+    stream: Mapping[str, float]  # medians by name
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` takes. Latencies are rounded to nanoseconds; of homes the first 65,536 are kept."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        out["places"] = [[p.xcc, p.se, p.cu] for p in self.places]
+        for key in ("latency", "latency_loaded"):
+            values = np.nan_to_num(out[key], nan=-1.0)
+            out[key] = np.round(values).astype(int).tolist()
+        out["profiles"] = np.round(np.nan_to_num(self.profiles)).astype(int).tolist()
+        for key in ("near_ns", "far_ns"):
+            out[key] = None if np.isnan(out[key]) else out[key]
+        out["homes"] = self.homes[:65536].tolist()
+        for key in ("groups", "domains"):
+            out[key] = out[key].tolist()
+        return out
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Measurement:
+        """The inverse of `to_json`, up to its rounding.
+
+        Raises:
+          ValueError: data of another version.
+        """
+        try:
+            found = dict(data)
+            found["places"] = [Place(*p) for p in found["places"]]
+            for key in ("latency", "latency_loaded"):
+                values = np.array(found[key], float)
+                found[key] = np.where(values < 0, np.nan, values)
+            found["homes"] = np.array(found["homes"], np.int8)
+            found["profiles"] = np.array(found["profiles"], float)
+            for key in ("near_ns", "far_ns"):
+                found[key] = float("nan") if found[key] is None else found[key]
+            for key in ("groups", "domains"):
+                found[key] = np.array(found[key], int)
+            return cls(**found)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"this is no measurement of this version: {error}") from error
+
+
+def topology_of(found: Measurement) -> Topology:
+    """The model of a device that was measured."""
+    count = int(found.domains.max()) + 1
+    kind = "xcd" if found.platform == "rocm" else "gpc"
+    names = {"xcd": "XCD", "gpc": "GPC"}
+    many = int(found.groups.max()) + 1 > 1
+    source = f"{_HOW}, driver {found.driver_version}"
+
+    def leaf(units: np.ndarray, number: int) -> Group:
+        label = found.places[int(units[0])].xcc if kind == "xcd" else number
+        return Group(kind, f"{names[kind]} {label}", tuple(units.tolist()))
+
+    def leaves(of: np.ndarray) -> tuple[Group, ...]:
+        out = []
+        for g in range(int(found.groups.max()) + 1):
+            units = np.flatnonzero((found.groups == g) & of)
+            if len(units):
+                out.append(leaf(units, g))
+        return tuple(out)
+
+    if count > 1:
+        level, title = ("iod", "IOD") if found.platform == "rocm" else ("l2_half", "L2 half")
+        if found.platform == "cuda" and count > 2:
+            level, title = "l2_part", "L2 part"
+        children = tuple(Group(level, f"{title} {d}", (), leaves(found.domains == d), (d,)) for d in range(count))
+    else:
+        children = leaves(np.ones(len(found.domains), bool))
+    labels = found.groups if many else found.domains
+    idle = evaluate.pair_times(found.latency, labels)
+    loaded = evaluate.pair_times(found.latency_loaded, labels)
+    values = {
+        "hand_off_in_group_us": idle.inside / 1e3,
+        "hand_off_across_groups_us": idle.across / 1e3,
+        "hand_off_in_group_loaded_us": loaded.inside / 1e3,
+        "hand_off_across_groups_loaded_us": loaded.across / 1e3,
+        "stream_unit_gb_s": found.stream.get("unit"),
+        "stream_group_gb_s": found.stream.get("domain"),
+        "stream_device_gb_s": found.stream.get("device"),
+        "stream_device_near_gb_s": found.stream.get("device_near"),
+        "stream_device_far_gb_s": found.stream.get("device_far"),
+        "stream_group_near_gb_s": found.stream.get("domain_near"),
+        "stream_group_far_gb_s": found.stream.get("domain_far"),
+        "near_word_us": found.near_ns / 1e3 if count > 1 else None,
+        "far_word_us": found.far_ns / 1e3 if count > 1 else None,
+    }
+    constants = {
+        name: Constant(round(float(value), 4), "measured", source)
+        for name, value in values.items()
+        if value is not None and np.isfinite(value)
+    }
+    notes = [f"in the loaded case all units together read {found.load_gb_s:.0f} GB/s"]
+    if count > 1:
+        undecided = float(np.mean(found.homes < 0))
+        notes.append(
+            f"memory domains are {found.domain_separation:.1f} times as far apart as their units' profiles spread; "
+            f"homes of blocks are clear by {found.home_margin:.1f} times the noise, {undecided:.1%} are undecided"
+        )
+    split = [g for g in range(int(found.groups.max()) + 1) if len(set(found.domains[found.groups == g].tolist())) > 1]
+    if split and count > 1:
+        notes.append(f"{len(split)} groups have units in more than one memory domain, and are shown in each")
+    return Topology(
+        name=found.name,
+        platform=found.platform,  # type: ignore[arg-type]
+        arch=found.arch,
+        root=Group("device", found.name, (), children),
+        group_kind=kind,
+        domains=tuple(MemoryDomain(f"domain {d}", 0) for d in range(count)),
+        interleave=Interleave(
+            found.granule_bytes if count > 1 else 0, "hashed" if count > 1 else "unknown", "measured", source
+        ),
+        constants=constants,
+        notes=tuple(notes),
+    )

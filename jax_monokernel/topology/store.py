@@ -1,0 +1,60 @@
+"""Measurements on disk: JSON in the folder of compiled programs, one file for each device and driver."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from jax_monokernel.topology.measurement import Measurement
+
+VERSION = 1
+
+
+def cache_dir() -> Path | None:
+    """The folder: MONOKERNEL_CACHE_DIR, else below XDG_CACHE_HOME or HOME, as of compiled programs (docs/gpu.md)."""
+    if own := os.environ.get("MONOKERNEL_CACHE_DIR"):
+        return Path(own)
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg) / "jax_monokernel"
+    if home := os.environ.get("HOME"):
+        return Path(home) / ".cache" / "jax_monokernel"
+    return None
+
+
+def path_of(name: str, units: int, driver_version: int) -> Path | None:
+    """The file for a device and driver."""
+    folder = cache_dir()
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() or "device"
+    return None if folder is None else folder / f"topology-{plain}-{units}-{driver_version}.json"
+
+
+def save(found: Measurement) -> Path | None:
+    """Writes a measurement aside and renames it. None if there is no folder that can be written."""
+    path = path_of(found.name, len(found.places), found.driver_version)
+    if path is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".topology-", delete=False) as file:
+            json.dump({"version": VERSION, "measurement": found.to_json()}, file)
+        os.replace(file.name, path)
+    except OSError:
+        return None
+    return path
+
+
+def load(name: str, units: int, driver_version: int) -> Measurement | None:
+    """The measurement of a device with a driver, or None: there is none, or it is damaged or of another version."""
+    path = path_of(name, units, driver_version)
+    if path is None:
+        return None
+    try:
+        data = json.loads(path.read_text())
+        if data["version"] != VERSION:
+            return None
+        return Measurement.from_json(data["measurement"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

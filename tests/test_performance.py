@@ -1,0 +1,94 @@
+"""The model of a token's time, against what was measured and against itself."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from benchmarks.shapes import SHAPES
+from jax_monokernel.performance import Calibration, predict
+from jax_monokernel.topology import Constant, Topology, part
+
+# docs/performance-log.md: commit 4392b9e, batch 1, prompt 32, 128 new tokens.
+MEASURED_H200 = {"qwen3-0.6b": 485, "llama3.2-1b": 667, "smollm2-135m": 381}
+
+
+def with_constants(topology: Topology, **values: float) -> Topology:
+    changed = {k: Constant(v, "published", "test") for k, v in values.items()}
+    return dataclasses.replace(topology, constants={**topology.constants, **changed})
+
+
+@pytest.mark.parametrize("shape", MEASURED_H200)
+def test_what_was_measured_on_an_h200(shape):
+    found = predict(SHAPES[shape].spec(), part("H200"))
+    assert found.token_us == pytest.approx(MEASURED_H200[shape], rel=0.06)
+
+
+def test_parts_add_up():
+    spec = SHAPES["qwen3-0.6b"].spec()
+    found = predict(spec, part("MI300X"))
+    assert found.chain_us == pytest.approx(found.attention_us + sum(p.chain_us for p in found.phases))
+    assert found.token_us == pytest.approx(found.layers * found.layer_us + found.head_us)
+    assert found.layer_us >= max(found.chain_us, found.stream_us)
+    weights = sum(p.bytes for p in found.phases) * spec.num_layers + spec.vocab_size * spec.hidden_size * 2
+    assert weights == pytest.approx(1.192e9, rel=0.01)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(sorted(MEASURED_H200)),
+    st.floats(0.3, 4),
+    st.floats(0.1, 1),
+    st.floats(500, 9000),
+    st.sampled_from(["flat", "hierarchical"]),
+)
+def test_what_is_slower_takes_longer(shape, across, ratio, rate, kind):
+    spec, base = SHAPES[shape].spec(), part("MI300X")
+    values = {
+        "gather_us": across, "hand_off_across_groups_us": across, "hand_off_in_group_us": across * ratio,
+        "stream_device_gb_s": rate,
+    }  # fmt: skip
+    found = predict(spec, with_constants(base, **values), kind).token_us
+    assert found >= predict(spec, with_constants(base, **values | {"stream_device_gb_s": rate * 1.1}), kind).token_us
+    assert found > predict(spec, with_constants(base, **values | {"gather_us": across * 0.9}), kind).token_us
+    slower = dataclasses.replace(Calibration(), attention_us=5.0)
+    assert predict(spec, with_constants(base, **values), kind, calibration=slower).token_us > found
+
+
+def test_two_kinds_of_plan():
+    spec, device = SHAPES["smollm2-135m"].spec(), part("MI300X")
+    # Where a chip-wide hand-off costs little more than one inside a group, partial sums are not worth it; where it
+    # costs several times as much, they are.
+    assert predict(spec, device, "flat").token_us < predict(spec, device, "hierarchical").token_us
+    flat, groups = (predict(spec, device, kind, loaded=True) for kind in ("flat", "hierarchical"))
+    assert groups.token_us < flat.token_us
+    assert [p.name for p in groups.phases] == ["qkv", "o", "gate_up", "down"]
+    assert groups.phases[0].hand_off_us < groups.phases[1].hand_off_us
+    assert groups.stream_us == flat.stream_us
+
+
+def test_placement():
+    spec, device = SHAPES["llama3.2-1b"].spec(), with_constants(part("MI355X"), stream_device_near_gb_s=7590.0)
+    device = with_constants(device, gather_us=0.9)
+    without = predict(spec, device, local_before=0.5, local_after=0.5)
+    placed = predict(spec, device, local_before=0.5, local_after=1.0)
+    assert placed.stream_us == pytest.approx(without.stream_us / 1.1)
+    assert without.token_us > predict(spec, device, local_before=0.5, local_after=0.75).token_us > placed.token_us
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        (("stream_device_gb_s",), "does not say stream_device_gb_s"),
+        (("gather_us", "hand_off_across_groups_us"), "says neither gather_us nor"),
+        (("hand_off_across_groups_loaded_us",), "does not say hand_off_across_groups_loaded_us"),
+    ],
+)
+def test_missing_constants(missing, message):
+    device = part("MI300X")
+    device = dataclasses.replace(device, constants={k: v for k, v in device.constants.items() if k not in missing})
+    with pytest.raises(ValueError, match=message):
+        predict(SHAPES["qwen3-0.6b"].spec(), device, loaded=True)

@@ -1,0 +1,93 @@
+"""Pictures of devices."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulated_gpu import SimulatedGpu
+from tape_specs import specs
+from test_topology import MODES, made
+
+from jax_monokernel import topology as tp
+from jax_monokernel.plan import PHASES, Plan, geometry
+from jax_monokernel.topology.draw import draw, plan_of_units
+
+pytest.importorskip("matplotlib")
+
+
+def test_a_measured_device(tmp_path):
+    from decoding import spec_of
+
+    found = tp.measure(SimulatedGpu(group_of=(0,) * 5 + (1,) * 7 + (2,) * 4, domain_of=(0, 1, 1)), "cuda")
+    device = tp.Found(tp.topology_of(found), found)
+    spec = spec_of("windows", "bfloat16")
+    paths = draw(device, tmp_path / "new" / "folder", spec=spec, model="A model", format="svg")
+    assert [p.name for p in paths] == ["groups.svg", "latency.svg", "homes.svg", "plan.svg"]
+    groups, latency, homes, plan = (p.read_text() for p in paths)
+    for text in (
+        "Simulated: 16 units",
+        "L2 half 1 · ",
+        " · 11<",
+        "GPC 0 · ",
+        " · 7<",
+        "domain 0",
+        "hand-off in group:",
+        ">15<",
+    ):
+        assert text in groups
+    assert "nothing else runs" in latency
+    assert "4,096 bytes live together" in homes
+    assert "A model" in plan
+    assert ">h0" in plan
+    assert all(phase in plan for phase in PHASES)
+
+
+@pytest.mark.parametrize(("name", "mode"), [m for m in MODES if m[0] in ("MI300A", "MI355X", "H200")], ids=str)
+def test_parts(name, mode, tmp_path):
+    (path,) = draw(tp.Found(made(name, mode), None), tmp_path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_cpus(tmp_path):
+    (path,) = draw(tp.discover("cpu"), tmp_path, format="svg")
+    assert "core" in path.read_text()
+
+
+def test_errors(tmp_path, monkeypatch):
+    device = tp.Found(tp.part("H200"), None)
+    with pytest.raises(ValueError, match="expected png or svg"):
+        draw(device, tmp_path, format="gif")
+    from decoding import spec_of
+
+    with pytest.raises(ValueError, match="the plan has 7 units and NVIDIA H200 has 132"):
+        draw(device, tmp_path, spec=spec_of("windows"), plan=Plan(platform="cuda", units=7))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"pip install 'jax-monokernel\[pictures\]'"):
+        draw(device, tmp_path)
+
+
+@settings(max_examples=40, deadline=None)
+@given(specs(), st.integers(1, 40), st.sampled_from(["cpu", "cuda", "rocm"]))
+def test_what_units_hold(spec, units, platform):
+    plan = Plan(platform=platform, units=units)
+    try:
+        geo = geometry(spec, plan)
+    except ValueError:
+        return  # a head dimension that GPUs do not do
+    held = plan_of_units(spec, plan)
+    for phase, matrix in geo.matrices.items():
+        end = 0
+        for unit in held:
+            first, last = unit["rows"][phase]
+            assert first in (end, last)
+            end = max(end, last)
+        assert end <= matrix.rows
+        assert end >= {"qkv": spec.q_size + 2 * spec.kv_size, "head": spec.vocab_size, "o": spec.hidden_size}.get(
+            phase, 1
+        )
+    heads = Counter(h for unit in held for h in unit["heads"])
+    assert heads == ({} if platform == "cpu" else dict.fromkeys(range(spec.num_heads), 1))
