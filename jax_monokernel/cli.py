@@ -238,6 +238,21 @@ def compile_(
         _fail(error)
 
 
+@app.command()
+def doctor(
+    test: Annotated[bool, typer.Option(help="Compile and run small models, which takes up to a minute.")] = True,
+) -> None:
+    """Say what this machine has for decoding and whether it works: a report that can be pasted into a bug report."""
+    from jax_monokernel.doctor import report
+
+    def print_(line: str) -> None:
+        typer.echo(line)
+        sys.stdout.flush()
+
+    if not report(print_, test=test):
+        raise typer.Exit(1)
+
+
 @app.command(name="topology")
 def topology(
     measure: Annotated[

@@ -70,6 +70,12 @@ class Kernel:
         return compile_source(source, self.arch)
 
     @functools.cached_property
+    def assembly_with_lines(self) -> Path:
+        """The same instructions, with comments that say which lines of the source they come from."""
+        source = _native.gpu_stub(**program(self.spec, self.plan), **self._request(), shared_bytes=self.shared_bytes)
+        return compile_source(source, self.arch, "-gline-tables-only")
+
+    @functools.cached_property
     def library(self) -> Path:
         """The linked code object."""
         return link(self.assembly, self.arch)
@@ -78,10 +84,10 @@ class Kernel:
         return {"batch": self.batch, "splits": self.splits, "task_heads": self.task_heads}
 
 
-def compile_source(source: str, arch: str) -> Path:
+def compile_source(source: str, arch: str, *more: str) -> Path:
     """Compiles HIP source, which finds the kernel's headers, as hipRTC would: the file with the instructions."""
     headers = b"".join(path.read_bytes() for path in sorted(gpu_host.KERNEL.rglob("*.h")))
-    key = hashlib.sha256(repr((source, arch, _flags(), _version())).encode() + headers).hexdigest()[:32]
+    key = hashlib.sha256(repr((source, arch, _flags(), more, _version())).encode() + headers).hexdigest()[:32]
     path = _CACHE / f"{key}.s"
     if not path.exists():
         _CACHE.mkdir(parents=True, exist_ok=True)
@@ -89,7 +95,16 @@ def compile_source(source: str, arch: str) -> Path:
             stub = Path(folder) / "stub.hip"
             stub.write_text(source)
             device_only = ("--cuda-device-only", "-nogpulib", "-nogpuinc")
-            flags = ("-x", "hip", f"--offload-arch={arch}", *device_only, "-Werror", *_flags(), f"-I{gpu_host.KERNEL}")
+            flags = (
+                "-x",
+                "hip",
+                f"--offload-arch={arch}",
+                *device_only,
+                "-Werror",
+                *_flags(),
+                *more,
+                f"-I{gpu_host.KERNEL}",
+            )
             with _to_place(path) as out:
                 _run("clang", *flags, "-S", stub, "-o", out)
     return path

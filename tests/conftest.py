@@ -93,3 +93,30 @@ def make_fake(fake_gpu_library, tmp_path, environment):
         return fake
 
     return make
+
+
+@pytest.fixture(scope="session")
+def _rocm_libraries(tmp_path_factory: pytest.TempPathFactory):
+    """(libraries, cache folder), made once: the run time opens a library only once in a process."""
+    from rocm_stand_in import StandIn
+
+    return StandIn(tmp_path_factory.mktemp("rocm")), tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def rocm_stand_in(_rocm_libraries, environment, monkeypatch):
+    """Stand-ins for HIP and hipRTC that run the kernel (rocm_stand_in.py), in use for what follows.
+
+    At the end, none of the calls that were made may have been wrong.
+    """
+    from rocm_stand_in import compiler_command
+
+    libraries, cache = _rocm_libraries
+    environment("MONOKERNEL_CACHE_DIR", str(cache))
+    for name, value in libraries.variables.items():
+        environment(name, value)
+    monkeypatch.setenv("HIPRTC_HOST_COMPILER", compiler_command())
+    libraries.reset()
+    yield libraries
+    assert libraries.take_complaints() == ""
+    assert libraries.hiprtc.hiprtc_programs() == 0

@@ -275,7 +275,7 @@ def test_the_timeline_is_saved(make_fake, environment, tmp_path):
     environment("MONOKERNEL_TRACE", str(tmp_path / "trace"))
     make_call().run()
     assert "#define MK_TRACE 1\n" in fake.source
-    assert (tmp_path / "trace").stat().st_size == 5 * 32768
+    assert (tmp_path / "trace").stat().st_size == 5 * 2 * 32768
     assert fake.allocations == before + 1  # the report's; the timeline's is given back
     environment("MONOKERNEL_TRACE", str(tmp_path / "no" / "trace"))
     with pytest.raises(DECODE_ERRORS, match="cannot be written to"):

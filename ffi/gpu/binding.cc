@@ -6,10 +6,12 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "gpu/build.h"
 #include "gpu/compiler.h"
 #include "gpu/device.h"
+#include "gpu/driver.h"
 #include "gpu/failure.h"
 #include "gpu/handler.h"
 #include "gpu/headers.h"
@@ -62,6 +64,50 @@ py::list devices(const std::string& platform) {
     d["units"] = device.multiprocessors();
     d["clock_khz"] = device.clock_khz();
     d["driver_version"] = device.api().version;
+    all.append(d);
+  }
+  return all;
+}
+
+// What the driver says of each device, whether the kernel runs on it or not. For people: nothing else needs all of it.
+py::list describe(const std::string& platform) {
+  const Vendor vendor = vendor_of(platform);
+  const Driver& api = driver(vendor);
+  int count = 0;
+  api.check(api.device_count(&count), "count its devices");
+  py::list all;
+  for (int i = 0; i < count; i++) {
+    int handle = 0;
+    size_t memory = 0;
+    char name[256] = {}, bus[64] = {};
+    api.check(api.device_get(&handle, i), "find the device");
+    api.check(api.device_name(name, sizeof(name) - 1, handle), "name the device");
+    api.check(api.device_memory(&memory, handle), "tell the device's memory");
+    api.check(api.device_bus(bus, sizeof(bus) - 1, handle), "tell where the device is");
+    const auto attribute = [&](int number) {
+      int value = 0;
+      api.check(api.device_attribute(&value, number, handle), "describe the device");
+      return value;
+    };
+    std::vector<int> peers;
+    for (int j = 0; j < count; j++) {
+      int other = 0, can = 0;
+      api.check(api.device_get(&other, j), "find the device");
+      if (j != i) api.check(api.can_access_peer(&can, handle, other), "tell which devices reach each other");
+      if (can) peers.push_back(j);
+    }
+    py::dict d;
+    d["name"] = name;
+    d["bus"] = bus;
+    d["memory_bytes"] = memory;
+    d["units"] = attribute(api.attributes.multiprocessors);
+    d["shared_bytes"] = attribute(api.attributes.shared_limit_bytes);
+    d["peers"] = peers;
+    try {
+      d["arch"] = Device::get(vendor, i).architecture().name;
+    } catch (const Failure& failure) {
+      d["problem"] = failure.what();
+    }
     all.append(d);
   }
   return all;
@@ -194,6 +240,12 @@ void bind(py::module_& m) {
 #undef PROGRAM
   m.def("gpu_shared_bytes", [](const std::string& arch) { return architecture(arch).shared_bytes; }, py::arg("arch"),
         "Shared memory of a unit on an architecture.");
+  m.def("gpu_describe", &describe, py::arg("platform"),
+        "Name, bus, memory, units, shared memory and peers of each device; and its architecture, or the problem with it.");
+  m.def("gpu_driver", [](const std::string& platform) {
+    const Driver& d = driver(vendor_of(platform));
+    return py::make_tuple(d.version, d.path);
+  }, py::arg("platform"), "Version and library of the driver.");
   m.def("gpu_devices", &devices, py::arg("platform"), "Name, architecture, number of units, rate of the kernel's ticks and driver version of each device.");
   bind_probe(m);
   m.def("gpu_compiler", [](const std::string& platform) {

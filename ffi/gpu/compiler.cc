@@ -14,22 +14,9 @@
 namespace monokernel::gpu {
 namespace {
 
-// X(member, type, NVRTC's name, hipRTC's name)
-#define COMPILER_FUNCTIONS(X)                                                                                         \
-  X(version, int(int*, int*), "nvrtcVersion", "hiprtcVersion")                                                        \
-  X(error_text, const char*(int), "nvrtcGetErrorString", "hiprtcGetErrorString")                                      \
-  X(create, int(void**, const char*, const char*, int, const char* const*, const char* const*), "nvrtcCreateProgram", \
-    "hiprtcCreateProgram")                                                                                            \
-  X(compile, int(void*, int, const char* const*), "nvrtcCompileProgram", "hiprtcCompileProgram")                      \
-  X(log_size, int(void*, size_t*), "nvrtcGetProgramLogSize", "hiprtcGetProgramLogSize")                               \
-  X(log, int(void*, char*), "nvrtcGetProgramLog", "hiprtcGetProgramLog")                                              \
-  X(code_size, int(void*, size_t*), "nvrtcGetCUBINSize", "hiprtcGetCodeSize")                                         \
-  X(code, int(void*, char*), "nvrtcGetCUBIN", "hiprtcGetCode")                                                        \
-  X(destroy, int(void**), "nvrtcDestroyProgram", "hiprtcDestroyProgram")
-
 struct Functions : Compiler {
 #define X(member, type, nvrtc, hiprtc) std::type_identity_t<type>* member##_fn = nullptr;
-  COMPILER_FUNCTIONS(X)
+  MONOKERNEL_COMPILER_FUNCTIONS(X)
 #undef X
 };
 
@@ -65,8 +52,8 @@ std::shared_ptr<Functions> open_compiler(Vendor vendor, const Wanted& wanted) {
   c->path = library.path;
 #define X(member, type, nvrtc, hiprtc)                                     \
   c->member##_fn = reinterpret_cast<std::type_identity_t<type>*>(          \
-      find_function(library, vendor == Vendor::kCuda ? nvrtc : hiprtc));
-  COMPILER_FUNCTIONS(X)
+      find_function(library, vendor == Vendor::kCuda ? #nvrtc : #hiprtc));
+  MONOKERNEL_COMPILER_FUNCTIONS(X)
 #undef X
   int major = 0, minor = 0;
   if (c->version_fn(&major, &minor) != 0) {

@@ -1,11 +1,25 @@
 // The vendors' run-time compilers, NVRTC and hipRTC, through one table.
 #pragma once
 
+#include <cstddef>
 #include <string>
 
 #include "gpu/architecture.h"
 
 namespace monokernel::gpu {
+
+// X(member, type, NVRTC's function, hipRTC's function), as for the driver.
+#define MONOKERNEL_COMPILER_FUNCTIONS(X)                                                                        \
+  X(version, int(int*, int*), nvrtcVersion, hiprtcVersion)                                                      \
+  X(error_text, const char*(int), nvrtcGetErrorString, hiprtcGetErrorString)                                    \
+  X(create, int(void**, const char*, const char*, int, const char* const*, const char* const*),                 \
+    nvrtcCreateProgram, hiprtcCreateProgram)                                                                    \
+  X(compile, int(void*, int, const char* const*), nvrtcCompileProgram, hiprtcCompileProgram)                    \
+  X(log_size, int(void*, size_t*), nvrtcGetProgramLogSize, hiprtcGetProgramLogSize)                             \
+  X(log, int(void*, char*), nvrtcGetProgramLog, hiprtcGetProgramLog)                                            \
+  X(code_size, int(void*, size_t*), nvrtcGetCUBINSize, hiprtcGetCodeSize)                                       \
+  X(code, int(void*, char*), nvrtcGetCUBIN, hiprtcGetCode)                                                      \
+  X(destroy, int(void**), nvrtcDestroyProgram, hiprtcDestroyProgram)
 
 struct Compiler {
   Vendor vendor;

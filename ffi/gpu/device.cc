@@ -57,7 +57,7 @@ std::string Device::architecture_name() const {
            std::to_string(attribute(api_.attributes.minor, "generation"));
   }
   // The struct grows from version to version, so the name, such as gfx942:sramecc+:xnack-, is looked for instead of the offset.
-  std::vector<char> properties(16384, '\0');
+  std::vector<char> properties(kHipPropertiesBytes, '\0');
   api_.check(api_.device_properties(properties.data(), handle_), "describe the device");
   std::string found;
   for (size_t i = 256; i + 32 < properties.size(); i++) {  // the first 256 bytes are the product's name

@@ -12,8 +12,6 @@
 namespace monokernel::gpu {
 namespace {
 
-constexpr unsigned kMapped = 2, kHipCoherent = 0x40000000;
-
 Wanted wanted_driver(Vendor vendor) {
   const Settings s = settings();
   if (vendor == Vendor::kCuda) {
@@ -39,21 +37,14 @@ std::shared_ptr<Driver> open_driver(Vendor vendor, const Wanted& wanted) {
   auto d = std::make_shared<Driver>();
   d->vendor = vendor;
   d->path = library.path;
-#define X(member, type, cuda, hip)                                                              \
-  if (const char* name = vendor == Vendor::kCuda ? cuda : hip; *name) {                         \
-    d->member = reinterpret_cast<std::type_identity_t<type>*>(find_function(library, name));    \
+#define X(member, type, cuda, hip)                                                           \
+  if (const std::string name = vendor == Vendor::kCuda ? #cuda : #hip; name != "none") {     \
+    d->member = reinterpret_cast<std::type_identity_t<type>*>(find_function(library, name.c_str()));               \
   }
   MONOKERNEL_DRIVER_FUNCTIONS(X)
 #undef X
-  if (vendor == Vendor::kCuda) {
-    d->attributes = {.multiprocessors = 16, .warp_size = 10, .max_threads = 1, .shared_limit_bytes = 97,
-                     .cooperative = 95, .clock_khz = 13, .major = 75, .minor = 76};
-    d->host_alloc_flags = kMapped;
-  } else {
-    d->attributes = {.multiprocessors = 63, .warp_size = 87, .max_threads = 56, .shared_limit_bytes = 74,
-                     .cooperative = 10, .clock_khz = 10017, .major = 23, .minor = 61};
-    d->host_alloc_flags = kMapped | kHipCoherent;
-  }
+  d->attributes = vendor == Vendor::kCuda ? kCudaAttributes : kHipAttributes;
+  d->host_alloc_flags = kHostMapped | (vendor == Vendor::kCuda ? 0 : kHipHostCoherent);
   d->check(d->init(0), "start");
   d->check(d->driver_version(&d->version), "tell its version");
   return d;

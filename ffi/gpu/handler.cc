@@ -215,36 +215,49 @@ ffi::Error on_stream(void* stream, int32_t ordinal, ffi::RemainingArgs args, ffi
   return decode(vendor, stream, ordinal, args, rets, ints, floats, layers, ropes, tiles, splits, task_heads);
 }
 
-template <Vendor vendor>
-ffi::Error on_no_stream(int32_t ordinal, ffi::RemainingArgs args, ffi::RemainingRets rets, Ints ints, Floats floats, Ints layers, Doubles ropes,
-                        Ints tiles, int64_t splits, int64_t task_heads) {
-  return decode(vendor, nullptr, ordinal, args, rets, ints, floats, layers, ropes, tiles, splits, task_heads);
-}
-
-#define WITH_OPERANDS                    \
-  .RemainingArgs()                       \
-      .RemainingRets()                   \
-      .Attr<Ints>("ints")                \
-      .Attr<Floats>("floats")            \
-      .Attr<Ints>("layers")              \
-      .Attr<Doubles>("ropes")            \
-      .Attr<Ints>("tiles")               \
-      .Attr<int64_t>("splits")           \
-      .Attr<int64_t>("task_heads")
-
 // Not compatible with command buffers: the handler waits for the kernel.
-#define ON_NO_STREAM ffi::Ffi::Bind().Ctx<ffi::DeviceOrdinal>() WITH_OPERANDS
-#define ON_STREAM ffi::Ffi::Bind().Ctx<ffi::PlatformStream<void*>>().Ctx<ffi::DeviceOrdinal>() WITH_OPERANDS
+#define ON_STREAM                               \
+  ffi::Ffi::Bind()                              \
+      .Ctx<ffi::PlatformStream<void*>>()        \
+      .Ctx<ffi::DeviceOrdinal>()                \
+      .RemainingArgs()                          \
+      .RemainingRets()                          \
+      .Attr<Ints>("ints")                       \
+      .Attr<Floats>("floats")                   \
+      .Attr<Ints>("layers")                     \
+      .Attr<Doubles>("ropes")                   \
+      .Attr<Ints>("tiles")                      \
+      .Attr<int64_t>("splits")                  \
+      .Attr<int64_t>("task_heads")
 
 XLA_FFI_DEFINE_HANDLER(kOnCuda, on_stream<Vendor::kCuda>, ON_STREAM);
 XLA_FFI_DEFINE_HANDLER(kOnRocm, on_stream<Vendor::kRocm>, ON_STREAM);
-XLA_FFI_DEFINE_HANDLER(kOnFakeCuda, on_no_stream<Vendor::kCuda>, ON_NO_STREAM);
-XLA_FFI_DEFINE_HANDLER(kOnFakeRocm, on_no_stream<Vendor::kRocm>, ON_NO_STREAM);
+
+// XLA's answers to a handler, save that there is a stream on the platform cpu.
+thread_local const XLA_FFI_Api* t_xla;
+
+XLA_FFI_Error* test_stream(XLA_FFI_Stream_Get_Args* args) {
+  XLA_FFI_DeviceOrdinal_Get_Args device{.struct_size = XLA_FFI_DeviceOrdinal_Get_Args_STRUCT_SIZE,
+                                        .extension_start = nullptr, .ctx = args->ctx, .device_ordinal = 0};
+  if (XLA_FFI_Error* error = t_xla->XLA_FFI_DeviceOrdinal_Get(&device)) return error;
+  args->stream = reinterpret_cast<void*>(kTestStreams + device.device_ordinal);
+  return nullptr;
+}
+
+template <Vendor vendor>
+XLA_FFI_Error* on_test_stream(XLA_FFI_CallFrame* frame) {
+  XLA_FFI_Api api = *frame->api;
+  api.XLA_FFI_Stream_Get = test_stream;
+  t_xla = frame->api;
+  XLA_FFI_CallFrame same = *frame;
+  same.api = &api;
+  return decode_handler(vendor)(&same);
+}
 
 }  // namespace
 
 XLA_FFI_Handler* decode_handler(Vendor vendor) { return vendor == Vendor::kCuda ? kOnCuda : kOnRocm; }
 
-XLA_FFI_Handler* decode_handler_for_tests(Vendor vendor) { return vendor == Vendor::kCuda ? kOnFakeCuda : kOnFakeRocm; }
+XLA_FFI_Handler* decode_handler_for_tests(Vendor vendor) { return vendor == Vendor::kCuda ? on_test_stream<Vendor::kCuda> : on_test_stream<Vendor::kRocm>; }
 
 }  // namespace monokernel::gpu

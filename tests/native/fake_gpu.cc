@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -174,6 +175,18 @@ BOTH(cuDeviceGet, hipDeviceGet, (int* handle, int ordinal), {
 })
 BOTH(cuDeviceGetName, hipDeviceGetName, (char* name, int size, int), {
   std::strncpy(name, "Fake GPU", static_cast<size_t>(size));
+  return 0;
+})
+BOTH(cuDeviceTotalMem_v2, hipDeviceTotalMem, (size_t* bytes, int), {
+  *bytes = size_t{80} << 30;
+  return 0;
+})
+BOTH(cuDeviceGetPCIBusId, hipDeviceGetPCIBusId, (char* bus, int size, int device), {
+  std::snprintf(bus, static_cast<size_t>(size), "0000:%02x:00.0", 0xc1 + device);
+  return 0;
+})
+BOTH(cuDeviceCanAccessPeer, hipDeviceCanAccessPeer, (int* can, int, int), {
+  *can = 1;
   return 0;
 })
 EXPORT int cuDeviceGetAttribute(int* value, int number, int) {

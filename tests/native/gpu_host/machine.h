@@ -97,6 +97,7 @@ class Machine {
   std::vector<Wave> waves;
   std::vector<Lane> lanes;
   std::unique_ptr<Races> races;  // null in builds without instrumentation
+  const Region* last_watched = options.regions + options.region_count;  // that held an address
 
  private:
   static constexpr size_t kGuardBytes = 4096;  // around every unit's shared memory

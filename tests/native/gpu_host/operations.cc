@@ -17,16 +17,13 @@ void watch(const void* p, u64 bytes, Kind kind, const void* pc, Where where) {
     return;
   }
   const char* at = static_cast<const char*>(p);
-  static const Region* last = nullptr;
   const Region* end = machine->options.regions + machine->options.region_count;
-  if (last == nullptr || at < last->begin || at + bytes > last->begin + last->bytes) {
+  const Region*& last = machine->last_watched;
+  if (last == end || at < last->begin || at + bytes > last->begin + last->bytes) {
     for (last = machine->options.regions; last != end; last++) {
       if (at >= last->begin && at + bytes <= last->begin + last->bytes) break;
     }
-    if (last == end) {
-      last = nullptr;
-      fail(where, "%p is in none of the kernel's operands", p);
-    }
+    if (last == end) fail(where, "%p is in none of the kernel's operands", p);
   }
   if (kind != Kind::kRead && !last->writable) fail(where, "%s is only to be read", last->name);
 }

@@ -1,0 +1,169 @@
+"""jax-monokernel doctor: what it says of this machine, of one with AMD's GPUs (stand-ins), and of broken ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from gpu_fakes import register
+from rocm_stand_in import StandIn
+from typer.testing import CliRunner
+
+from jax_monokernel import _self_test, doctor
+from jax_monokernel.cli import app
+from jax_monokernel.doctor import Line, Machine, redacted, report
+
+
+def ask(machine: Machine | None = None, *, test: bool = True) -> tuple[bool, str]:
+    lines: list[str] = []
+    works = report(lines.append, test=test, machine=machine)
+    return works, "\n".join(lines)
+
+
+@pytest.fixture
+def bare(tmp_path, environment) -> Machine:
+    """A machine without GPUs, and nothing set."""
+    environment("MONOKERNEL_CACHE_DIR", str(tmp_path / "cache"))
+    for folder in ("sys/bus/pci/devices", "dev/dri", "dev/shm"):
+        (tmp_path / folder).mkdir(parents=True)
+    return Machine(tmp_path / "sys", tmp_path / "dev")
+
+
+def add_adapter(machine: Machine, bus: str, vendor: str = "0x1002", **files: str) -> None:
+    folder = machine.sys / "bus" / "pci" / "devices" / bus
+    folder.mkdir()
+    for name, text in {"vendor": vendor, "class": "0x120000", **files}.items():
+        (folder / name).write_text(text + "\n")
+
+
+@pytest.fixture
+def on_rocm(rocm_stand_in, monkeypatch):
+    """JAX's device for ROCM is one of its CPU devices, on which `decode` finds the stand-ins."""
+    register()
+    jax_device, decode = doctor._jax_device, _self_test._decode
+
+    def device(platform, devices):
+        if platform != "rocm":
+            return jax_device(platform, devices)
+        devices[platform] = jax.devices()[1]
+        return Line("JAX", "ok", "1 rocm device")
+
+    def run(spec, platform, *where):
+        with monkeypatch.context() as patch:
+            if platform == "rocm":
+                patch.setattr(sys.modules["jax_monokernel.decode"], "TARGET", "jax_monokernel_decode_on_fake_rocm")
+            return decode(spec, platform, *where)
+
+    monkeypatch.setattr(doctor, "_jax_device", device)
+    monkeypatch.setattr(_self_test, "_decode", run)
+    rocm_stand_in.units = 3
+    return rocm_stand_in
+
+
+def test_a_machine_without_gpus(bare):
+    works, text = ask(bare)
+    assert works
+    assert text.splitlines()[-1] == "Everything that is here works."
+    assert len(re.findall(r"  ok     cpu, .*: agrees with the reference \(\d", text)) == len(_self_test.SPECS)
+    for what in ("NVIDIA GPU of compute capability 9.0", "gfx942 or gfx950", "docs/rocm.md", "Python: 3."):
+        assert what in text
+    assert "BROKEN" not in text
+
+
+def test_the_command(monkeypatch):
+    asked = []
+    monkeypatch.setattr(doctor, "report", lambda print_, test: asked.append(test) or print_("words") or test)
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 0
+    result = CliRunner().invoke(app, ["doctor", "--no-test"])
+    assert (result.exit_code, result.stdout) == (1, "words\n")
+    assert asked == [True, False]
+
+
+def test_a_machine_with_amd_gpus(bare, on_rocm):
+    add_adapter(bare, "0000:c1:00.0", current_compute_partition="SPX", current_memory_partition="NPS1")
+    add_adapter(bare, "0000:c2:00.0", current_compute_partition="CPX", current_memory_partition="NPS4")
+    works, text = ask(bare)
+    assert works, text
+    assert re.search(r"ok     driver: HIP 6\.2\.32830, \S*stand_in_hip\.so", text)
+    assert "ok     run-time compiler: hiprtc-6.2, " in text
+    device = r"AMD Instinct MI300X \(stand-in\), gfx942, 3 compute units, 64 KiB of shared memory each, 192 GiB"
+    assert re.search(rf"ok     device 0: {device}, compute partition mode SPX, memory partition mode NPS1", text)
+    assert re.search(rf"ok     device 1: {device}, compute partition mode CPX, memory partition mode NPS4", text)
+    assert "ok     peer access: each device reaches each other's memory" in text
+    assert len(re.findall(r"  ok     rocm, .*: agrees with the reference", text)) == len(_self_test.SPECS)
+    assert str(Path.home()) not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fault": "flip", "fault_store": 1234}, r"DEADLINE_EXCEEDED.*Unit \d waited in layer"),
+        ({"units": 2, "break_set": 1}, r"INTERNAL.*could not run the kernel: launch: \w+ is not cleared"),
+    ],
+    ids=["hang", "driver"],
+)
+def test_gpus_that_do_not_work(bare, on_rocm, environment, change, message):
+    environment("MONOKERNEL_TIMEOUT", "0.0006")
+    for name, value in change.items():
+        setattr(on_rocm, name, value)
+    works, text = ask(bare)
+    on_rocm.break_set = 0
+    on_rocm.take_complaints()
+    assert not works
+    assert re.search(rf"  BROKEN rocm, .*: {message}", text), text
+    assert re.search(r"  ok     cpu, .*: agrees with the reference", text)
+    assert re.match(r"[12] of the things that are here do not work", text.splitlines()[-1])
+
+
+def test_results_that_are_wrong(bare, monkeypatch):
+    decode = _self_test._decode
+
+    def wrong(spec, *where):
+        result = decode(spec, *where)
+        return dataclasses.replace(result, tokens=result.tokens + 1, log_probs=result.log_probs + 1)
+
+    monkeypatch.setattr(_self_test, "_decode", wrong)
+    works, text = ask(bare)
+    assert not works
+    assert re.search(r"BROKEN cpu, .*: request 0 has tokens .*where the reference has.*differ by 1 \(", text)
+
+
+def test_a_compiler_that_is_missing(bare, on_rocm, environment):
+    environment("MONOKERNEL_HIPRTC_LIBRARY", "/nowhere/libhiprtc.so")
+    works, text = ask(bare, test=False)
+    assert not works
+    assert re.search(r"BROKEN run-time compiler: .*MONOKERNEL_HIPRTC_LIBRARY is /nowhere/libhiprtc\.so", text)
+
+
+def test_gpus_without_a_driver(bare, environment):
+    add_adapter(bare, "0000:c1:00.0")
+    add_adapter(bare, "0000:02:00.0", vendor="0x10de")
+    works, text = ask(bare, test=False)
+    assert not works
+    assert re.search(
+        r"AMD GPUs.*\n  ok     GPUs in this machine: 1.*\n  BROKEN /dev/kfd: is missing.*--device=/dev/kfd", text
+    )
+    assert re.search(r"BROKEN driver: .*libamdhip64\.so was not found\. Install ROCm", text)
+    assert re.search(r"BROKEN driver: .*libcuda\.so was not found\. Install the NVIDIA driver", text)
+
+
+def test_a_device_that_is_not_supported_is_no_fault(bare, rocm_stand_in, environment, tmp_path):
+    other = StandIn(tmp_path, like=rocm_stand_in)
+    other.arch = "gfx1100"
+    environment("MONOKERNEL_HIP_LIBRARY", other.variables["MONOKERNEL_HIP_LIBRARY"])
+    works, text = ask(bare, test=False)
+    assert works
+    assert re.search(r"note   device 0: .*not supported.*\n.*does not run on .*\(gfx1100\); supported are", text)
+    assert "note   JAX: has no rocm plugin, so nothing runs on these. Needed: an AMD Instinct GPU" in text
+
+
+def test_names_are_left_out(monkeypatch):
+    monkeypatch.setenv("HOME", "/srv/people/alice")
+    monkeypatch.setattr(doctor.getpass, "getuser", lambda: "alice")
+    monkeypatch.setattr(doctor.socket, "gethostname", lambda: "node-17")
+    text = "/srv/people/alice/x.so:/home/bob/lib /srv/people/alice2 by alice on node-17; /opt/rocm/lib/malice.so"
+    assert redacted(text) == "~/x.so:~/lib /srv/people/alice2 by USER on HOST; /opt/rocm/lib/malice.so"
