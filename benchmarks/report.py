@@ -14,7 +14,7 @@ _REPOSITORY = Path(__file__).resolve().parent.parent
 _RESULTS = _REPOSITORY / "benchmarks" / "results"
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 GPU_START, GPU_END = "<!-- gpu:start -->", "<!-- gpu:end -->"
-_GPU_COLUMNS = ("jax_monokernel, tok/s", "jitted JAX loop, tok/s", "faster by", "GB/s")
+_GPU_COLUMNS = ("jax_monokernel, tok/s", "jitted JAX loop, tok/s", "faster by", "GB/s", "of read roof")
 PICTURE = Path("docs/images/decode-cpu.svg")
 # What the table and the picture show, under these names; other peers in a result are for looking at the JSON.
 _PEERS = {"ours": "jax_monokernel", "llama_cpp": "llama.cpp", "jax_loop": "jitted JAX loop"}
@@ -133,7 +133,7 @@ def gpu_section(results: list[dict[str, Any]]) -> str:
     """The README's table of GPU results as Markdown, without the markers."""
     lines = [
         f"| Shape (random weights) | Batch | Prompt | {' | '.join(_GPU_COLUMNS)} |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for result in results:
         workload, peers = result["workload"], result["peers"]
@@ -143,7 +143,8 @@ def gpu_section(results: list[dict[str, Any]]) -> str:
             *(str(workload[name]) for name in ("batch", "prompt_tokens")),
             *(_number(speed) for speed in (ours, loop)),
             _number(ours / loop if ours and loop else None, "{:.2f}x"),
-            _number(peers.get("ours", {}).get("gb_per_second")),
+            _number(rate := peers.get("ours", {}).get("gb_per_second")),
+            _number(rate / roof if rate and (roof := peers.get("probe", {}).get("gb_per_second")) else None, "{:.0%}"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     notes = []
