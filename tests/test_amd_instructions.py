@@ -112,11 +112,10 @@ def test_caches_are_written_back_before_the_candidates_and_dropped_after_them(re
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_write_back_is_waited_for(kernel):
-    """It counts as a vector memory operation. Compilers before LLVM's change 178316 do not know and drop the wait."""
+    """It counts as a vector memory operation. Compilers before LLVM's change 178316 do not know, so arch::release waits."""
     lines = instructions(KERNELS[kernel]().assembly)
     (write_back,) = (n for n, line in enumerate(lines) if line.startswith("buffer_wbl2"))
-    if not re.match(r"s_waitcnt .*vmcnt\(0\)", lines[write_back + 1]):
-        pytest.xfail("arch::release of arch/amd.h needs a wait of its own: docs/amd.md, known gaps")
+    assert re.match(r"s_waitcnt .*vmcnt\(0\)", lines[write_back + 1])
 
 
 # ---- How fast instructions let weights go ----
