@@ -112,7 +112,7 @@ def test_caches_are_written_back_before_the_candidates_and_dropped_after_them(re
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_write_back_is_waited_for(kernel):
-    """It counts as a vector memory operation. Compilers before LLVM's change 178316 do not know, so arch::release waits."""
+    """It counts as a memory operation. Compilers before LLVM's change 178316 do not know, so arch::release waits."""
     lines = instructions(KERNELS[kernel]().assembly)
     (write_back,) = (n for n, line in enumerate(lines) if line.startswith("buffer_wbl2"))
     assert re.match(r"s_waitcnt .*vmcnt\(0\)", lines[write_back + 1])

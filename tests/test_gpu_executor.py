@@ -377,7 +377,7 @@ RING = """
 struct Ring : arch::Ring {};
 constexpr int kTurn = Ring::kAtoms;
 #else
-struct Ring : arch::Ring<1, 8, false> {};
+struct Ring : arch::Ring<1, 8> {};
 constexpr int kTurn = Ring::kSlotAtoms;
 #endif
 """
