@@ -2,41 +2,48 @@
 
 A layer has a chain of waits and a stream of weights, which overlap, but not wholly:
 
-    chain  = sum of phases (multiply + publish + hand-off) + attention
+    chain  = sum of phases (multiply + publish + hand-off + gather) + attention
     stream = bytes / rate
-    layer  = max(chain, stream) + overlap_loss * min(chain, stream)
+    layer  = (chain^n + stream^n)^(1/n)
     token  = layers * layer + head
 
-`Calibration` holds what one phase of work takes; its defaults were fitted to three models on one H200 (batch 1, context
-of about 100; docs/performance.md says how well). For other devices they are a guess, and only the topology's constants
-are the device's own.
+`Calibration` holds what one phase of work takes; its defaults were fitted to ten measurements on one H200
+(docs/performance.md says how well). For other devices they are a guess, and only the topology's constants are the
+device's own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
+from jax_monokernel.plan import Plan, attention_tasks, geometry
 from jax_monokernel.topology.model import Topology
 
 if TYPE_CHECKING:
     from jax_monokernel.spec import DecoderSpec
 
 Kind = Literal["flat", "hierarchical"]
+_BLOCK = 64  # positions that are dealt to a part of the context together (kSplitBlock of the kernel)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
     """Parts of the work that a topology does not say. Microseconds and GB/s."""
 
-    consume_gb_s: float = 184.0  # weights that a unit multiplies when they are in its ring
-    multiply_us: float = 0.4  # of a phase beside that: first products, sums of waves
-    publish_us: float = 0.3
-    attention_us: float = 2.7  # at short context: heads prepared, scores, values, sums
-    load_factor: float = 1.37  # hand-offs in the kernel over those of idle memory
-    words_us: float = 0.11  # a gather for each 1,024 values of 16 bits above 3,072
-    head_us: float = 2.0  # candidates and the choice of a token
-    overlap_loss: float = 0.4  # of the shorter of chain and stream that the longer does not hide
+    consume_gb_s: float = 242.0  # weights that a unit multiplies when they are in its ring
+    multiply_us: float = 0.33  # of a phase beside that: first products, sums of waves
+    publish_us: float = 0.15
+    gather_gb_s: float = 13.5  # words that a unit gathers, all requests of a batch together
+    heads_us: float = 0.3  # until an attention task's heads are prepared
+    round_us: float = 1.56  # of attention, beyond the first one: what a unit's waves look at together
+    combine_us: float = 0.69  # of the parts of a context, beside their hand-off
+    head_us: float = 12.0  # of the LM head beside its stream, the choice of a token and the start of the next
+    load_factor: float = 0.9  # hand-offs in the kernel over those of idle memory
+    exponent: float = 1.885  # n above: 1 adds chain and stream, infinity hides the shorter one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Phase:
     bytes: int  # of weights
     multiply_us: float
     publish_us: float
-    hand_off_us: float  # until all readers have what it published
+    hand_off_us: float  # until a unit has all that it multiplies with
 
     @property
     def chain_us(self) -> float:
@@ -83,21 +90,28 @@ def predict(
     topology: Topology,
     kind: Kind = "flat",
     *,
+    batch: int = 1,
+    context: int = 96,
+    capacity: int = 160,
     calibration: Calibration | None = None,
     loaded: bool = False,
     local_before: float = 0.0,
     local_after: float = 0.0,
 ) -> Prediction:
-    """The time of a token, batch 1 and short context.
+    """The time of a token of every request of a batch.
 
     Flat: every unit holds rows of every matrix; five chip-wide hand-offs a layer. Hierarchical: every group holds whole
     heads and a part of the inner width; two chip-wide hand-offs a layer, after attention's output and after the MLP, in
-    which readers add one partial sum of each group in f32, and the others inside groups.
+    which each unit adds up a part of all groups' partial sums and hands it on inside its group, and the others inside
+    groups.
 
     Args:
       spec: the model.
       topology: the device; needs `stream_device_gb_s` and either `gather_us` or `hand_off_across_groups_us`.
       kind: of plan.
+      batch: requests.
+      context: positions that a request attends to.
+      capacity: of its KV cache, which decides how attention is cut.
       calibration: the rest of the work.
       loaded: take chip-wide hand-offs as they were measured while all units read, instead of `load_factor`.
       local_before: share of reads that is near without placement, `Placement.local_before`.
@@ -110,42 +124,44 @@ def predict(
     across, inside = _hand_offs(topology, c, loaded)
     rate = _rate(topology, local_before, local_after)
     units = topology.units
+    plan = Plan(platform="rocm" if topology.platform == "rocm" else "cuda", units=units)
     itemsize = 4 if spec.dtype == "float32" else 2
-    pair = 2 if spec.gated else 1
+    sizes = {name: m.rows * m.cols * itemsize for name, m in geometry(spec, plan).matrices.items()}
     groups = max(1, len(topology.groups()))
-    partial = 2 * groups * spec.hidden_size  # f32 sums of all groups, in values of 16 bits
-    # (name, weights, values that readers gather afterwards, whether readers are in the same group)
-    shapes = (
-        ("qkv", (spec.q_size + 2 * spec.kv_size) * spec.hidden_size, spec.q_size + 2 * spec.kv_size, True),
-        ("o", spec.hidden_size * spec.q_size, spec.hidden_size, False),
-        ("gate_up", pair * spec.intermediate_size * spec.hidden_size, spec.intermediate_size, True),
-        ("down", spec.hidden_size * spec.intermediate_size, spec.hidden_size, False),
-    )
+    hidden, flat = spec.hidden_size, kind == "flat"
+    sums = hidden if flat else hidden + groups * hidden * groups // units
+    # What a unit gathers for a phase, and how long the first word takes.
+    gathers = {
+        "qkv": (sums, across if flat else across + inside),
+        "o": (spec.q_size if flat else spec.q_size // groups, across if flat else inside),
+        "gate_up": (sums, across if flat else across + inside),
+        "down": (spec.intermediate_size if flat else spec.intermediate_size // groups, across if flat else inside),
+    }
     phases = []
-    for name, weights, values, same_group in shapes:
-        size = weights * itemsize
-        if kind == "flat":
-            hand_off = across + _volume(values, c)
-        elif same_group:
-            hand_off = inside + _volume(values // groups, c)
-        else:
-            hand_off = across + _volume(partial, c)
-        multiply = size / units / c.consume_gb_s / 1e3 + c.multiply_us
-        phases.append(Phase(name, size, multiply, c.publish_us, hand_off))
-    attended = (across if kind == "flat" else inside) + _volume(spec.q_size // (1 if kind == "flat" else groups), c)
-    attention = c.attention_us + attended
+    for name, (values, wait) in gathers.items():
+        hand_off = wait + batch * values * 4 / c.gather_gb_s / 1e3
+        multiply = sizes[name] / units / c.consume_gb_s / 1e3 + c.multiply_us
+        phases.append(Phase(name, sizes[name], multiply, c.publish_us, hand_off))
+    attention = _attention(spec, plan, batch, context, capacity, across if flat else inside, c)
     stream = sum(p.bytes for p in phases) / rate / 1e3
     chain = attention + sum(p.chain_us for p in phases)
-    head = spec.vocab_size * spec.hidden_size * itemsize / rate / 1e3 + c.head_us
-    return Prediction(
-        kind,
-        tuple(phases),
-        attention,
-        stream,
-        max(chain, stream) + c.overlap_loss * min(chain, stream),
-        head,
-        spec.num_layers,
-    )
+    layer = (chain**c.exponent + stream**c.exponent) ** (1 / c.exponent)
+    head = sizes["head"] / rate / 1e3 + c.head_us
+    return Prediction(kind, tuple(phases), attention, stream, layer, head, spec.num_layers)
+
+
+def _attention(
+    spec: DecoderSpec, plan: Plan, batch: int, context: int, capacity: int, hand_off: float, c: Calibration
+) -> float:
+    """From the words of q, k and v to those of the attended values, both hand-offs' waits but one."""
+    splits, heads = attention_tasks(spec, plan, batch, capacity)
+    positions = min(context, -(-context // _BLOCK // splits) * _BLOCK) if splits > 1 else context
+    kv_bytes = np.dtype(np.float32 if (spec.kv_dtype or spec.dtype) == "float32" else np.float16).itemsize
+    lanes = min(plan.wave_size, 2 ** math.ceil(math.log2(max(1, spec.head_dim * kv_bytes / 16))))  # of a position
+    together = plan.service_waves * plan.wave_size // lanes * 4
+    turns = -(-batch * spec.num_heads // heads * splits // plan.units)
+    rounds = turns * max(1.0, positions / together) - 1
+    return c.heads_us + c.round_us * rounds + hand_off + (hand_off + c.combine_us if splits > 1 else 0.0)
 
 
 def _hand_offs(topology: Topology, c: Calibration, loaded: bool) -> tuple[float, float]:
@@ -173,8 +189,3 @@ def _rate(topology: Topology, before: float, after: float) -> float:
     if near is None or after <= before:
         return rate
     return rate + (near - rate) * (after - before) / (1 - before)
-
-
-def _volume(values: int, c: Calibration) -> float:
-    """What a gather of many values takes more than one of few."""
-    return max(0, values - 3072) / 1024 * c.words_us

@@ -12,8 +12,20 @@ from benchmarks.shapes import SHAPES
 from jax_monokernel.performance import Calibration, predict
 from jax_monokernel.topology import Constant, Topology, part
 
-# docs/performance-log.md: commit 4392b9e, batch 1, prompt 32, 128 new tokens.
-MEASURED_H200 = {"qwen3-0.6b": 485, "llama3.2-1b": 667, "smollm2-135m": 381}
+# (shape, batch, mean context, capacity): microseconds a token; docs/performance.md says where they come from.
+MEASURED_H200 = {
+    ("qwen3-0.6b", 1, 96, 160): 391,
+    ("llama3.2-1b", 1, 96, 160): 604,
+    ("smollm2-135m", 1, 96, 160): 278,
+    ("llama3.1-8b", 1, 96, 160): 3482,
+    ("qwen3-0.6b", 1, 576, 1024): 468,
+    ("llama3.2-1b", 1, 576, 1024): 638,
+    ("llama3.2-1b", 2, 576, 1024): 703,
+    ("llama3.2-1b", 4, 576, 1024): 892,
+    ("llama3.2-1b", 8, 576, 1024): 958,
+    ("llama3.2-1b", 16, 576, 1024): 1449,
+}
+SMALL = ("qwen3-0.6b", "llama3.2-1b", "smollm2-135m")
 
 
 def with_constants(topology: Topology, **values: float) -> Topology:
@@ -21,10 +33,11 @@ def with_constants(topology: Topology, **values: float) -> Topology:
     return dataclasses.replace(topology, constants={**topology.constants, **changed})
 
 
-@pytest.mark.parametrize("shape", MEASURED_H200)
-def test_what_was_measured_on_an_h200(shape):
-    found = predict(SHAPES[shape].spec(), part("H200"))
-    assert found.token_us == pytest.approx(MEASURED_H200[shape], rel=0.06)
+@pytest.mark.parametrize("point", MEASURED_H200, ids=lambda point: "-".join(map(str, point)))
+def test_what_was_measured_on_an_h200(point):
+    shape, batch, context, capacity = point
+    found = predict(SHAPES[shape].spec(), part("H200"), batch=batch, context=context, capacity=capacity)
+    assert found.token_us == pytest.approx(MEASURED_H200[point], rel=0.1)
 
 
 def test_parts_add_up():
@@ -32,14 +45,14 @@ def test_parts_add_up():
     found = predict(spec, part("MI300X"))
     assert found.chain_us == pytest.approx(found.attention_us + sum(p.chain_us for p in found.phases))
     assert found.token_us == pytest.approx(found.layers * found.layer_us + found.head_us)
-    assert found.layer_us >= max(found.chain_us, found.stream_us)
+    assert max(found.chain_us, found.stream_us) <= found.layer_us <= found.chain_us + found.stream_us
     weights = sum(p.bytes for p in found.phases) * spec.num_layers + spec.vocab_size * spec.hidden_size * 2
     assert weights == pytest.approx(1.192e9, rel=0.01)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(sorted(MEASURED_H200)),
+    st.sampled_from(SMALL),
     st.floats(0.3, 4),
     st.floats(0.1, 1),
     st.floats(500, 9000),
@@ -54,7 +67,7 @@ def test_what_is_slower_takes_longer(shape, across, ratio, rate, kind):
     found = predict(spec, with_constants(base, **values), kind).token_us
     assert found >= predict(spec, with_constants(base, **values | {"stream_device_gb_s": rate * 1.1}), kind).token_us
     assert found > predict(spec, with_constants(base, **values | {"gather_us": across * 0.9}), kind).token_us
-    slower = dataclasses.replace(Calibration(), attention_us=5.0)
+    slower = dataclasses.replace(Calibration(), heads_us=5.0)
     assert predict(spec, with_constants(base, **values), kind, calibration=slower).token_us > found
 
 
@@ -66,7 +79,7 @@ def test_two_kinds_of_plan():
     flat, groups = (predict(spec, device, kind, loaded=True) for kind in ("flat", "hierarchical"))
     assert groups.token_us < flat.token_us
     assert [p.name for p in groups.phases] == ["qkv", "o", "gate_up", "down"]
-    assert groups.phases[0].hand_off_us < groups.phases[1].hand_off_us
+    assert groups.phases[0].hand_off_us > groups.phases[1].hand_off_us
     assert groups.stream_us == flat.stream_us
 
 
