@@ -29,6 +29,7 @@ EVENTS = (
 _COLOURS = {
     "gather": "#c8c8c8",
     "fill": "#a0a0a0",
+    "await": "#ececec",
     "multiply": "#2f6fb5",
     "publish": "#d9a441",
     "prepare": "#7fb069",
@@ -57,13 +58,20 @@ def spans(timeline: np.ndarray) -> list[list[tuple[str, int, int]]]:
         raise ValueError("the timeline is empty: traces begin with the 17th token of a launch")
     start = int(timeline[..., 1][recorded].min())
     found = []
-    for track, known in zip(timeline, recorded, strict=True):
+    for number, (track, known) in enumerate(zip(timeline, recorded, strict=True)):
         events, times = track[known, 0] & np.uint64(255), track[known, 1].astype(np.int64) - start
         if events.size and int(events.max()) >= len(EVENTS):
             raise ValueError(f"event {int(events.max())} is not one of the {len(EVENTS)} that are known here")
         steps = zip(events[1:].tolist(), times[:-1].tolist(), times[1:].tolist(), strict=True)
-        found.append([(EVENTS[event], begin, end) for event, begin, end in steps])
+        # Service waves wait while the stream waves, if those have a track, gather and multiply.
+        waits = number % 2 == 0 and number + 1 < len(timeline) and bool(recorded[number + 1].any())
+        found.append([(_waiting(EVENTS[event]) if waits else EVENTS[event], begin, end) for event, begin, end in steps])
     return found
+
+
+def _waiting(what: str) -> str:
+    kind, _, rest = what.partition(" ")
+    return f"await {rest}" if kind in ("fill", "multiply") else what
 
 
 def chrome_trace(timeline: np.ndarray) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def made_up() -> np.ndarray:
 
 def test_spans_end_with_their_event():
     first, second = timeline.spans(made_up())
-    assert first == [("multiply qkv", 0, 500), ("publish qkv", 500, 1000), ("attend", 1000, 1500)]
+    assert first == [("await qkv", 0, 500), ("publish qkv", 500, 1000), ("attend", 1000, 1500)]
     assert second == [("multiply qkv", 100, 600), ("publish qkv", 600, 1100)]
 
 
