@@ -32,7 +32,7 @@ def test_a_measured_device(tmp_path):
         "Simulated: 16 units",
         "L2 half 1 · ",
         " · 11<",
-        "GPC 0 · ",
+        "cluster 0 · ",
         " · 7<",
         "domain 0",
         "hand-off in group:",

@@ -1,6 +1,10 @@
-"""What the numbers of the topology probe mean, on numbers that are made up, with noise."""
+"""What the numbers of the topology probe mean: on numbers that are made up, with noise, and on those of an H200."""
 
 from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
@@ -8,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 
 from jax_monokernel.topology import evaluate
+from jax_monokernel.topology.measurement import Measurement, topology_of
 
 
 def same_partition(a: np.ndarray, b: np.ndarray) -> bool:
@@ -150,3 +155,19 @@ def test_homes_that_are_parities_of_address_bits():
     assert evaluate.xor_bits(homes, 4) == masks
     assert evaluate.xor_bits(np.random.default_rng(0).integers(4, size=1024), 4) is None
     assert evaluate.xor_bits(homes[:1000], 4) is None
+
+
+def test_the_halves_of_an_h200():
+    """What `topology --measure` found on one at commit 8d23390, with the first 64 homes only."""
+    with gzip.open(Path(__file__).parent / "data" / "topology-h200.json.gz") as file:
+        found = Measurement.from_json(json.load(file))
+    halves = evaluate.cluster_latencies(found.latency)
+    assert halves.count == 2
+    assert np.bincount(halves.labels).tolist() == [66, 66]
+    device = topology_of(found)
+    assert [g.name for g in device.root.children] == ["L2 half 0", "L2 half 1"]
+    assert device.units == 132
+    assert all(len({int(halves.labels[u]) for u in g.units}) == 1 for g in device.groups())
+    times = np.where(halves.labels[:, None] == halves.labels[None], found.latency, np.nan)
+    other = np.where(halves.labels[:, None] != halves.labels[None], found.latency, np.nan)
+    assert np.nanmedian(times) < 0.75 * np.nanmedian(other)

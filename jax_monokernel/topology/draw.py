@@ -133,7 +133,7 @@ def _unit_order(found: Found) -> tuple[np.ndarray, list[int], list[str]]:
     order = np.lexsort((np.arange(len(m.groups)), m.groups, m.domains))
     keys = list(zip(m.domains[order].tolist(), m.groups[order].tolist(), strict=True))
     starts = [i for i, key in enumerate(keys) if i == 0 or keys[i - 1] != key]
-    kind = "XCD" if m.platform == "rocm" else "GPC"
+    kind = "XCD" if m.platform == "rocm" else "cluster"
     return order, starts, [f"{kind} {keys[i][1]}" for i in starts]
 
 

@@ -13,6 +13,7 @@ from jax_monokernel.topology.model import Constant, Group, Interleave, MemoryDom
 from jax_monokernel.topology.probe import Place
 
 _HOW = "jax-monokernel topology --measure"
+_CLEAR = 3.0  # `evaluate.Clusters.separation` from which units are told apart by their hand-offs alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,11 +80,24 @@ class Measurement:
             raise ValueError(f"this is no measurement of this version: {error}") from error
 
 
+def _halves(found: Measurement) -> np.ndarray | None:
+    """Units that are nearer to each other, 0 or 1 for each, if hand-offs fall into two clear kinds."""
+    halves = evaluate.cluster_latencies(found.latency)
+    if halves.count != 2 or halves.separation < _CLEAR:
+        return None
+    # Units that share a cluster are near each other, so what would take them apart is noise.
+    split = any(len(set(halves.labels[found.groups == g].tolist())) > 1 for g in set(found.groups.tolist()))
+    return None if split else halves.labels
+
+
 def topology_of(found: Measurement) -> Topology:
-    """The model of a device that was measured."""
+    """The model of a device that was measured.
+
+    NVIDIA's SMs are shown by the clusters in which they were seen; those of one GPC may be in several.
+    """
     count = int(found.domains.max()) + 1
-    kind = "xcd" if found.platform == "rocm" else "gpc"
-    names = {"xcd": "XCD", "gpc": "GPC"}
+    kind = "xcd" if found.platform == "rocm" else "cluster"
+    names = {"xcd": "XCD", "cluster": "cluster"}
     many = int(found.groups.max()) + 1 > 1
     source = f"{_HOW}, driver {found.driver_version}"
 
@@ -104,6 +118,9 @@ def topology_of(found: Measurement) -> Topology:
         if found.platform == "cuda" and count > 2:
             level, title = "l2_part", "L2 part"
         children = tuple(Group(level, f"{title} {d}", (), leaves(found.domains == d), (d,)) for d in range(count))
+    elif found.platform == "cuda" and many and (halves := _halves(found)) is not None:
+        # No memory was found to be nearer to one of them, but each other's units are.
+        children = tuple(Group("l2_half", f"L2 half {h}", (), leaves(halves == h)) for h in range(2))
     else:
         children = leaves(np.ones(len(found.domains), bool))
     labels = found.groups if many else found.domains

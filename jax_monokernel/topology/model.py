@@ -45,7 +45,7 @@ class Constant:
 class Group:
     """Units that belong together on some level, and the groups inside."""
 
-    kind: str  # device, package, iod, xcd, l2_half, die, gpc, numa_node, l3, core, ...
+    kind: str  # device, package, iod, xcd, l2_half, die, cluster, numa_node, l3, core, ...
     name: str
     units: tuple[int, ...] = ()  # of a group without groups inside: dense numbers; on CPUs the system's numbers
     children: tuple[Group, ...] = ()

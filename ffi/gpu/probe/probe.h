@@ -256,7 +256,7 @@ MK_FUNCTION u64 read_blocks(const Args& a, int me, int reader, int lane, u32* st
   for (int i = 0; i < kFlight; i++) numbers[i] = next();
   u32 mix = 0;
   u64 done = 0;
-  while ((wanted == 0 ? !arch::is_set(stop) : done < wanted) && !is_over(begin, a.limit_ticks)) {
+  while ((wanted == 0 ? done == 0 || !arch::is_set(stop) : done < wanted) && !is_over(begin, a.limit_ticks)) {
     arch::Words v[kFlight];
     for (int i = 0; i < kFlight; i++) v[i] = arch::load_once(data + ((u64)numbers[i] << a.block_shift));
     for (int i = 0; i < kFlight; i++) numbers[i] = next();
