@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tape_specs import specs
 
+from benchmarks.shapes import SHAPES
 from jax_monokernel import LayerSpec
 from jax_monokernel.plan import PHASES, VECTOR_ROLES, Plan, available_cpus, geometry, make_plan
 from jax_monokernel.weights import layer_shapes
@@ -138,3 +139,23 @@ def test_gpu_tiles_are_dealt_evenly(spec, units, platform):
     assert counts["o"] == counts["down"]  # the same unit adds both to its rows of the residual stream
     if spec.post_norm:  # who follows the residual stream gives something in every layer
         assert all(q + g > 0 for q, g, h in zip(counts["qkv"], counts["gate_up"], counts["head"], strict=True) if h)
+
+
+@pytest.mark.parametrize(
+    ("shape", "share"),
+    [
+        ("llama3.2-1b", 0.0),
+        ("qwen3-0.6b", 0.0),
+        ("llama3.1-8b", 0.0),
+        ("qwen2.5-0.5b", 0.12),
+        ("smollm2-135m", 0.27),
+    ],
+)
+def test_what_padding_adds_on_nvidia(shape, share):
+    """The numbers of docs/kernel.md."""
+    spec = SHAPES[shape].spec()
+    hidden, inner, q, kv = spec.hidden_size, spec.intermediate_size, spec.q_size, spec.kv_size
+    weights = spec.num_layers * hidden * (2 * q + 2 * kv + 3 * inner) + spec.vocab_size * hidden
+    matrices = geometry(spec, Plan(platform="cuda", units=132)).matrices
+    packed = sum(m.rows * m.cols * (1 if p == "head" else spec.num_layers) for p, m in matrices.items())
+    assert packed / weights - 1 == pytest.approx(share, abs=0.005)

@@ -114,7 +114,7 @@ def _homes_at(m: Measurement, ordinal: int, address: int, size: int) -> np.ndarr
 def measure_device(
     platform: Platform | None = None, device: int = 0, *, report: Callable[[str], None] = lambda text: None
 ) -> Found:
-    """Probes a GPU, in about ten seconds, and keeps the result for `discover`. Nothing else should run on it meanwhile.
+    """Probes a GPU, in a few seconds, and keeps the result for `discover`. Nothing else should run on it meanwhile.
 
     Args:
       platform: as `discover`; not "cpu", whose topology the operating system knows.

@@ -24,7 +24,7 @@ _LEAST_CONTRAST = 0.15  # of far words over near ones
 def measure(
     session: Session, platform: str, *, seed: int = 0, report: Callable[[str], None] = lambda text: None
 ) -> Measurement:
-    """Probes a device, in about ten seconds.
+    """Probes a device, in a few seconds.
 
     Args:
       session: `_native.GpuProbe`.
