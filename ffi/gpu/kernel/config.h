@@ -2,6 +2,7 @@
 #pragma once
 
 #include "arch/arch.h"
+#include "layout/workspace.h"
 
 namespace mk {
 
@@ -164,9 +165,9 @@ constexpr bool kScaleAfter = kWeightType != kF16;
 // for all. A wave whose ring is registers has no time to wait for anything else. A norm that is not applied afterwards and the
 // residual stream of post-norms need whole rows.
 #if defined(MK_REGISTER_RING)
-constexpr bool kStreamGathers = false;
+constexpr bool kStreamGathers = has_packed_hand_offs(false, !kScaleAfter, kPostNorm);
 #else
-constexpr bool kStreamGathers = kScaleAfter && !kPostNorm;
+constexpr bool kStreamGathers = has_packed_hand_offs(true, !kScaleAfter, kPostNorm);
 #endif
 
 // ---- Shared memory ----
@@ -208,15 +209,23 @@ constexpr int most_tiles(int phase) {
   for (int u = 0; u < MK_UNITS; u++) most = larger(most, table[phase * MK_UNITS + u].count);
   return most;
 }
+constexpr bool all_have_rows() {
+  constexpr Tiles table[kPhases * MK_UNITS] = MK_TILE_TABLE;
+  for (int u = 0; u < MK_UNITS; u++) {
+    if (table[kO * MK_UNITS + u].count == 0) return false;
+  }
+  return true;
+}
+constexpr bool kAllHaveRows = all_have_rows();  // of the residual stream
 constexpr int kOwnRows = most_tiles(kO) * kTileRows;  // of the residual stream, at most
 
 constexpr int kTaskVectors = kTaskHeads + 2;  // q heads, then k and v
 constexpr int kRopeRows = MK_NUM_ROPES > 0 ? MK_NUM_ROPES : 1;
 
-// Parts of a request's sum of squares. Stream waves leave a single request's to the service waves lane by lane, as adding them up
-// takes a wave long.
-constexpr bool kLaneSquares = kStreamGathers && kBatch == 1;
-constexpr int kSquareParts = !kStreamGathers ? kServiceWaves : kLaneSquares ? kWaves * arch::kWave : kWaves;
+// Parts of a request's sum of squares in shared memory.
+constexpr int kSquareParts = kStreamGathers ? kWaves : kServiceWaves;
+// Sums of squares that a unit publishes of each request.
+constexpr int kSquareWords = (int)square_words(kBatch, kTileRows, arch::kWave, kServiceWaves, most_tiles(kO));
 
 // Offsets in bytes. Lives for the whole launch unless said otherwise.
 struct SharedLayout {

@@ -72,6 +72,24 @@ MK_DEVICE bool opens_early(const Service& s) {
   return true;
 }
 
+// p3 and p5. opened: the first gate is open already.
+template <int phase>
+MK_DEVICE void add_to_residual(Service& service, int layer, bool opened) {
+  if constexpr (kStreamGathers) {
+    float squares = 0.0f;
+    run_phase<phase>(
+        service, layer,
+        [&](Service& s, const Tiles& deal, int segment, float, auto wait) { publish_residual<phase>(s, layer, deal, segment, squares, wait); },
+        opened);
+    if (kAllHaveRows || kTiles[phase * MK_UNITS + service.unit].count > 0) publish_squares<phase>(service, layer, squares);
+  } else {
+    run_phase<phase>(
+        service, layer,
+        [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) { publish_rows<phase>(s, layer, deal, segment, scale, wait); },
+        opened);
+  }
+}
+
 // opened: the first gate is open already.
 MK_DEVICE void run_layer(Service& service, int layer, bool opened) {
   renew(service, [&](Service& s) { s.enter_layer(layer); });
@@ -86,9 +104,7 @@ MK_DEVICE void run_layer(Service& service, int layer, bool opened) {
     p2_attend(s, layer, loads);
     p2_combine(s, layer);
   });
-  run_phase<kO>(
-      service, layer,
-      [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) { publish_rows<kO>(s, layer, deal, segment, scale, wait); }, o_opened);
+  add_to_residual<kO>(service, layer, o_opened);
   if constexpr (kPostNorm) {
     renew(service, [&](Service& s) {
       add_projection<aligned_in_layer(MK_ATTN_POST_NORM)>(s, s.site(h4_projected, kWorkspace.projected, layer),
@@ -97,8 +113,9 @@ MK_DEVICE void run_layer(Service& service, int layer, bool opened) {
   }
   run_phase<kGateUp>(service, layer,
                      [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) { publish_inner(s, layer, deal, segment, scale, wait); });
-  run_phase<kDown>(service, layer,
-                   [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) { publish_rows<kDown>(s, layer, deal, segment, scale, wait); });
+  // What this lane has cleared of packed hand-offs is cleared before it writes them for the next time.
+  if constexpr (kStreamGathers) arch::release();
+  add_to_residual<kDown>(service, layer, false);
   if constexpr (kPostNorm) {
     renew(service, [&](Service& s) {
       add_projection<aligned_in_layer(MK_MLP_POST_NORM)>(s, s.residual_site(layer), s.constants + MK_MLP_POST_NORM);

@@ -5,12 +5,13 @@
 #include "control.h"
 #include "math/elementary.h"
 #include "math/matrix.h"
-#include "sync/words.h"
+#include "sync/packed.h"
 
 namespace mk {
 
 constexpr Workspace kWorkspace = make_workspace({kBatch, MK_UNITS, kSplits, kHidden, kInner, kQSize, kQkvSize, kHeads, kVocab,
-                                                 kPostNorm && !kResidualInShared ? kBatch * kHidden : 0});
+                                                 kPostNorm && !kResidualInShared ? kBatch * kHidden : 0,
+                                                 kStreamGathers ? kWeightBytes : 0, kSquareWords});
 
 // Requests are dealt to teams of service waves.
 constexpr int kTeamWaves = larger(1, kServiceWaves / kBatch);
@@ -126,6 +127,23 @@ struct Service {
   MK_METHOD Site token_site(HandOff handoff, i64 offset) const {
     return {at<u32>(offset), handoff, 0, (u32)token, (u32)(token + 1) & 1u};
   }
+  // The packed hand-offs: those of a layer, and the residual stream after it.
+  MK_METHOD Packed packed(HandOff handoff, i64 offset, int size, int layer) const {
+    return packed_use(at<char>(offset), handoff, size, layer, token, (u32)(token * MK_NUM_LAYERS + layer));
+  }
+  MK_METHOD Packed packed_residual(int layer) const {
+    const bool last = layer == MK_NUM_LAYERS - 1;
+    return packed_use(at<char>(last ? kWorkspace.final_ : kWorkspace.residual), last ? h9_final : h6_residual, kHidden, layer, token,
+                      (u32)(last ? token : token * (MK_NUM_LAYERS - 1) + layer));
+  }
+  // Sums of squares of the residual stream after a layer.
+  MK_METHOD Site residual_squares_site(int layer) const {
+    if (layer == MK_NUM_LAYERS - 1) return token_site(h12_final_squares, kWorkspace.final_squares);
+    Site s = residual_site(layer);
+    s.words = at<u32>(kWorkspace.residual_squares);
+    s.handoff = h11_residual_squares;
+    return s;
+  }
 
   // The f32 residual stream: of the unit's own rows, or all of it where there are post-norms.
   MK_METHOD float* residual(int request) const {
@@ -138,17 +156,11 @@ struct Service {
     return shared_at<float>(kShared.squares) + (squares_set * kBatch + request) * kSquareParts;
   }
   // 1 / RMS of a request's last gathered vector of `size` elements.
-  MK_METHOD float norm_scale(int request, int size) const {
-    return arch::fast_rsqrt(square_sum(squares(request)) * (1.0f / (float)size) + MK_NORM_EPS);
-  }
+  MK_METHOD float norm_scale(int request, int size) const { return scale_of(square_sum(squares(request)), size); }
+  static MK_METHOD float scale_of(float sum, int size) { return arch::fast_rsqrt(sum * (1.0f / (float)size) + MK_NORM_EPS); }
 
   MK_METHOD float square_sum(const float* parts) const {
     float sum = 0.0f;
-    if constexpr (kLaneSquares) {
-      MK_UNROLL
-      for (int i = 0; i < kSquareParts; i += arch::kWave) sum += parts[i + lane];
-      return wave_sum(sum);
-    }
     MK_UNROLL
     for (int i = 0; i < (kStreamGathers ? kWaves : kTeamWaves); i++) sum += parts[i];
     return sum;

@@ -36,7 +36,7 @@ struct StreamWave {
     return go;
   }
 
-  // Gathers what is multiplied next, if this wave does so; the service waves get the sum of squares of all of it.
+  // Gathers what is multiplied next, if this wave does so.
   template <int p>
   MK_METHOD void gather() {
     if constexpr (kStreamGathers) {
@@ -47,11 +47,11 @@ struct StreamWave {
         }
         if (p == kQkv && layer == 0) {
           gather_own_embedding(*service, fill, wave, activations);
+          if (has_norm(p) && segment == 0 && fill == fill_count(p) - 1) arch::hand_over_squares();  // Q
         } else {
           gather_own<p>(*service, p == kHead ? MK_NUM_LAYERS : layer, fill, wave, activations);
         }
         service->mark(kPhaseEvents * p + kGathered);
-        if (has_norm(p) && segment == 0 && fill == fill_count(p) - 1) arch::hand_over_squares();  // Q
       }
     }
   }

@@ -73,6 +73,11 @@ class Words {
   // In the following, i is the number of the word at p.
   u32 load(const u32* p, size_t i, size_t unit, size_t wave);
   void store(u32* p, size_t i, u32 value, size_t unit, size_t wave);
+  // What the unit has stored there last, if it was the last to do so.
+  u32 own(const u32* p, size_t i, size_t unit) const {
+    const View& view = views_[unit * count_ + i];
+    return view.waiting ? view.value : *p;
+  }
   bool claim(u32* p, size_t i);
   void release(size_t unit, size_t wave);
   void acquire(size_t wave) { acquired_[wave] = statistics_.steps; }

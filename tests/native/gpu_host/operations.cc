@@ -65,6 +65,18 @@ void store_word(u32* p, u32 value, Where where) {
   machine->pass(where, true);
 }
 
+// The halves of a word are one unit's.
+void store_half(u16* p, u32 value, Where where) {
+  const u32 high = reinterpret_cast<uintptr_t>(p) % 4 == 2;
+  u32* word = reinterpret_cast<u32*>(p - high);
+  const Lane& me = machine->lane();
+  const size_t i = word_at(word, 4, Kind::kAtomicWrite, __builtin_return_address(0), where);
+  const u32 before = machine->words.own(word, i, me.unit);
+  value = high ? (before & 0xffffu) | value << 16 : (before & 0xffff0000u) | (value & 0xffffu);
+  machine->words.store(word, i, value, me.unit, me.home->index);
+  machine->pass(where, true);
+}
+
 bool claim(u32* p, Where where) {
   const bool first = machine->words.claim(p, word_at(p, 4, Kind::kAtomicWrite, __builtin_return_address(0), where));
   machine->pass(where, true);

@@ -100,6 +100,16 @@ MK_DEVICE Vec4 load_words(const u32* p) {
   return v;
 }
 MK_DEVICE void store_word(u32* p, u32 v) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+MK_DEVICE void store_half(u16* p, u32 v) {
+  asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(p), "h"((u16)v) : "memory");
+}
+MK_DEVICE bool halves_not_zero(const Vec4& v) {
+  u32 low, high;
+  asm("min.u16x2 %0, %1, %2;" : "=r"(low) : "r"(v.x), "r"(v.y));
+  asm("min.u16x2 %0, %1, %2;" : "=r"(high) : "r"(v.z), "r"(v.w));
+  asm("min.u16x2 %0, %0, %1;" : "+r"(low) : "r"(high));
+  return ((low - 0x10001u) & ~low & 0x80008000u) == 0;
+}
 MK_DEVICE void store_byte(u8* p, u32 v) { *p = (u8)v; }
 MK_DEVICE Vec4 load_shared_data(const void* p) { return load_words((const u32*)p); }
 MK_DEVICE Vec4 load_once(const void* p) {

@@ -49,6 +49,7 @@ void mfma_4x4x4(bool bf16, Matrices&, Where);
 u32 load_word(const u32*, Where);
 Vec4 load_words(const u32*, Where);
 void store_word(u32*, u32, Where);
+void store_half(u16*, u32, Where);
 Vec4 load_data(const void*, bool once, Where);
 u32 load_host(const u32*, Where);
 bool claim(u32*, Where);
@@ -155,6 +156,14 @@ MK_DEVICE u32 pack_bf16(float low, float high) { return to_bf16(low) | to_bf16(h
 MK_DEVICE u32 load_word(const u32* p, host::Where at = host::here()) { return host::load_word(p, at); }
 MK_DEVICE Vec4 load_words(const u32* p, host::Where at = host::here()) { return host::load_words(p, at); }
 MK_DEVICE void store_word(u32* p, u32 v, host::Where at = host::here()) { host::store_word(p, v, at); }
+MK_DEVICE void store_half(u16* p, u32 v, host::Where at = host::here()) { host::store_half(p, v, at); }
+MK_DEVICE bool halves_not_zero(const Vec4& v) {
+  const u32 words[4] = {v.x, v.y, v.z, v.w};
+  for (u32 word : words) {
+    if ((word & 0xffffu) == 0 || word >> 16 == 0) return false;
+  }
+  return true;
+}
 MK_DEVICE void store_byte(u8* p, u32 v) { *p = (u8)v; }
 MK_DEVICE Vec4 load_shared_data(const void* p, host::Where at = host::here()) { return host::load_data(p, false, at); }
 MK_DEVICE Vec4 load_once(const void* p, host::Where at = host::here()) { return host::load_data(p, true, at); }

@@ -316,10 +316,20 @@ MK_DEVICE void start_first_task(const Service& s, int layer, CacheLoads& loads) 
   prefetch_part(s, part);
 }
 
+MK_DEVICE void publish_attended(const Service& s, int layer, int request, int column, float y) {
+  if constexpr (kStreamGathers) {
+    const Packed to = s.packed(h2_attended, kWorkspace.attended, kQSize, layer);
+    publish_packed(packed_place(to, request, kQSize, column), to.clears, y);
+  } else {
+    const Site to = s.site(h2_attended, kWorkspace.attended, layer);
+    arch::store_word((u32*)to.words + request * line(kQSize) + column, encode(y, to.parity));
+  }
+}
+
 MK_DEVICE void attend(Service& s, int layer, const Task& task, CacheLoads& loads) {
   const int group = task.group, request = task.request;
   [[maybe_unused]] const int split = task.split;
-  const u32 parity = s.site(h1_qkv, kWorkspace.qkv, layer).parity;
+  [[maybe_unused]] const u32 parity = s.site(h3_partial, kWorkspace.partial, layer).parity;
   const AttentionScratch scratch = attention_scratch();
   renew(s, [&](Service& now) {
     prepare_heads(now, now.site(h1_qkv, kWorkspace.qkv, layer), layer, request, group, task.live && task.owns_last);
@@ -345,8 +355,7 @@ MK_DEVICE void attend(Service& s, int layer, const Task& task, CacheLoads& loads
       weights = arch::fma(weight, from[w * stride + kHeadDim + 1], weights);
     }
     if constexpr (kSplits == 1) {
-      const float y = task.live ? sum / weights : 0.0f;
-      arch::store_word(s.at<u32>(kWorkspace.attended) + request * line(kQSize) + head * kHeadDim + d, encode(y, parity));
+      publish_attended(s, layer, request, head * kHeadDim + d, task.live ? sum / weights : 0.0f);
     } else {
       u32* to = s.at<u32>(kWorkspace.partial) + ((request * kHeads + head) * kSplits + split) * line(kHeadDim + 2);
       arch::store_word(to + d, encode(sum, parity));
@@ -398,9 +407,7 @@ MK_DEVICE void p2_combine(Service& s, int layer) {
       }
       const int request = head / kHeads;
       const float y = s.control().live[request] != 0 ? sum / weights : 0.0f;
-      if (d < kHeadDim) {
-        arch::store_word(s.at<u32>(kWorkspace.attended) + request * line(kQSize) + head % kHeads * kHeadDim + d, encode(y, site.parity));
-      }
+      if (d < kHeadDim) publish_attended(s, layer, request, head % kHeads * kHeadDim + d, y);
     }
   }
 }

@@ -72,16 +72,20 @@ constexpr int output_rows(int phase) { return phase == kGateUp && kGated ? kTile
 
 // What a phase's products are to be multiplied with, for the only request of this lane.
 template <int phase>
-MK_DEVICE float products_scale(const Service& s) {
+MK_DEVICE float products_scale(Service& s, int layer) {
   if constexpr (!kScaleAfter || !has_norm(phase)) return 1.0f;
-  // All parts of the sum of squares are there.
+  constexpr int rows = output_rows(phase);
+  const int request = s.index % (kBatch * rows) / rows;
   if constexpr (kStreamGathers) {
+    if (phase != kQkv || layer > 0) {
+      gather_squares<phase>(s, layer);
+      return s.scale_of(*s.squares(request), kHidden);
+    }
     arch::take_over_squares();  // Q
   } else {
-    s.sync();
+    s.sync();  // all parts of the sum of squares are there
   }
-  constexpr int rows = output_rows(phase);
-  return s.norm_scale(s.index % (kBatch * rows) / rows, kHidden);
+  return s.norm_scale(request, kHidden);
 }
 
 // ---- What becomes of the products ----
@@ -101,7 +105,56 @@ MK_DEVICE float activate(float x) {
   return x != x || x > 0.0f ? x : 0.0f;
 }
 
-// p1, p3 and p5: bias, residual, and off to the others.
+// The norm's weights by which stream waves will see the residual stream multiplied after p3 or p5; null: none.
+template <int phase>
+MK_DEVICE const float* next_norm(const Service& s, int layer) {
+  if (phase == kDown && layer == MK_NUM_LAYERS - 1) return s.args.constants + MK_FINAL_NORM;
+  if (!has_norm(phase == kO ? kGateUp : kQkv)) return nullptr;
+  return phase == kO ? s.constants + MK_MLP_NORM : s.constants + MK_LAYER_CONSTANTS + MK_ATTN_NORM;
+}
+
+// p3 and p5 where stream waves gather: bias, residual, norm's weight, and off to the others. squares: of this lane's rows so far.
+template <int phase, typename Wait>
+MK_DEVICE void publish_residual(Service& s, int layer, const Tiles& deal, int segment, float& squares, Wait wait) {
+  constexpr int bias_offset = phase == kO ? MK_O_BIAS : MK_DOWN_BIAS;
+  const Packed to = phase == kO ? s.packed(h4_projected, kWorkspace.projected, kHidden, layer) : s.packed_residual(layer);
+  const float* norm = next_norm<phase>(s, layer);
+  struct Row {
+    char* place;
+    float* residual;
+    float bias, weight;
+  };
+  for_products<kTileRows>(
+      s, deal, segment, wait,
+      [&](int request, int out) -> Row {
+        const bool real = out < kHidden;
+        return {packed_place(to, request, kHidden, out), s.residual(request) + out - deal.begin * kTileRows,
+                real ? bias<bias_offset>(s, out) : 0.0f, real && norm != nullptr ? MK_NORM_OFFSET + norm[out] : 1.0f};
+      },
+      [&](const Row& row, int out, auto sum) {
+        if (out >= kHidden) return;
+        const float y = *row.residual + MK_RESIDUAL_MULTIPLIER * (sum(0) + row.bias);
+        *row.residual = y;
+        publish_packed(row.place, to.clears, y * row.weight);
+        squares = arch::fma(y, y, squares);
+      });
+}
+
+// The sums of squares of this unit's rows of the residual stream, from those of the lanes.
+template <int phase>
+MK_DEVICE void publish_squares(const Service& s, int layer, float sum) {
+  constexpr int per_tile = kBatch * kTileRows, together = (int)tiles_together(kBatch, kTileRows, arch::kWave);
+  MK_UNROLL
+  for (int step = 1; step < kTileRows; step *= 2) sum += arch::shuffle_xor(sum, step);
+  MK_UNROLL
+  for (int step = per_tile; step < per_tile * together; step *= 2) sum += arch::shuffle_xor(sum, step);
+  const int word = s.index / (per_tile * together), request = s.index % per_tile / kTileRows;
+  if (s.index % (per_tile * together) >= per_tile || s.index % kTileRows != 0 || word >= kSquareWords) return;
+  const Site to = phase == kO ? s.site(h10_projected_squares, kWorkspace.projected_squares, layer) : s.residual_squares_site(layer);
+  arch::store_word((u32*)to.words + request * line(MK_UNITS * kSquareWords) + s.unit * kSquareWords + word, encode(sum, to.parity));
+}
+
+// p1, p3 and p5 otherwise: bias, residual, and off to the others.
 template <int phase, typename Wait>
 MK_DEVICE void publish_rows(Service& s, int layer, const Tiles& deal, int segment, float scale, Wait wait) {
   constexpr int size = phase == kQkv ? kQkvSize : kHidden;
@@ -137,16 +190,17 @@ template <typename Wait>
 MK_DEVICE void publish_inner(Service& s, int layer, const Tiles& deal, int segment, float scale, Wait wait) {
   constexpr int rows = output_rows(kGateUp);
   const Site to = s.site(h5_inner, kWorkspace.inner, layer);
+  const Packed packed = s.packed(h5_inner, kWorkspace.inner, kInner, layer);
   struct Row {
-    u32* word;
+    char* place;
     float gate_bias, up_bias;
   };
   for_products<rows>(
       s, deal, segment, wait,
       [&](int request, int out) -> Row {
         const bool real = out < kInner;
-        return {(u32*)to.words + request * line(kInner) + out, real ? bias<MK_GATE_BIAS>(s, out) : 0.0f,
-                real ? bias<MK_UP_BIAS>(s, out) : 0.0f};
+        return {kStreamGathers ? packed_place(packed, request, kInner, out) : (char*)(to.words + request * line(kInner) + out),
+                real ? bias<MK_GATE_BIAS>(s, out) : 0.0f, real ? bias<MK_UP_BIAS>(s, out) : 0.0f};
       },
       [&](const Row& row, int out, auto sum) {
         if (out >= kInner) return;
@@ -156,7 +210,11 @@ MK_DEVICE void publish_inner(Service& s, int layer, const Tiles& deal, int segme
         } else {
           y = activate(sum(0) * scale + row.up_bias);
         }
-        arch::store_word(row.word, encode(y, to.parity));
+        if constexpr (kStreamGathers) {
+          publish_packed(row.place, packed.clears, y);
+        } else {
+          arch::store_word((u32*)row.place, encode(y, to.parity));
+        }
       });
 }
 
@@ -179,7 +237,7 @@ MK_DEVICE void run_phase(Service& s, int layer, Use use, bool opened = false) {
           s.mark(kPhaseEvents * phase + kGathered);
         }
         if (!opened) arch::open_gate();  // A
-        if (fill == fills - 1) renew(s, [&](Service& now) { scale = products_scale<phase>(now); });
+        if (fill == fills - 1) renew(s, [&](Service& now) { scale = products_scale<phase>(now, layer); });
         s.mark(kPhaseEvents * phase + kFilled);
       }
       if (fill < fills - 1) arch::take_over();  // B

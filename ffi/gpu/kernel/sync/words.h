@@ -16,6 +16,9 @@ enum HandOff : u32 {
   h7_candidate,
   h8_token,
   h9_final,
+  h10_projected_squares,
+  h11_residual_squares,
+  h12_final_squares,
 };
 
 constexpr int line(int words) { return round_up(words, 32); }
