@@ -25,7 +25,8 @@ CACHE = ROOT / "build" / "gpu_host"
 
 POLICIES = ("round_robin", "forward", "reverse", "random", "starve", "newest")
 STORES = ("now", "random", "late")
-FAULTS = ("none", "drop", "hold", "flip")
+FAULTS = ("none", "drop", "hold", "flip", "lag")
+WATCHED = ("all", "not zero", "zero")
 REASONS = ("ok", "timeout", "cancelled")
 UNWRITTEN = 0x7FC0DEAD
 
@@ -63,6 +64,7 @@ class Fault:
     nth: int = 0
     begin: int = 0
     end: int = 2**62
+    watched: str = "all"  # of WATCHED: which stores count; those of 0 clear packed hand-offs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +168,8 @@ def run(
     options.policy, options.stores = POLICIES.index(policy), STORES.index(stores)
     if fault is not None:
         start = operands["workspace"].address
-        options.fault = _Fault(FAULTS.index(fault.kind), fault.nth, start + fault.begin, start + fault.end)
+        begin, end = start + fault.begin, start + fault.end
+        options.fault = _Fault(FAULTS.index(fault.kind), fault.nth, begin, end, WATCHED.index(fault.watched))
     message = ctypes.create_string_buffer(16384)
     failed = loaded.mk_host_run(ctypes.byref(options), ctypes.byref(statistics), message, len(message))
     if failed:
@@ -336,6 +339,7 @@ class _Fault(ctypes.Structure):
         ("nth", ctypes.c_uint32),
         ("begin", ctypes.c_void_p),
         ("end", ctypes.c_void_p),
+        ("watched", ctypes.c_uint64),
     )
 
 

@@ -57,16 +57,22 @@ def split_up(name: str, wave: int, dtype: str = "float32", **options) -> Kernel:
     return Kernel(spec, plan, batch=1, splits=3, task_heads=2 if heads % 2 == 0 else 1, **options)
 
 
+def split_up_for_two(name: str, wave: int, dtype: str = "float32", **options) -> Kernel:
+    """The same for two requests, whose hand-offs are packed where stream waves gather."""
+    return dataclasses.replace(split_up(name, wave, dtype, **options), batch=2)
+
+
 CASES = {
     f"{name}-{make.__name__}-{wave}": make(name, wave)
     for name in SPECS
-    for make in (one_chunk, split_up)
-    for wave in (32, 64)
+    for make in (one_chunk, split_up, split_up_for_two)
+    for wave in ((32,) if make is split_up_for_two else (32, 64))
 }
 CHECKED = {
     f"{name}-{make.__name__}-{wave}-{dtype}": make(name, wave, dtype, sanitize=True)
     for make, name, wave, dtype in [
         (one_chunk, "windows", 32, "float32"),
+        (split_up_for_two, "plain", 32, "bfloat16"),
         (one_chunk, "plain", 64, "bfloat16"),
         (split_up, "nope", 64, "float32"),
         (split_up, "post_norm", 32, "float16"),
@@ -90,6 +96,12 @@ def _compile_ahead(request):
     pool.shutdown(cancel_futures=True)
 
 
+def some_rows(batch: int, turn: int) -> slice:
+    """`batch` of three requests."""
+    first = turn % (4 - batch)
+    return slice(first, first + batch)
+
+
 # ---- The same results as the reference ----
 
 
@@ -107,7 +119,7 @@ def test_tokens_equal_the_reference(name):
     state, params, want = eight_tokens(spec)
     for turn in range(3):
         policy, stores = ORDERS[(5 * number + turn) % len(ORDERS)]
-        rows = slice(None) if kernel.batch == 3 else slice(turn, turn + 1)
+        rows = some_rows(kernel.batch, turn)
         before = rows_of(state, rows)
         got, run = decode_on_host(
             kernel,
@@ -311,36 +323,75 @@ HANDOFFS = {
     "candidate": 7,
     "token": 8,
     "final_": 9,
+    "projected_squares": 10,
+    "residual_squares": 11,
+    "final_squares": 12,
 }
+SQUARES = [field for field in HANDOFFS if field.endswith("_squares")]  # of packed hand-offs
+PACKED = ["attended", "projected", "inner", "residual", "final_"]
 
 
-@pytest.mark.parametrize("kind", ["drop", "hold", "flip"])
-@pytest.mark.parametrize("field", HANDOFFS)
-def test_a_word_that_never_comes_is_reported(field, kind):
-    kernel = split_up("windows", 32)
+@pytest.mark.parametrize(
+    ("batch", "field", "kind"),
+    [
+        *((1, field, kind) for field in HANDOFFS if field not in SQUARES for kind in ("drop", "hold", "flip")),
+        *((2, field, kind) for field in PACKED for kind in ("drop", "hold")),
+        *((2, field, "flip") for field in SQUARES),
+    ],
+)
+def test_a_word_that_never_comes_is_reported(batch, field, kind):
+    kernel = split_up("windows", 32) if batch == 1 else split_up_for_two("nope", 32)
     spec, workspace = kernel.spec, kernel.workspace
-    state, params = rows_of(state_of(spec), slice(2, 3)), rows_of(mixed_params(spec, 3), slice(2, 3))
-    starts = sorted(workspace[name] for name in HANDOFFS)
+    state, params = rows_of(state_of(spec), slice(3 - batch, 3)), rows_of(mixed_params(spec, 3), slice(3 - batch, 3))
+    params = dataclasses.replace(params, max_new_tokens=jnp.full(batch, STEPS, jnp.int32))
+    want = reference(spec, state, params)
     begin = workspace[field]
-    end = [*starts, workspace["exchange_bytes"]][starts.index(begin) + 1]
+    end = min(at for name in (*HANDOFFS, "exchange_bytes") if (at := workspace[name]) > begin)
     # In the third token.
-    words = decode_on_host(kernel, state, params, 2, fault=Fault("none", begin=begin, end=end))[1].watched
-    fault = Fault(kind, nth=words + words // 7, begin=begin, end=end)
+    watched = "not zero" if batch == 2 and field in PACKED else "all"
+    fault = Fault("none", begin=begin, end=end, watched=watched)
+    words = decode_on_host(kernel, state, params, 2, fault=fault)[1].watched
+    fault = dataclasses.replace(fault, kind=kind, nth=words + words // 7)
     got, run = decode_on_host(kernel, state, params, STEPS, fault=fault, timeout_ticks=60_000, seed=1)
     assert run.faults == 1
     report = run.report
     if kind == "hold" and field in ("partial", "candidate") and report["reason"] == 0:
         # Such a word has one reader. That may be the unit it comes from, which sees what is held back from others.
-        np.testing.assert_array_equal(got.tokens, reference_of_mixed(spec).tokens[2:])
+        np.testing.assert_array_equal(got.tokens, want.tokens)
         return
     assert report["reason"] == 1, report
     assert report["token"] in (2, 3) if field == "token" else report["token"] == 2, report
     # A unit that does not read these words may wait for those who do, and have begun earlier.
     assert report["handoff"] in HANDOFFS.values(), report
     # What came before is as it should be.
-    length = int(got.lengths[0])
-    np.testing.assert_array_equal(got.tokens[0, :length], reference_of_mixed(spec).tokens[2, :length])
-    assert length in (2, 3)
+    for row in range(batch):
+        length = int(got.lengths[row])
+        np.testing.assert_array_equal(got.tokens[row, :length], want.tokens[row, :length])
+        assert length in (2, 3)
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["as it is", "not released"])
+def test_what_is_cleared_is_clear_when_it_is_looked_at_again(broken, tmp_path):
+    """A store that clears stays unseen until the unit releases it, which must be before it can do harm."""
+    source = tmp_path / "kernel"
+    shutil.copytree(gpu_host.KERNEL, source)
+    if broken:
+        text, count = re.subn(r"arch::release\(\);", ";", (source / "kernel.h").read_text())
+        assert count == 1
+        (source / "kernel.h").write_text(text)
+    kernel = one_chunk("plain", 32, source=source)
+    spec, workspace = kernel.spec, kernel.workspace
+    state, params = state_of(spec), params_of(spec, 3)
+    want = reference(spec, state, params)
+    wrong = 0
+    for number, field in enumerate(PACKED):
+        begin = workspace[field]
+        end = min(at for name in (*HANDOFFS, "exchange_bytes") if (at := workspace[name]) > begin)
+        fault = Fault("lag", nth=7 * number, begin=begin, end=end, watched="zero")
+        got, run = decode_on_host(kernel, state, params, STEPS, fault=fault, timeout_ticks=60_000, seed=number)
+        assert run.faults == 1
+        wrong += run.report["reason"] != 0 or not np.array_equal(got.tokens, want.tokens)
+    assert (wrong > 0) == broken
 
 
 # ---- What may not be, whether or not it changes a token ----
@@ -351,7 +402,7 @@ def test_no_race_no_access_out_of_bounds_nothing_undefined(name):
     kernel = CHECKED[name]
     state, params = state_of(kernel.spec), mixed_params(kernel.spec, 3)
     for seed in range(3):
-        rows = slice(None) if kernel.batch == 3 else slice(seed, seed + 1)
+        rows = some_rows(kernel.batch, seed)
         _, run = decode_on_host(kernel, rows_of(state, rows), rows_of(params, rows), 4, seed=seed)
         assert run.report["reason"] == 0, run.report
 
@@ -384,6 +435,13 @@ MISTAKES = {
         ";",
         None,
     ),
+    "packed activations are taken before they are there": (
+        "sync/packed.h",
+        r"(bool all_there\(const Vec4& v\) \{\n)",
+        r"\1  return true;\n",
+        None,
+    ),
+    "packed activations are not cleared": ("sync/packed.h", r"arch::store_word\(.*clears\), 0\);", ";", None),
     "service waves do not wait for each other": (
         "service.h",
         r"arch::group_sync<kServiceGroup, kServiceWaves>\(\);",
@@ -401,7 +459,7 @@ def test_a_broken_kernel_is_noticed(mistake, tmp_path):
     text, count = re.subn(old, new, (source / file).read_text())
     assert count, f"{file} has changed: say here how to break it"
     (source / file).write_text(text)
-    name = "plain" if "stream wave" in mistake else "windows"
+    name = "plain" if "stream wave" in mistake or "packed" in mistake else "windows"
     kernel = one_chunk(name, 32, source=source, sanitize=message is not None)
     if "stream wave" in mistake:  # with one request, lanes do not meet before they read what others have gathered
         kernel = dataclasses.replace(kernel, batch=1, spec=kernel.spec.replace(hidden_size=128))

@@ -20,7 +20,7 @@ WorkspaceSize workspace_size(const Request& request) {
   dims.vocab = p.vocab_size;
   // What the kernel needs at most: it keeps small residuals in shared memory. They come last, so no offset depends on it.
   dims.own_residual = p.post_norm ? request.batch * p.hidden_size : 0;
-  if (mk::has_packed_hand_offs(p.wave_size == 32, p.weight_dtype == kF16, p.post_norm != 0)) {
+  if (mk::has_packed_hand_offs(p.wave_size == 32 && p.weight_dtype != kF16 && !p.post_norm, request.batch)) {
     int64_t most = 0;
     for (int64_t u = 0; u < p.units; u++) most = std::max(most, p.tile(kO, u).count);
     dims.packed_bytes = p.weight_dtype == kF32 ? 4 : 2;

@@ -24,8 +24,7 @@ MK_DEVICE const float* norm_of(const Service& s) {
   return phase == kHead ? s.args.constants + MK_FINAL_NORM : s.constants + norm_offset(phase);
 }
 
-// Where a phase's input comes from if service waves gather it. words null: the residual stream is at hand, in the unit's own copy or
-// the embedding.
+// Where a phase's input comes from. words null: the residual stream is at hand, in the unit's own copy or the embedding.
 template <int phase>
 MK_DEVICE Site source_of(const Service& s, int layer) {
   if constexpr (phase == kO) return s.site(h2_attended, kWorkspace.attended, layer);
@@ -112,6 +111,25 @@ MK_DEVICE int own_column(int chunk, int first, int wave) {
   return (chunk - first) * (kChunkAtoms * (wave + 1) / kWaves - kChunkAtoms * wave / kWaves) * kAtomCols;
 }
 
+// Four columns from `at` to the wave's own row at `to`; adds to a norm's sum of squares.
+template <int phase>
+MK_DEVICE void put_own(char* row, int to, int at, Float4 x, const Float4& weight, float& squares) {
+  if constexpr (has_norm(phase)) {
+    MK_UNROLL
+    for (int i = 0; i < 4; i++) {
+      squares = arch::fma(x.v[i], x.v[i], squares);
+      x.v[i] = at + i < kHidden ? x.v[i] * weight.v[i] : 0.0f;
+    }
+  }
+  store_activations(row, to, x);
+}
+
+MK_DEVICE void put_squares(const Service& s, int request, int wave, float sum, bool add) {
+  if constexpr (!kLaneSquares) sum = wave_sum(sum);
+  float* part = s.squares(request) + (kLaneSquares ? wave * arch::kWave + s.lane : wave);
+  if (kLaneSquares || s.lane == 0) *part = add ? *part + sum : sum;
+}
+
 // The columns of fill `fill` that stream wave `wave` multiplies. Every lane takes `lane_columns` neighbouring columns of a run and,
 // where runs are longer than a wave, others beside them: `pieces` in a run. Columns are numbered by i.
 template <int phase, int lane_columns>
@@ -136,7 +154,6 @@ struct OwnColumns {
   }
 };
 
-// For the first layer. Leaves the sums of squares to the service waves.
 MK_DEVICE void gather_own_embedding(Service& s, int fill, int wave, char* own) {
   using Columns = OwnColumns<kQkv, 4>;
   const Columns columns = {fill, arch::unknown(wave), arch::unknown(s.lane)};
@@ -151,99 +168,62 @@ MK_DEVICE void gather_own_embedding(Service& s, int fill, int wave, char* own) {
     for (int i = 0; i < Columns::kCount; i++) {
       const int at = columns.of_matrix(i);
       if (at < 0) continue;
-      Float4 x = at < kHidden ? embedding4(s, token, row, at) : kZero4;
-      if constexpr (has_norm(kQkv)) {
-        const Float4 weight = norm_weights<kHidden, kNormAligned<kQkv>>(norm, at);
-        MK_UNROLL
-        for (int j = 0; j < 4; j++) {
-          squares = arch::fma(x.v[j], x.v[j], squares);
-          x.v[j] = at + j < kHidden ? x.v[j] * weight.v[j] : 0.0f;
-        }
-      }
-      store_activations(own + request * kRowBytes, columns.of_row(i), x);
+      Float4 weight = kZero4;
+      if constexpr (has_norm(kQkv)) weight = norm_weights<kHidden, kNormAligned<kQkv>>(norm, at);
+      put_own<kQkv>(own + request * kRowBytes, columns.of_row(i), at, at < kHidden ? embedding4(s, token, row, at) : kZero4, weight, squares);
     }
-    if constexpr (has_norm(kQkv)) {
-      squares = wave_sum(squares);
-      float* part = s.squares(request) + wave;
-      if (s.lane == 0) *part = fill > 0 ? *part + squares : squares;
-    }
+    if constexpr (has_norm(kQkv)) put_squares(s, request, wave, squares, fill > 0);
   }
   arch::wave_sync();
-}
-
-template <int phase>
-MK_DEVICE Packed packed_source(const Service& s, int layer) {
-  if constexpr (phase == kO) return s.packed(h2_attended, kWorkspace.attended, kQSize, layer);
-  if constexpr (phase == kGateUp) return s.packed(h4_projected, kWorkspace.projected, kHidden, layer);
-  if constexpr (phase == kDown) return s.packed(h5_inner, kWorkspace.inner, kInner, layer);
-  return s.packed_residual(layer - 1);
 }
 
 // Gathers them into the wave's own rows.
 template <int phase>
 MK_DEVICE void gather_own(Service& s, int layer, int fill, int wave, char* own) {
-  using Columns = OwnColumns<phase, kVector>;
-  constexpr int size = cols(phase), at_once = 8;  // vectors of a lane
+  using Columns = OwnColumns<phase, 4>;
+  constexpr bool norm = has_norm(phase);
+  constexpr int size = cols(phase), at_once = norm ? 4 : 8;  // vectors of a lane
   constexpr int items = smaller(Columns::kCount, at_once), requests = smaller(kBatch, at_once / items);
   constexpr bool bare = Columns::kAll && Columns::kCount % items == 0;  // nothing to check
   const Columns columns = {fill, arch::unknown(wave), arch::unknown(s.lane)};  // addresses of all phases would fill the registers
-  const Packed from = packed_source<phase>(s, layer);
+  const Site site = source_of<phase>(s, layer);
+  const Norm weights_of = {norm ? norm_of<phase>(s) : nullptr, 1.0f};
   MK_NO_UNROLL
   for (int first_request = 0; first_request < kBatch; first_request += requests) {
+    float squares[requests] = {};
     MK_NO_UNROLL
     for (int first_item = 0; first_item < Columns::kCount; first_item += items) {
       Vec4 v[requests * items];
+      Float4 weights[items];
       int at[items];
       MK_UNROLL
-      for (int i = 0; i < items; i++) at[i] = columns.of_matrix(first_item + i);
+      for (int i = 0; i < items; i++) {
+        at[i] = columns.of_matrix(first_item + i);
+        weights[i] = kZero4;
+        if (norm && (bare || at[i] >= 0)) weights[i] = norm_weights<kHidden, kNormAligned<phase>>(weights_of, at[i]);
+      }
       auto request_of = [&](int i) { return first_request + i / items; };
       auto wanted = [&](int i) { return (bare || at[i % items] >= 0) && (kBatch % requests == 0 || request_of(i) < kBatch); };
-      wait_packed<requests * items>(
-          s.waiter, from.site, [&](int i) { return (const u32*)packed_place(from, request_of(i), size, at[i % items]); }, v,
-          [&](int i) {
-            if (bare && size == padded_cols(phase)) return kVector;
+      wait_places<requests * items>(
+          s.waiter, site, [&](int i) { return site.words + request_of(i) * line(size) + at[i % items]; }, v, [&](int i) {
             const int left = size - at[i % items];
-            return !wanted(i) ? 0 : size % kVector == 0 && left > 0 ? kVector : left;
+            return !wanted(i) ? 0 : (bare && size == padded_cols(phase)) || (size % 4 == 0 && left > 0) ? 4 : left;
           });
       MK_UNROLL
       for (int i = 0; i < requests * items; i++) {
         if (!wanted(i)) continue;
-        char* to = own + request_of(i) * kRowBytes + columns.of_row(first_item + i % items) * kWeightBytes;
-        if constexpr (kSwapped) {
-          *(Vec4*)to = {v[i].x, v[i].z, v[i].y, v[i].w};
-        } else {
-          *(Vec4*)to = v[i];
-        }
+        put_own<phase>(own + request_of(i) * kRowBytes, columns.of_row(first_item + i % items), at[i % items], decode4(v[i]),
+                       weights[i % items], squares[i / items]);
+      }
+    }
+    if constexpr (norm) {
+      MK_UNROLL
+      for (int i = 0; i < requests; i++) {
+        if (first_request + i < kBatch) put_squares(s, first_request + i, wave, squares[i], fill > 0);
       }
     }
   }
   arch::wave_sync();
-}
-
-// The sums of squares of what a phase multiplies, from all units; by the service waves.
-template <int phase>
-MK_DEVICE void gather_squares(Service& s, int layer) {
-  constexpr int from = phase == kGateUp ? kO : kDown;  // the phase that left them
-  constexpr int words = MK_UNITS * kSquareWords, count = (words + arch::kWave - 1) / arch::kWave;
-  constexpr int at_once = smaller(count, 10);
-  const Site site = phase == kGateUp ? s.site(h10_projected_squares, kWorkspace.projected_squares, layer) : s.residual_squares_site(layer - 1);
-  for (int request = s.wave; request < kBatch; request += kServiceWaves) {
-    float sum = 0.0f;
-    MK_UNROLL
-    for (int first = 0; first < count; first += at_once) {
-      u32 v[at_once];
-      const int own = first * arch::kWave + s.lane;
-      wait_single_words<at_once>(s.waiter, site, site.words + request * line(words) + own, arch::kWave, v, [&](int i) {
-        const int word = own + i * arch::kWave;
-        return word < words && (kAllHaveRows || kTiles[from * MK_UNITS + word / kSquareWords].count > 0);
-      });
-      MK_UNROLL
-      for (int i = 0; i < at_once; i++) sum += decode(v[i]);
-    }
-    sum = wave_sum(sum);
-    if (s.lane == 0) *s.squares(request) = sum;
-  }
-  s.sync();
 }
 
 }  // namespace mk

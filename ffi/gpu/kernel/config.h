@@ -165,10 +165,14 @@ constexpr bool kScaleAfter = kWeightType != kF16;
 // for all. A wave whose ring is registers has no time to wait for anything else. A norm that is not applied afterwards and the
 // residual stream of post-norms need whole rows.
 #if defined(MK_REGISTER_RING)
-constexpr bool kStreamGathers = has_packed_hand_offs(false, !kScaleAfter, kPostNorm);
+constexpr bool kStreamGathers = false;
 #else
-constexpr bool kStreamGathers = has_packed_hand_offs(true, !kScaleAfter, kPostNorm);
+constexpr bool kStreamGathers = kScaleAfter && !kPostNorm;
 #endif
+
+// Whether what they gather is packed (sync/packed.h). For one request, whose words are few, the sums of squares that then have to
+// come by a way of their own take longer than that saves.
+constexpr bool kPacked = has_packed_hand_offs(kStreamGathers, kBatch);
 
 // ---- Shared memory ----
 
@@ -222,8 +226,10 @@ constexpr int kOwnRows = most_tiles(kO) * kTileRows;  // of the residual stream,
 constexpr int kTaskVectors = kTaskHeads + 2;  // q heads, then k and v
 constexpr int kRopeRows = MK_NUM_ROPES > 0 ? MK_NUM_ROPES : 1;
 
-// Parts of a request's sum of squares in shared memory.
-constexpr int kSquareParts = kStreamGathers ? kWaves : kServiceWaves;
+// Parts of a request's sum of squares in shared memory. Stream waves leave a single request's to the service waves lane by lane, as
+// adding them up takes a wave long.
+constexpr bool kLaneSquares = kStreamGathers && kBatch == 1;
+constexpr int kSquareParts = !kStreamGathers ? kServiceWaves : kLaneSquares ? kWaves * arch::kWave : kWaves;
 // Sums of squares that a unit publishes of each request.
 constexpr int kSquareWords = (int)square_words(kBatch, kTileRows, arch::kWave, kServiceWaves, most_tiles(kO));
 

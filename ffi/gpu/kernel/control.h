@@ -15,7 +15,7 @@ struct Control {
   int emitted[kBatch];
   int limit[kBatch];     // tokens to emit at most
   int filtered[kBatch];  // not 0: a filter chooses among the logits of all units
-  int aborted;  // by a stream wave: its wait was given up
+  int aborted;           // a wave of the unit has given a wait up; not kept where service waves gather, who mostly do so together
 };
 
 static_assert(sizeof(Control) <= 64 + kBatch * 64);

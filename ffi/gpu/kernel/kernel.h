@@ -72,64 +72,73 @@ MK_DEVICE bool opens_early(const Service& s) {
   return true;
 }
 
-// p3 and p5. opened: the first gate is open already.
+// p3 and p5. opened: the first gate is open already. Opens that of the next phase, if it can be opened so early.
 template <int phase>
-MK_DEVICE void add_to_residual(Service& service, int layer, bool opened) {
-  if constexpr (kStreamGathers) {
+MK_DEVICE bool add_to_residual(Service& service, int layer, bool opened) {
+  if constexpr (kPacked) {
     float squares = 0.0f;
-    run_phase<phase>(
-        service, layer,
-        [&](Service& s, const Tiles& deal, int segment, float, auto wait) { publish_residual<phase>(s, layer, deal, segment, squares, wait); },
-        opened);
+    run_phase<phase>(service, layer, opened, Nothing{}, [&](Service& s, const Tiles& deal, int segment, float, auto wait) {
+      publish_residual<phase>(s, layer, deal, segment, squares, wait);
+    });
+    const bool next = phase == kO                       ? opens_early<kGateUp>(service)
+                      : layer == MK_NUM_LAYERS - 1 ? opens_early<kHead>(service)
+                                                   : opens_early<kQkv>(service);
     if (kAllHaveRows || kTiles[phase * MK_UNITS + service.unit].count > 0) publish_squares<phase>(service, layer, squares);
+    return next;
   } else {
-    run_phase<phase>(
-        service, layer,
-        [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) { publish_rows<phase>(s, layer, deal, segment, scale, wait); },
-        opened);
+    run_phase<phase>(service, layer, opened, Nothing{}, [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) {
+      publish_rows<phase>(s, layer, deal, segment, scale, wait);
+    });
+    return false;
   }
 }
 
-// opened: the first gate is open already.
-MK_DEVICE void run_layer(Service& service, int layer, bool opened) {
+// opened: the first gate is open already. Returns whether that of the next layer or of the head is.
+MK_DEVICE bool run_layer(Service& service, int layer, bool opened) {
   renew(service, [&](Service& s) { s.enter_layer(layer); });
   CacheLoads loads;
-  if constexpr (!arch::kRenew) start_first_task(service, layer, loads);
   run_phase<kQkv>(
-      service, layer,
-      [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) { publish_rows<kQkv>(s, layer, deal, segment, scale, wait); }, opened);
-  const bool o_opened = opens_early<kO>(service);
+      service, layer, opened,
+      [&](Service& s) {
+        if constexpr (!arch::kRenew) start_first_task(s, layer, loads);
+      },
+      [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) { publish_rows<kQkv>(s, layer, deal, segment, scale, wait); });
+  opened = opens_early<kO>(service);
   renew(service, [&](Service& s) {
     if constexpr (arch::kRenew) start_first_task(s, layer, loads);  // there are no registers to hold it for longer
     p2_attend(s, layer, loads);
     p2_combine(s, layer);
   });
-  add_to_residual<kO>(service, layer, o_opened);
+  opened = add_to_residual<kO>(service, layer, opened);
   if constexpr (kPostNorm) {
     renew(service, [&](Service& s) {
       add_projection<aligned_in_layer(MK_ATTN_POST_NORM)>(s, s.site(h4_projected, kWorkspace.projected, layer),
                                                           s.constants + MK_ATTN_POST_NORM);
     });
   }
-  run_phase<kGateUp>(service, layer,
-                     [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) { publish_inner(s, layer, deal, segment, scale, wait); });
+  run_phase<kGateUp>(service, layer, opened, Nothing{}, [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) {
+    publish_inner(s, layer, deal, segment, scale, wait);
+  });
+  opened = kPacked && opens_early<kDown>(service);
   // What this lane has cleared of packed hand-offs is cleared before it writes them for the next time.
-  if constexpr (kStreamGathers) arch::release();
-  add_to_residual<kDown>(service, layer, false);
+  if constexpr (kPacked) arch::release();
+  opened = add_to_residual<kDown>(service, layer, opened);
   if constexpr (kPostNorm) {
     renew(service, [&](Service& s) {
       add_projection<aligned_in_layer(MK_MLP_POST_NORM)>(s, s.residual_site(layer), s.constants + MK_MLP_POST_NORM);
     });
   }
+  return opened;
 }
 
-MK_DEVICE void p6_head(Service& service) {
+// opened: as of run_layer.
+MK_DEVICE void p6_head(Service& service, bool opened) {
   Search search;
-  const bool opened = opens_early<kHead>(service);
+  if (!opened) opened = opens_early<kHead>(service);
   renew(service, [&](Service& s) { search = start_search(s); });
-  run_phase<kHead>(
-      service, MK_NUM_LAYERS,
-      [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) { search_logits(s, search, deal, segment, scale, wait); }, opened);
+  run_phase<kHead>(service, MK_NUM_LAYERS, opened, Nothing{}, [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) {
+    search_logits(s, search, deal, segment, scale, wait);
+  });
   renew(service, [&](Service& s) { publish_candidates(s, search); });
 }
 
@@ -160,11 +169,8 @@ MK_DEVICE void serve(const Args& args) {
       start_residual(s);
     });
     service.mark(kTokenStart);
-    for (int layer = 0; layer < MK_NUM_LAYERS; layer++) {
-      run_layer(service, layer, opened);
-      opened = false;
-    }
-    p6_head(service);
+    for (int layer = 0; layer < MK_NUM_LAYERS; layer++) opened = run_layer(service, layer, opened);
+    p6_head(service, opened);
     renew(service, [&](Service& s) { cancelled = !p7_sample(s); });
     service.token++;
   }

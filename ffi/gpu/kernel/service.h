@@ -11,7 +11,7 @@ namespace mk {
 
 constexpr Workspace kWorkspace = make_workspace({kBatch, MK_UNITS, kSplits, kHidden, kInner, kQSize, kQkvSize, kHeads, kVocab,
                                                  kPostNorm && !kResidualInShared ? kBatch * kHidden : 0,
-                                                 kStreamGathers ? kWeightBytes : 0, kSquareWords});
+                                                 kPacked ? kWeightBytes : 0, kSquareWords});
 
 // Requests are dealt to teams of service waves.
 constexpr int kTeamWaves = larger(1, kServiceWaves / kBatch);
@@ -161,6 +161,11 @@ struct Service {
 
   MK_METHOD float square_sum(const float* parts) const {
     float sum = 0.0f;
+    if constexpr (kLaneSquares) {
+      MK_UNROLL
+      for (int i = 0; i < kSquareParts; i += arch::kWave) sum += parts[i + lane];
+      return wave_sum(sum);
+    }
     MK_UNROLL
     for (int i = 0; i < (kStreamGathers ? kWaves : kTeamWaves); i++) sum += parts[i];
     return sum;

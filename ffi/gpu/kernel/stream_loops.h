@@ -1,7 +1,7 @@
 // The stream waves where rings are shared memory: all waves of a unit have the same to do, in loops.
 #pragma once
 
-#include "activations.h"
+#include "packed_activations.h"
 #include "stream.h"
 
 namespace mk {
@@ -36,7 +36,8 @@ struct StreamWave {
     return go;
   }
 
-  // Gathers what is multiplied next, if this wave does so.
+  // Gathers what is multiplied next, if this wave does so; the service waves get the sum of squares of all of it, where it does not
+  // come from other units.
   template <int p>
   MK_METHOD void gather() {
     if constexpr (kStreamGathers) {
@@ -47,20 +48,20 @@ struct StreamWave {
         }
         if (p == kQkv && layer == 0) {
           gather_own_embedding(*service, fill, wave, activations);
-          if (has_norm(p) && segment == 0 && fill == fill_count(p) - 1) arch::hand_over_squares();  // Q
+        } else if constexpr (kPacked) {
+          gather_packed<p>(*service, p == kHead ? MK_NUM_LAYERS : layer, fill, wave, activations);
         } else {
           gather_own<p>(*service, p == kHead ? MK_NUM_LAYERS : layer, fill, wave, activations);
         }
         service->mark(kPhaseEvents * p + kGathered);
+        const bool squares = has_norm(p) && (!kPacked || (p == kQkv && layer == 0));
+        if (squares && segment == 0 && fill == fill_count(p) - 1) arch::hand_over_squares();  // Q
       }
     }
   }
 
   MK_METHOD void finish_segment() {
-    if constexpr (kStreamGathers) {
-      if (service->waiter.aborted && lane == 0) shared_at<Control>(kShared.control)->aborted = 1;
-      service->mark(kPhaseEvents * phase + kMultiplied);
-    }
+    if constexpr (kStreamGathers) service->mark(kPhaseEvents * phase + kMultiplied);
     arch::hand_over();  // B: products are in place
   }
 

@@ -117,11 +117,13 @@ void Words::store(u32* p, size_t i, u32 value, size_t unit, size_t wave) {
   u64 due = delay();
   const Fault& fault = options_.fault;
   const char* at = reinterpret_cast<const char*>(p);
-  if (at >= fault.begin && at < fault.end && statistics_.watched++ == fault.nth && fault.kind != FaultKind::kNone) {
+  const bool counts = fault.watched == Watched::kAll || (fault.watched == Watched::kZero) == (value == 0);
+  if (counts && at >= fault.begin && at < fault.end && statistics_.watched++ == fault.nth && fault.kind != FaultKind::kNone) {
     statistics_.faults++;
     if (fault.kind == FaultKind::kDrop) return;
     if (fault.kind == FaultKind::kHold) due = kHeld;
     if (fault.kind == FaultKind::kFlip) value ^= 1;
+    if (fault.kind == FaultKind::kLag) due = kLagging;
   }
   View& view = views_[unit * count_ + i];
   if (view.waiting) due = std::max(due, view.last_due);
@@ -203,7 +205,7 @@ void Words::settle_due() {
 
 void Words::settle_some() {
   for (size_t unit = 0; unit < waiting_.size(); unit++) {
-    settle_unit<false>(unit, [this](const Store& store) { return store.due != kHeld && random_.one_in(2); });
+    settle_unit<false>(unit, [this](const Store& store) { return store.due != kHeld && store.due != kLagging && random_.one_in(2); });
   }
 }
 

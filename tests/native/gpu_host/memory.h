@@ -93,7 +93,8 @@ class Words {
 
  private:
   static constexpr u64 kNever = ~u64{0};
-  static constexpr u64 kHeld = kNever - 1;  // by a fault: not even a release helps
+  static constexpr u64 kHeld = kNever - 1;     // by a fault: not even a release helps
+  static constexpr u64 kLagging = kNever - 2;  // by a fault: only a release helps
 
   struct Area {
     const char *begin, *end;

@@ -32,13 +32,15 @@ enum class Stores : u32 {
   kLate,    // when all waves wait, some of them
 };
 
-enum class FaultKind : u32 { kNone, kDrop, kHold, kFlip };
+enum class FaultKind : u32 { kNone, kDrop, kHold, kFlip, kLag /* until the next release */ };
+enum class Watched : u64 { kAll, kNotZero, kZero };
 
 // What goes wrong with the nth store_word (from 0) between these addresses.
 struct Fault {
   FaultKind kind;
   u32 nth;
   const char *begin, *end;
+  Watched watched;  // which stores are counted
 };
 
 struct Options {

@@ -271,7 +271,7 @@ int execute(const Module& module, const mk::Args& args) {
   options.max_steps = uint64_t{1} << 60;
   options.policy = static_cast<host::Policy>(hip_policy);
   options.stores = static_cast<host::Stores>(hip_stores);
-  options.fault = {static_cast<host::FaultKind>(hip_fault), static_cast<mk::u32>(hip_fault_store), workspace, workspace + words};
+  options.fault = {static_cast<host::FaultKind>(hip_fault), static_cast<mk::u32>(hip_fault_store), workspace, workspace + words, host::Watched::kAll};
   host::Statistics statistics;
   char message[4096] = "";
   const int error = module.run(&options, &statistics, message, sizeof message);

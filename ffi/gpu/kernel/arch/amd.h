@@ -188,6 +188,13 @@ MK_DEVICE Vec4 load_words(const u32* p) {
 MK_DEVICE void store_word(u32* p, u32 v) {
   __hip_atomic_store((Global<u32>*)p, v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }
+MK_DEVICE void store_half(u16* p, u32 v) {
+  __hip_atomic_store((Global<u16>*)p, (u16)v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
+MK_DEVICE bool halves_not_zero(const Vec4& v) {
+  auto zeros = [](u32 w) { return (w - 0x10001u) & ~w & 0x80008000u; };
+  return (zeros(v.x) | zeros(v.y) | zeros(v.z) | zeros(v.w)) == 0;
+}
 MK_DEVICE void store_byte(u8* p, u32 v) {
   __hip_atomic_store((Global<u8>*)p, (u8)v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }

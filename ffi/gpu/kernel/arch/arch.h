@@ -30,8 +30,8 @@
 //   any(bool), wave_max(u32)    over the wave
 //   load_word(p), load_words(p) relaxed, device scope: u32; four u32 (each atomic by itself, p 16-byte aligned)
 //   store_word(p, v)            relaxed, device scope
-//   store_half(p, v)            likewise, 16 bits; with shared rings only
-//   halves_not_zero(v)          whether none of a vector's 16-bit halves is 0; likewise
+//   store_half(p, v)            likewise, 16 bits
+//   halves_not_zero(v)          whether none of a vector's 16-bit halves is 0
 //   store_byte(p, v)            of a word whose other bytes may be other units'
 //   load_shared_data(p)         16 bytes of device memory that other units may have written before the last acquire
 //   load_once(p)                16 bytes of read-only memory that is not needed again

@@ -17,8 +17,7 @@ constexpr int kCandidateWords = 8;
 constexpr int kTokenWords = 4;
 constexpr int kPackedCopies = 3;
 
-// Whether stream waves gather activations, which then come in the weights' dtype (config.h: kStreamGathers).
-constexpr bool has_packed_hand_offs(bool shared_ring, bool f16, bool post_norm) { return shared_ring && !f16 && !post_norm; }
+constexpr bool has_packed_hand_offs(bool stream_gathers, i64 batch) { return stream_gathers && batch > 1; }
 
 // How many sums of squares a unit leaves for each request: `tile_rows` service lanes together have one request each, and the
 // lanes of a wave that have the same request are added up where they are regularly apart.

@@ -317,7 +317,7 @@ MK_DEVICE void start_first_task(const Service& s, int layer, CacheLoads& loads) 
 }
 
 MK_DEVICE void publish_attended(const Service& s, int layer, int request, int column, float y) {
-  if constexpr (kStreamGathers) {
+  if constexpr (kPacked) {
     const Packed to = s.packed(h2_attended, kWorkspace.attended, kQSize, layer);
     publish_packed(packed_place(to, request, kQSize, column), to.clears, y);
   } else {

@@ -14,7 +14,7 @@ constexpr int kPackedLanes = kServiceLanes / kTileRows;  // groups of lanes that
 static_assert(kPackedCandidate < kCandidateWords, "one word is for flags");
 static_assert(kPackedLanes / kBatch <= arch::kWave, "a wave must hold all candidates of a request");
 
-enum Flags : u32 { kEmitted = 1, kStop = 2, kCancel = 4 };  // in h8, the last also in h7
+enum Flags : u32 { kEmitted = 1, kStop = 2, kCancel = 4, kAborted = 8 };  // in h8, the last two also in h7
 
 // A filtered request's logits, [vocab]: after penalties, bias and temperature; as they were computed.
 MK_DEVICE u32* adjusted_row(const Service& s, int request) {
@@ -110,7 +110,7 @@ MK_DEVICE void publish_candidates(Service& s, Search& search) {
       u32* to = s.at<u32>(kWorkspace.candidate) + (r * MK_UNITS + s.unit) * kCandidateWords;
       MK_UNROLL
       for (int i = 0; i < kPackedCandidate; i++) arch::store_word(to + i, encode_int(words[i], parity));
-      arch::store_word(to + kPackedCandidate, encode_int(search.cancel != 0 ? kCancel : 0, parity));
+      arch::store_word(to + kPackedCandidate, encode_int((search.cancel != 0 ? kCancel : 0) | (kStreamGathers && s.control().aborted != 0 ? kAborted : 0), parity));
       for (int i = kPackedCandidate + 1; i < kCandidateWords; i++) arch::store_word(to + i, encode_int(0, parity));
     }
   }
@@ -147,7 +147,7 @@ MK_DEVICE Candidate gather_candidates(Service& s, int request, u32* flags) {
     }
   }
   merge_wave(best);
-  *flags = arch::any((*flags & kCancel) != 0) ? kCancel : 0;
+  *flags = (arch::any((*flags & kCancel) != 0) ? kCancel : 0) | (arch::any((*flags & kAborted) != 0) ? kAborted : 0);
   return best;
 }
 
@@ -180,7 +180,7 @@ MK_DEVICE void choose(Service& s, int request) {
     const u32 parity = s.token_site(h8_token, kWorkspace.token).parity;
     i32 token = best.best.token;
     token = token >= 0 && token < kVocab ? token : 0;  // after an aborted wait it may be anything
-    const bool emits = live && !s.waiter.aborted;
+    const bool emits = live && !s.waiter.aborted && (flags & kAborted) == 0;
     if (emits) flags |= kEmitted;
     if (arch::any(emits && is_eos(s.args, request, token, eos, s.lane))) flags |= kStop;
     if (emits && s.lane == 0) {

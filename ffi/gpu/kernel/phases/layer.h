@@ -1,7 +1,7 @@
 // The phases that multiply: p1_norm_qkv, p3_project_out, p4_gate_up, p5_down, and what they share with p6_head.
 #pragma once
 
-#include "activations.h"
+#include "packed_activations.h"
 
 namespace mk {
 
@@ -76,11 +76,13 @@ MK_DEVICE float products_scale(Service& s, int layer) {
   if constexpr (!kScaleAfter || !has_norm(phase)) return 1.0f;
   constexpr int rows = output_rows(phase);
   const int request = s.index % (kBatch * rows) / rows;
-  if constexpr (kStreamGathers) {
+  if constexpr (kPacked) {
     if (phase != kQkv || layer > 0) {
       gather_squares<phase>(s, layer);
       return s.scale_of(*s.squares(request), kHidden);
     }
+  }
+  if constexpr (kStreamGathers) {
     arch::take_over_squares();  // Q
   } else {
     s.sync();  // all parts of the sum of squares are there
@@ -113,7 +115,7 @@ MK_DEVICE const float* next_norm(const Service& s, int layer) {
   return phase == kO ? s.constants + MK_MLP_NORM : s.constants + MK_LAYER_CONSTANTS + MK_ATTN_NORM;
 }
 
-// p3 and p5 where stream waves gather: bias, residual, norm's weight, and off to the others. squares: of this lane's rows so far.
+// p3 and p5 where hand-offs are packed: bias, residual, norm's weight, and off to the others. squares: of this lane's rows so far.
 template <int phase, typename Wait>
 MK_DEVICE void publish_residual(Service& s, int layer, const Tiles& deal, int segment, float& squares, Wait wait) {
   constexpr int bias_offset = phase == kO ? MK_O_BIAS : MK_DOWN_BIAS;
@@ -199,7 +201,7 @@ MK_DEVICE void publish_inner(Service& s, int layer, const Tiles& deal, int segme
       s, deal, segment, wait,
       [&](int request, int out) -> Row {
         const bool real = out < kInner;
-        return {kStreamGathers ? packed_place(packed, request, kInner, out) : (char*)(to.words + request * line(kInner) + out),
+        return {kPacked ? packed_place(packed, request, kInner, out) : (char*)(to.words + request * line(kInner) + out),
                 real ? bias<MK_GATE_BIAS>(s, out) : 0.0f, real ? bias<MK_UP_BIAS>(s, out) : 0.0f};
       },
       [&](const Row& row, int out, auto sum) {
@@ -210,7 +212,7 @@ MK_DEVICE void publish_inner(Service& s, int layer, const Tiles& deal, int segme
         } else {
           y = activate(sum(0) * scale + row.up_bias);
         }
-        if constexpr (kStreamGathers) {
+        if constexpr (kPacked) {
           publish_packed(row.place, packed.clears, y);
         } else {
           arch::store_word((u32*)row.place, encode(y, to.parity));
@@ -219,28 +221,37 @@ MK_DEVICE void publish_inner(Service& s, int layer, const Tiles& deal, int segme
 }
 
 // A phase's multiplications: gates, fills if the service waves gather, and use(s, deal, segment, scale, wait) for what comes out,
-// which is to be scaled; it has come when use has called wait(s). A unit without tiles does nothing. opened: the first gate is
-// open already.
-template <int phase, typename Use>
-MK_DEVICE void run_phase(Service& s, int layer, Use use, bool opened = false) {
+// which is to be scaled; it has come when use has called wait(s). A unit without tiles does nothing but between(s), which is called
+// once, not before words that the service waves themselves wait for. opened: the first gate is open already.
+template <int phase, typename Between, typename Use>
+MK_DEVICE void run_phase(Service& s, int layer, bool opened, Between between, Use use) {
   const Tiles deal = kTiles[phase * MK_UNITS + arch::unit()];
-  if (deal.count == 0) return;
-  s.squares_set ^= 1;
   const int segments = segment_count(deal);
   constexpr int fills = kStreamGathers ? 1 : fill_count(phase);
   float scale = 1.0f;
+  if (deal.count > 0) s.squares_set ^= 1;
+  if constexpr (kPacked) {
+    if (deal.count > 0) {
+      if (!opened) arch::open_gate();  // A
+      scale = products_scale<phase>(s, layer);
+      s.mark(kPhaseEvents * phase + kFilled);
+    }
+  }
+  between(s);
   for (int segment = 0; segment < segments; segment++) {
-    for (int fill = 0; fill < fills; fill++) {
-      if (fills > 1 || segment == 0) {
-        if constexpr (!kStreamGathers) {
-          renew(s, [&](Service& now) { fill_activations<phase>(now, source_of<phase>(now, layer), fill); });
-          s.mark(kPhaseEvents * phase + kGathered);
+    if constexpr (!kPacked) {
+      for (int fill = 0; fill < fills; fill++) {
+        if (fills > 1 || segment == 0) {
+          if constexpr (!kStreamGathers) {
+            renew(s, [&](Service& now) { fill_activations<phase>(now, source_of<phase>(now, layer), fill); });
+            s.mark(kPhaseEvents * phase + kGathered);
+          }
+          if (!opened) arch::open_gate();  // A
+          if (fill == fills - 1) renew(s, [&](Service& now) { scale = products_scale<phase>(now, layer); });
+          s.mark(kPhaseEvents * phase + kFilled);
         }
-        if (!opened) arch::open_gate();  // A
-        if (fill == fills - 1) renew(s, [&](Service& now) { scale = products_scale<phase>(now, layer); });
-        s.mark(kPhaseEvents * phase + kFilled);
+        if (fill < fills - 1) arch::take_over();  // B
       }
-      if (fill < fills - 1) arch::take_over();  // B
     }
     renew(s, [&](Service& now) {
       use(now, deal, segment, scale, [&](Service& waiting) {
@@ -253,5 +264,9 @@ MK_DEVICE void run_phase(Service& s, int layer, Use use, bool opened = false) {
     s.mark(kPhaseEvents * phase + kPublished);
   }
 }
+
+struct Nothing {
+  MK_METHOD void operator()(Service&) const {}
+};
 
 }  // namespace mk

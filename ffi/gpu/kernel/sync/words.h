@@ -1,7 +1,7 @@
 // Hand-offs between units: words that carry 31 bits of data and one bit of readiness (docs/kernel.md).
 #pragma once
 
-#include "config.h"
+#include "control.h"
 #include "layout/workspace.h"
 
 namespace mk {
@@ -70,6 +70,7 @@ MK_DEVICE bool give_up(Waiter& waiter, const Site& site, u32 word, u32 seen, boo
     }
   }
   waiter.aborted = arch::any(waiter.aborted);
+  if (kStreamGathers && waiter.aborted && arch::lane() == 0) shared_at<Control>(kShared.control)->aborted = 1;
   return waiter.aborted;
 }
 
