@@ -126,6 +126,17 @@ SHAPES = {
         rope_theta=5e5,
         llama3_rope_factor=32.0,
     ),
+    "2.3b": Shape(
+        title="2.3B (made up)",
+        hidden_size=2560,
+        intermediate_size=8192,
+        num_layers=28,
+        num_heads=20,
+        num_kv_heads=4,
+        head_dim=128,
+        vocab_size=32768,
+        rope_theta=5e5,
+    ),
     "llama3.1-8b": Shape(
         title="Llama-3.1-8B",
         hidden_size=4096,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from benchmarks import predictions
 from benchmarks.shapes import SHAPES
 from jax_monokernel.performance import Calibration, predict
 from jax_monokernel.topology import Constant, Topology, part
@@ -105,3 +107,9 @@ def test_missing_constants(missing, message):
     device = dataclasses.replace(device, constants={k: v for k, v in device.constants.items() if k not in missing})
     with pytest.raises(ValueError, match=message):
         predict(SHAPES["qwen3-0.6b"].spec(), device, loaded=True)
+
+
+def test_the_documented_table_is_what_the_model_says():
+    text = (Path(__file__).parents[1] / "docs" / "performance.md").read_text()
+    for row in predictions.rows():
+        assert row in text, "run `python -m benchmarks.predictions` and put its table there"
