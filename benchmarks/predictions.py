@@ -31,10 +31,8 @@ def device(name: str) -> Topology:
 
 def rows() -> list[str]:
     """Lines of the table, Markdown. Times are microseconds a token."""
-    head = (
-        "us a token | flat | hierarchical | flat, placed | hierarchical, placed | flat, loaded | hierarchical, loaded"
-    )
-    columns = head.replace("us", "µs", 1).split(" | ") + ["floor", "tok/s: loaded, polled, floor"]
+    plans = [f"{kind}{how}" for how in ("", ", placed", ", loaded") for kind in ("flat", "hierarchical")]
+    columns = ["µs a token", *plans, "floor", "tok/s: loaded/polled/floor"]
     lines = ["| " + " | ".join(columns) + " |", "| --- |" + " --: |" * (len(columns) - 1)]
     for shape in MODELS:
         spec = SHAPES[shape].spec()
