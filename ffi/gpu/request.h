@@ -35,6 +35,7 @@ struct Request {
 
 constexpr int64_t kMaxBatch = 16;
 constexpr int64_t kMaxSplits = 4096;
+constexpr int64_t kMaxGroups = 64;
 
 // Checks everything that leads to an address, because an exported program may have been changed on its way here. Throws
 // Failure kInvalid.

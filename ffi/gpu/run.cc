@@ -37,7 +37,7 @@ std::string hex(uint32_t value) {
 Failure reported(const mk::Report& r, int64_t vocab_size, double timeout_s) {
   constexpr const char* kHandoffs[] = {"h1_qkv",     "h2_attended", "h3_partial",   "h4_projected",
                                        "h5_inner",   "h6_residual", "h7_candidate", "h8_token",
-                                       "h9_final"};
+                                       "h9_final",   "h10_out_sums", "h11_down_sums"};
   if (r.reason == mk::kCancelled) return cancelled();
   if (r.reason == mk::kInvalid) {  // the reason's own use of the fields: request, position and token
     const std::string request = std::to_string(r.unit);

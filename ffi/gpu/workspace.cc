@@ -11,11 +11,14 @@ WorkspaceSize workspace_size(const Request& request) {
   dims.units = p.units;
   dims.splits = request.splits;
   dims.hidden = p.hidden_size;
-  dims.inner = p.intermediate_size;
   dims.q_size = p.q_size();
   dims.qkv_size = p.q_size() + 2 * p.kv_size();
   dims.heads = p.num_heads;
   dims.vocab = p.vocab_size;
+  dims.groups = p.groups;
+  dims.attention_groups = p.attention_groups;
+  dims.mlp_groups = p.mlp_groups;
+  dims.inner_cols = p.inner_cols;
   // What the kernel needs at most: it keeps small residuals in shared memory. They come last, so no offset depends on it.
   dims.own_residual = p.post_norm ? request.batch * p.hidden_size : 0;
   const mk::Workspace w = mk::make_workspace(dims);

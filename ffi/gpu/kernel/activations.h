@@ -27,10 +27,10 @@ MK_DEVICE const float* norm_of(const Service& s) {
 // Where a phase's input comes from. words null: the residual stream is at hand, in the unit's own copy or the embedding.
 template <int phase>
 MK_DEVICE Site source_of(const Service& s, int layer) {
-  if constexpr (phase == kO) return s.site(h2_attended, kWorkspace.attended, layer);
-  if constexpr (phase == kDown) return s.site(h5_inner, kWorkspace.inner, layer);
+  if constexpr (phase == kO) return s.site(h2_attended, s.part<kAttentionGroups>(kWorkspace.attended, cols(kO)), layer);
+  if constexpr (phase == kDown) return s.site(h5_inner, s.part<kMlpGroups>(kWorkspace.inner, cols(kDown)), layer);
   if constexpr (!kPostNorm) {
-    if constexpr (phase == kGateUp) return s.site(h4_projected, kWorkspace.projected, layer);
+    if constexpr (phase == kGateUp) return s.site(h4_projected, s.part<kGroups>(kWorkspace.projected, kHidden), layer);
     if (phase == kHead || layer > 0) return s.residual_site(layer - 1);
   }
   return {};

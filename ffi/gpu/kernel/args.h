@@ -13,7 +13,7 @@ using i64 = long long;
 // Why a launch ended early. The first unit to find a reason writes it.
 struct Report {
   u32 reason;    // enum Reason
-  u32 handoff;   // 1 to 9: h1_qkv to h9_final (docs/kernel.md)
+  u32 handoff;   // 1 to 11: h1_qkv to h11_down_sums (docs/kernel.md)
   u32 layer;
   u32 token;     // of this launch
   u32 unit;      // the waiter

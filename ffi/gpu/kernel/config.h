@@ -75,10 +75,27 @@ constexpr bool kGated = MK_GATED != 0;
 
 constexpr int kSplits = MK_SPLITS;
 constexpr int kTaskHeads = MK_TASK_HEADS;
-constexpr int kTasks = kBatch * (kHeads / kTaskHeads) * kSplits;
+
+// Groups of neighbouring units. Where attention is in groups, each holds whole heads; where the MLP is, each holds kInnerCols of
+// the inner width. Matrices of both are then stacked: first a group's rows, then those of the next one; of o and down, all rows for
+// the columns of each group.
+constexpr int kGroups = MK_GROUPS, kMembers = MK_UNITS / kGroups;
+constexpr int kAttentionGroups = MK_ATTENTION_GROUPS, kMlpGroups = MK_MLP_GROUPS;
+constexpr int groups_of(int phase) {
+  return phase == kQkv || phase == kO ? kAttentionGroups : phase == kGateUp || phase == kDown ? kMlpGroups : 1;
+}
+constexpr int kInnerCols = MK_INNER_COLS;
+constexpr int kGroupHeads = kHeads / kAttentionGroups, kGroupKvHeads = kKvHeads / kAttentionGroups;
+constexpr int kGroupQSize = kQSize / kAttentionGroups, kGroupKvSize = kKvSize / kAttentionGroups;
+constexpr int kGroupQkvSize = kGroupQSize + 2 * kGroupKvSize;
+static_assert(MK_UNITS % kGroups == 0 && kKvHeads % kAttentionGroups == 0 && (MK_QK_NORM != 2 || kAttentionGroups == 1),
+              "the plan's groups do not fit");
+// The units among which attention's tasks of one group are dealt.
+constexpr int kAttentionUnits = MK_UNITS / kAttentionGroups;
+constexpr int kTasks = kBatch * (kGroupHeads / kTaskHeads) * kSplits;
 
 // Columns of a phase's matrix, real and padded to whole atoms.
-constexpr int cols(int phase) { return phase == kO ? kQSize : phase == kDown ? kInner : kHidden; }
+constexpr int cols(int phase) { return phase == kO ? kGroupQSize : phase == kDown ? kInnerCols : kHidden; }
 #if defined(MK_REGISTER_RING)
 constexpr int kAlignAtoms = 1;
 #else
@@ -208,7 +225,10 @@ constexpr int most_tiles(int phase) {
   for (int u = 0; u < MK_UNITS; u++) most = larger(most, table[phase * MK_UNITS + u].count);
   return most;
 }
-constexpr int kOwnRows = most_tiles(kO) * kTileRows;  // of the residual stream, at most
+// The residual stream's rows that a unit adds to: those of its tiles of o and down; or, where there are groups, each of which has a
+// copy of the residual stream, its share of all rows.
+constexpr int kHiddenVectors = (kHidden + 3) / 4;
+constexpr int kOwnRows = kGroups == 1 ? most_tiles(kO) * kTileRows : (kHiddenVectors + kMembers - 1) / kMembers * 4;  // at most
 
 constexpr int kTaskVectors = kTaskHeads + 2;  // q heads, then k and v
 constexpr int kRopeRows = MK_NUM_ROPES > 0 ? MK_NUM_ROPES : 1;

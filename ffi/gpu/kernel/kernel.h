@@ -3,6 +3,7 @@
 
 #include "phases/attention.h"
 #include "phases/head.h"
+#include "phases/reduce.h"
 #if defined(MK_REGISTER_RING)
 #include "stream_walk.h"
 #else
@@ -72,6 +73,24 @@ MK_DEVICE bool opens_early(const Service& s) {
   return true;
 }
 
+// p3 and p5. opened: the first gate is open already. Returns whether that of the next phase is.
+template <int phase, int next>
+MK_DEVICE bool project(Service& service, int layer, bool opened) {
+  if constexpr (kGroups == 1) {
+    run_phase<phase>(
+        service, layer,
+        [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) { publish_rows<phase>(s, layer, deal, segment, scale, wait); }, opened);
+    return false;
+  } else {
+    run_phase<phase>(
+        service, layer, [&](Service& s, const Tiles& deal, int segment, float, auto wait) { publish_sums<phase>(s, layer, deal, segment, wait); },
+        opened);
+    const bool next_opened = next < kPhases && opens_early<next % kPhases>(service);
+    renew(service, [&](Service& s) { reduce_sums<phase>(s, layer); });
+    return next_opened;
+  }
+}
+
 // opened: the first gate is open already.
 MK_DEVICE void run_layer(Service& service, int layer, bool opened) {
   renew(service, [&](Service& s) { s.enter_layer(layer); });
@@ -86,19 +105,18 @@ MK_DEVICE void run_layer(Service& service, int layer, bool opened) {
     p2_attend(s, layer, loads);
     p2_combine(s, layer);
   });
-  run_phase<kO>(
-      service, layer,
-      [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) { publish_rows<kO>(s, layer, deal, segment, scale, wait); }, o_opened);
+  const bool gate_up_opened = project<kO, kGateUp>(service, layer, o_opened);
   if constexpr (kPostNorm) {
     renew(service, [&](Service& s) {
-      add_projection<aligned_in_layer(MK_ATTN_POST_NORM)>(s, s.site(h4_projected, kWorkspace.projected, layer),
-                                                          s.constants + MK_ATTN_POST_NORM);
+      add_projection<aligned_in_layer(MK_ATTN_POST_NORM)>(
+          s, s.site(h4_projected, s.part<kGroups>(kWorkspace.projected, kHidden), layer), s.constants + MK_ATTN_POST_NORM);
     });
   }
-  run_phase<kGateUp>(service, layer,
-                     [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) { publish_inner(s, layer, deal, segment, scale, wait); });
-  run_phase<kDown>(service, layer,
-                   [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) { publish_rows<kDown>(s, layer, deal, segment, scale, wait); });
+  run_phase<kGateUp>(
+      service, layer,
+      [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) { publish_inner(s, layer, deal, segment, scale, wait); },
+      gate_up_opened);
+  project<kDown, kPhases>(service, layer, false);
   if constexpr (kPostNorm) {
     renew(service, [&](Service& s) {
       add_projection<aligned_in_layer(MK_MLP_POST_NORM)>(s, s.residual_site(layer), s.constants + MK_MLP_POST_NORM);

@@ -9,8 +9,9 @@
 
 namespace mk {
 
-constexpr Workspace kWorkspace = make_workspace({kBatch, MK_UNITS, kSplits, kHidden, kInner, kQSize, kQkvSize, kHeads, kVocab,
-                                                 kPostNorm && !kResidualInShared ? kBatch * kHidden : 0});
+constexpr Workspace kWorkspace = make_workspace({kBatch, MK_UNITS, kSplits, kHidden, kQSize, kQkvSize, kHeads, kVocab,
+                                                 kPostNorm && !kResidualInShared ? kBatch * kHidden : 0, kGroups,
+                                                 kAttentionGroups, kMlpGroups, kInnerCols});
 
 // Requests are dealt to teams of service waves.
 constexpr int kTeamWaves = larger(1, kServiceWaves / kBatch);
@@ -111,6 +112,22 @@ struct Service {
   MK_METHOD void enter_layer(int layer) {
     constants = args.constants + MK_LAYER_CONSTANTS_OFFSET + (i64)layer * MK_LAYER_CONSTANTS;
   }
+  // The unit's group, of `groups`: 1 or kGroups.
+  template <int groups>
+  MK_METHOD int group() const {
+    static_assert(groups == 1 || groups == kGroups);
+    return groups == 1 ? 0 : unit / kMembers;
+  }
+  // The unit's place in that group.
+  template <int groups>
+  MK_METHOD int member() const {
+    return groups == 1 ? unit : unit % kMembers;
+  }
+  // Where its group's words of a hand-off begin: of `size` for each request.
+  template <int groups>
+  MK_METHOD i64 part(i64 offset, int size) const {
+    return groups == 1 ? offset : offset + (i64)group<groups>() * kBatch * line(size) * 4;
+  }
   // Uses of a layer's hand-offs are counted over all tokens.
   MK_METHOD Site site(HandOff handoff, i64 offset, int layer) const {
     return {at<u32>(offset), handoff, (u32)layer, (u32)token, (u32)(token * MK_NUM_LAYERS + layer + 1) & 1u};
@@ -118,8 +135,8 @@ struct Service {
   // The residual stream after a layer. What the last layer leaves has other readers, so it goes elsewhere: every reader of
   // a hand-off must read every use of it.
   MK_METHOD Site residual_site(int layer) const {
-    if (layer == MK_NUM_LAYERS - 1) return token_site(h9_final, kWorkspace.final_);
-    Site s = site(h6_residual, kWorkspace.residual, layer);
+    if (layer == MK_NUM_LAYERS - 1) return token_site(h9_final, part<kGroups>(kWorkspace.final_, kHidden));
+    Site s = site(h6_residual, part<kGroups>(kWorkspace.residual, kHidden), layer);
     s.parity = (u32)(token * (MK_NUM_LAYERS - 1) + layer + 1) & 1u;
     return s;
   }

@@ -7,24 +7,29 @@ namespace mk {
 
 struct Dims {
   i64 batch, units, splits;
-  i64 hidden, inner, q_size, qkv_size, heads, vocab;
+  i64 hidden, q_size, qkv_size, heads, vocab;
   i64 own_residual;  // f32 of a unit's private copy of the residual stream; 0: it is in shared memory
+  i64 groups, attention_groups, mlp_groups;  // 1: none
+  i64 inner_cols;                            // of the MLP's inner activations that a group has, or all of them
 };
 
 constexpr int kCandidateWords = 8;
 constexpr int kTokenWords = 4;
 
-// Offsets in bytes from the workspace's start. The first exchange_bytes are zeroed before every launch.
+// Offsets in bytes from the workspace's start. The first exchange_bytes are zeroed before every launch. What stays inside groups
+// is there once for each.
 struct Workspace {
-  i64 qkv;        // h1: words [batch][qkv_size]
-  i64 attended;   // h2: words [batch][q_size]
+  i64 qkv;        // h1: words [attention_groups][batch][qkv_size of a group]
+  i64 attended;   // h2: words [attention_groups][batch][q_size of a group]
   i64 partial;    // h3: words [batch][heads][splits][head_dim + 2], only if splits > 1
-  i64 projected;  // h4: words [batch][hidden]
-  i64 inner;      // h5: words [batch][inner]
-  i64 residual;   // h6: words [batch][hidden]
-  i64 final_;      // h9: words [batch][hidden]
+  i64 projected;  // h4: words [groups][batch][hidden]
+  i64 inner;      // h5: words [mlp_groups][batch][inner_cols]
+  i64 residual;   // h6: words [groups][batch][hidden]
+  i64 final_;      // h9: words [groups][batch][hidden]
   i64 candidate;  // h7: words [batch][units][kCandidateWords]
   i64 token;      // h8: words [batch][kTokenWords]
+  i64 out_sums;   // h10: words [attention_groups][batch][hidden], only if there are groups
+  i64 down_sums;  // h11: words [mlp_groups][batch][hidden], likewise
   i64 exchange_bytes;
   i64 adjusted;   // f32 [batch][vocab rounded up to 4], logits after penalties, bias and temperature
   i64 logits;     // f32 likewise, logits as they were computed: for log-probabilities of filtered requests
@@ -44,15 +49,17 @@ constexpr Workspace make_workspace(Dims d) {
   };
   auto line = [](i64 n) { return (n + 31) / 32 * 32; };
   w.abort = place(32);
-  w.qkv = place(d.batch * line(d.qkv_size));
-  w.attended = place(d.batch * line(d.q_size));
+  w.qkv = place(d.attention_groups * d.batch * line(d.qkv_size / d.attention_groups));
+  w.attended = place(d.attention_groups * d.batch * line(d.q_size / d.attention_groups));
   w.partial = place(d.splits > 1 ? d.batch * d.heads * d.splits * line(d.q_size / d.heads + 2) : 0);
-  w.projected = place(d.batch * line(d.hidden));
-  w.inner = place(d.batch * line(d.inner));
-  w.residual = place(d.batch * line(d.hidden));
-  w.final_ = place(d.batch * line(d.hidden));
+  w.projected = place(d.groups * d.batch * line(d.hidden));
+  w.inner = place(d.mlp_groups * d.batch * line(d.inner_cols));
+  w.residual = place(d.groups * d.batch * line(d.hidden));
+  w.final_ = place(d.groups * d.batch * line(d.hidden));
   w.candidate = place(d.batch * d.units * kCandidateWords);
   w.token = place(d.batch * line(kTokenWords));
+  w.out_sums = place(d.groups > 1 ? d.attention_groups * d.batch * line(d.hidden) : 0);
+  w.down_sums = place(d.groups > 1 ? d.mlp_groups * d.batch * line(d.hidden) : 0);
   w.exchange_bytes = at;
   w.adjusted = place(d.batch * line(d.vocab));
   w.logits = place(d.batch * line(d.vocab));

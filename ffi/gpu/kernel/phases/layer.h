@@ -7,6 +7,20 @@ namespace mk {
 
 // ---- Residual stream ----
 
+struct OwnRows {
+  int begin, count;
+};
+
+// That the unit adds to, without post-norms.
+MK_DEVICE OwnRows own_rows(const Service& s) {
+  if constexpr (kGroups == 1) {
+    const Tiles own = kTiles[kO * MK_UNITS + s.unit];
+    return {own.begin * kTileRows, own.count * kTileRows};
+  }
+  const int member = s.member<kGroups>(), begin = kHiddenVectors * member / kMembers;
+  return {begin * 4, (kHiddenVectors * (member + 1) / kMembers - begin) * 4};
+}
+
 // Before the first layer.
 MK_DEVICE void start_residual(Service& s) {
   if constexpr (kPostNorm) {
@@ -22,10 +36,10 @@ MK_DEVICE void start_residual(Service& s) {
       }
     });
   } else {
-    const Tiles own = kTiles[kO * MK_UNITS + s.unit];
-    const int rows = own.count * kTileRows;
+    const OwnRows own = own_rows(s);
+    const int rows = own.count;
     for (int i = s.index; i < kBatch * (rows / 4); i += kServiceLanes) {
-      const int request = i / (rows / 4), row = i % (rows / 4) * 4, column = own.begin * kTileRows + row;
+      const int request = i / (rows / 4), row = i % (rows / 4) * 4, column = own.begin + row;
       const int token = s.control().token[request];
       Float4 x = kZero4;
       if (column < kHidden) x = embedding4(s, token, find_head_row(s.args, token), column);
@@ -101,13 +115,24 @@ MK_DEVICE float activate(float x) {
   return x != x || x > 0.0f ? x : 0.0f;
 }
 
-// p1, p3 and p5: bias, residual, and off to the others.
+// A row of qkv of a group, among the rows of all groups: q, then k, then v.
+MK_DEVICE int qkv_row(const Service& s, int row) {
+  if constexpr (kAttentionGroups == 1) return row;
+  const int group = s.group<kAttentionGroups>();
+  if (row < kGroupQSize) return group * kGroupQSize + row;
+  if (row < kGroupQSize + kGroupKvSize) return kQSize + group * kGroupKvSize + row - kGroupQSize;
+  return kQSize + kKvSize + group * kGroupKvSize + row - kGroupQSize - kGroupKvSize;
+}
+
+// p1, and without groups p3 and p5: bias, residual, and off to the others.
 template <int phase, typename Wait>
 MK_DEVICE void publish_rows(Service& s, int layer, const Tiles& deal, int segment, float scale, Wait wait) {
-  constexpr int size = phase == kQkv ? kQkvSize : kHidden;
+  constexpr int size = phase == kQkv ? kGroupQkvSize : kHidden;
   constexpr int bias_offset = phase == kQkv ? MK_Q_BIAS : phase == kO ? MK_O_BIAS : MK_DOWN_BIAS;
   constexpr bool adds = !kPostNorm && phase != kQkv;
-  const Site to = phase == kQkv ? s.site(h1_qkv, kWorkspace.qkv, layer)
+  static_assert(kGroups == 1 || phase == kQkv);
+  const int before = phase == kQkv ? s.group<kAttentionGroups>() * round_up(size, kTileRows) : 0;  // rows of other groups
+  const Site to = phase == kQkv ? s.site(h1_qkv, s.part<kAttentionGroups>(kWorkspace.qkv, size), layer)
                   : phase == kO ? s.site(h4_projected, kWorkspace.projected, layer)
                                 : s.residual_site(layer);
   struct Row {
@@ -117,12 +142,13 @@ MK_DEVICE void publish_rows(Service& s, int layer, const Tiles& deal, int segmen
   };
   for_products<kTileRows>(
       s, deal, segment, wait,
-      [&](int request, int out) -> Row {
+      [&](int request, int stacked) -> Row {
+        const int out = stacked - before;
         return {(u32*)to.words + request * line(size) + out, adds ? s.residual(request) + out - deal.begin * kTileRows : nullptr,
-                out < size ? bias<bias_offset>(s, out) : 0.0f};
+                out < size ? bias<bias_offset>(s, phase == kQkv ? qkv_row(s, out) : out) : 0.0f};
       },
-      [&](const Row& row, int out, auto sum) {
-        if (out >= size) return;
+      [&](const Row& row, int stacked, auto sum) {
+        if (stacked - before >= size) return;
         float y = sum(0) * scale + row.bias;
         if constexpr (adds) {
           y = *row.residual + MK_RESIDUAL_MULTIPLIER * y;
@@ -136,20 +162,22 @@ MK_DEVICE void publish_rows(Service& s, int layer, const Tiles& deal, int segmen
 template <typename Wait>
 MK_DEVICE void publish_inner(Service& s, int layer, const Tiles& deal, int segment, float scale, Wait wait) {
   constexpr int rows = output_rows(kGateUp);
-  const Site to = s.site(h5_inner, kWorkspace.inner, layer);
+  const Site to = s.site(h5_inner, s.part<kMlpGroups>(kWorkspace.inner, kInnerCols), layer);
+  const int group = s.group<kMlpGroups>(), before = group * round_up(kInnerCols, rows);  // outputs of other groups
   struct Row {
     u32* word;
     float gate_bias, up_bias;
   };
   for_products<rows>(
       s, deal, segment, wait,
-      [&](int request, int out) -> Row {
-        const bool real = out < kInner;
-        return {(u32*)to.words + request * line(kInner) + out, real ? bias<MK_GATE_BIAS>(s, out) : 0.0f,
-                real ? bias<MK_UP_BIAS>(s, out) : 0.0f};
+      [&](int request, int stacked) -> Row {
+        const int out = stacked - before, among_all = group * kInnerCols + out;
+        const bool real = among_all < kInner;
+        return {(u32*)to.words + request * line(kInnerCols) + out, real ? bias<MK_GATE_BIAS>(s, among_all) : 0.0f,
+                real ? bias<MK_UP_BIAS>(s, among_all) : 0.0f};
       },
-      [&](const Row& row, int out, auto sum) {
-        if (out >= kInner) return;
+      [&](const Row& row, int stacked, auto sum) {
+        if (stacked - before >= kInnerCols) return;
         float y;
         if constexpr (kGated) {
           y = activate(sum(0) * scale + row.gate_bias) * (sum(rows) * scale + row.up_bias);

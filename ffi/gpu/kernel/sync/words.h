@@ -16,6 +16,8 @@ enum HandOff : u32 {
   h7_candidate,
   h8_token,
   h9_final,
+  h10_out_sums,
+  h11_down_sums,
 };
 
 constexpr int line(int words) { return round_up(words, 32); }
