@@ -167,7 +167,7 @@ Request read_request(const Attributes& a, int64_t batch, int64_t splits, int64_t
 
 std::string request_key(const Attributes& a, const Request& r) {
   std::string key;
-  const int64_t call[] = {r.batch, r.splits, r.task_heads, r.trace};
+  const int64_t call[] = {r.batch, r.splits, r.task_heads, r.trace, r.near};
   const auto add = [&key](const void* data, size_t bytes) { key.append(static_cast<const char*>(data), bytes); };
   // The program's first numbers give the sizes of its tables, so that no two requests run together.
   add(a.ints.data(), a.ints.size_bytes());

@@ -26,6 +26,7 @@ struct Request {
   int64_t splits = 0;      // parts of the context that are attended to separately
   int64_t task_heads = 0;  // query heads of one attention task
   bool trace = false;
+  bool near = false;  // words that stay inside a group go no further than the cache of its die
 
   int threads() const {
     const int64_t feed_waves = program.wave_size == 32;  // MK_FEED_WAVE of kernel/arch/cuda.h

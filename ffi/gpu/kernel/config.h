@@ -249,6 +249,7 @@ struct SharedLayout {
   int sampling;     // scratch of p6 and p7
   int control;      // struct Control
   int stop;         // u32: the feed wave is to stop
+  int place;        // int [2]: the unit's number; not 0: it has one (sync/place.h)
   int barriers;
   int ring;
   int ring_slots;  // of each stream wave
@@ -291,6 +292,7 @@ constexpr SharedLayout make_shared_layout() {
   s.control = at;
   at += round_up(64 + kBatch * 64, 128);  // checked in control.h
   s.stop = at;
+  s.place = at + 64;
   at += 128;
   s.barriers = at;
   at += 4096;
@@ -309,6 +311,15 @@ static_assert(kShared.ring + arch::kReservedShared <= MK_SHARED_BYTES,
 template <typename T>
 MK_DEVICE T* shared_at(int offset) {
   return (T*)(arch::shared() + offset);
+}
+
+// The unit that this work-group is: its number, or what it has found at the start (sync/place.h).
+MK_DEVICE int unit() {
+#if MK_NEAR
+  return arch::shared_number(shared_at<int>(kShared.place));
+#else
+  return arch::unit();
+#endif
 }
 
 }  // namespace mk

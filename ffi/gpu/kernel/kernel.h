@@ -176,6 +176,9 @@ MK_DEVICE void serve(const Args& args) {
 
 MK_KERNEL(mk::kThreads) void monokernel(mk::Args args) {
   mk::arch::enter();
+#if MK_NEAR
+  if (!mk::find_place(args)) return;
+#endif
 #if defined(MK_FEED_WAVE)
   const bool feeds = mk::arch::wave() == mk::kWaves + mk::kServiceWaves;
   if (feeds) {

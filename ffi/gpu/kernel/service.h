@@ -5,13 +5,10 @@
 #include "control.h"
 #include "math/elementary.h"
 #include "math/matrix.h"
+#include "sync/place.h"
 #include "sync/words.h"
 
 namespace mk {
-
-constexpr Workspace kWorkspace = make_workspace({kBatch, MK_UNITS, kSplits, kHidden, kQSize, kQkvSize, kHeads, kVocab,
-                                                 kPostNorm && !kResidualInShared ? kBatch * kHidden : 0, kGroups,
-                                                 kAttentionGroups, kMlpGroups, kInnerCols});
 
 // Requests are dealt to teams of service waves.
 constexpr int kTeamWaves = larger(1, kServiceWaves / kBatch);
@@ -72,7 +69,7 @@ struct Service {
   }
 
   MK_METHOD explicit Service(const Args& a) : args(a) {
-    unit = arch::unit();
+    unit = mk::unit();
     wave = arch::wave() - kWaves;
     lane = arch::lane();
     index = wave * arch::kWave + lane;
@@ -322,7 +319,7 @@ struct NoWeights {
 
 // Calls use(column, value, weight) for the columns [begin, end) of a request that fall to this lane. whole: begin and end are
 // those of the row, which is a multiple of what the lanes take at once.
-template <int size, bool whole, typename Weights, typename Use>
+template <int size, bool whole, bool near, typename Weights, typename Use>
 MK_DEVICE void gather_words(Service& s, const Site& site, const u32* row, int begin, int end, Weights weights_of, Use use) {
   constexpr int step = kTeamLanes * 4;
   constexpr int most = (round_up(size, kAtomCols) + step - 1) / step, count = most < 4 ? most : 4;
@@ -335,7 +332,7 @@ MK_DEVICE void gather_words(Service& s, const Site& site, const u32* row, int be
     for (int i = 0; i < count; i++) {  // on their way while the words are not ready
       if (bare || column + i * step < end) weights[i] = weights_of(column + i * step);
     }
-    wait_words<count>(s.waiter, site, row + column, step, v,
+    wait_words<count, near>(s.waiter, site, row + column, step, v,
                       [&](int i) {
                         const int left = smaller(end, size) - (column + i * step);
                         return bare ? 4 : size % 4 != 0 ? left : left > 0 ? 4 : 0;

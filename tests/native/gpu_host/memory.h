@@ -74,6 +74,7 @@ class Words {
   u32 load(const u32* p, size_t i, size_t unit, size_t wave);
   void store(u32* p, size_t i, u32 value, size_t unit, size_t wave);
   bool claim(u32* p, size_t i);
+  u32 add(u32* p, size_t i, u32 value);
   void release(size_t unit, size_t wave);
   void acquire(size_t wave) { acquired_[wave] = statistics_.steps; }
   void join(size_t first, u64 members);  // waves meet, as in Clocks

@@ -357,13 +357,13 @@ MK_DEVICE void attend(Service& s, int layer, const Task& task, CacheLoads& loads
     }
     if constexpr (kSplits == 1) {
       const float y = task.live ? sum / weights : 0.0f;
-      arch::store_word(attended_words(s, request) + head * kHeadDim + d, encode(y, parity));
+      store_word_of<h2_attended>(attended_words(s, request) + head * kHeadDim + d, encode(y, parity));
     } else {
       u32* to = s.at<u32>(kWorkspace.partial) + (number_of_head(s, request, head) * kSplits + split) * line(kHeadDim + 2);
-      arch::store_word(to + d, encode(sum, parity));
+      store_word_of<h3_partial>(to + d, encode(sum, parity));
       if (d == 0) {
-        arch::store_word(to + kHeadDim, encode(highest, parity));
-        arch::store_word(to + kHeadDim + 1, encode(weights, parity));
+        store_word_of<h3_partial>(to + kHeadDim, encode(highest, parity));
+        store_word_of<h3_partial>(to + kHeadDim + 1, encode(weights, parity));
       }
     }
   }
@@ -397,9 +397,9 @@ MK_DEVICE void p2_combine(Service& s, int layer) {
         u32 values[at_once], tops[at_once], totals[at_once];
         const u32* from = words + split * line(kHeadDim + 2);
         auto in_head = [&](int j) { return split + j < kSplits; };
-        wait_single_words<at_once>(s.waiter, site, from + (d < kHeadDim ? d : 0), line(kHeadDim + 2), values, in_head);
-        wait_single_words<at_once>(s.waiter, site, from + kHeadDim, line(kHeadDim + 2), tops, in_head);
-        wait_single_words<at_once>(s.waiter, site, from + kHeadDim + 1, line(kHeadDim + 2), totals, in_head);
+        wait_single_words<at_once, is_near(h3_partial)>(s.waiter, site, from + (d < kHeadDim ? d : 0), line(kHeadDim + 2), values, in_head);
+        wait_single_words<at_once, is_near(h3_partial)>(s.waiter, site, from + kHeadDim, line(kHeadDim + 2), tops, in_head);
+        wait_single_words<at_once, is_near(h3_partial)>(s.waiter, site, from + kHeadDim + 1, line(kHeadDim + 2), totals, in_head);
         MK_UNROLL
         for (int j = 0; j < at_once; j++) {
           if (!in_head(j)) continue;
@@ -413,7 +413,7 @@ MK_DEVICE void p2_combine(Service& s, int layer) {
       const int request = head / kGroupHeads;
       const float y = s.control().live[request] != 0 ? sum / weights : 0.0f;
       if (d < kHeadDim) {
-        arch::store_word(attended_words(s, request) + head % kGroupHeads * kHeadDim + d, encode(y, site.parity));
+        store_word_of<h2_attended>(attended_words(s, request) + head % kGroupHeads * kHeadDim + d, encode(y, site.parity));
       }
     }
   }

@@ -61,7 +61,7 @@ MK_DEVICE void fetch_head(Service& s, const Site& site, const u32* words, float*
     constexpr int count = (size + arch::kWave * 4 - 1) / (arch::kWave * 4);
     Vec4 v[count];
     const int first = s.lane * 4;
-    wait_words<count>(s.waiter, site, words + first, arch::kWave * 4, v, [&](int i) { return size - (first + i * arch::kWave * 4); });
+    wait_words<count, is_near(h1_qkv)>(s.waiter, site, words + first, arch::kWave * 4, v, [&](int i) { return size - (first + i * arch::kWave * 4); });
     MK_UNROLL
     for (int i = 0; i < count; i++) {
       const int at = first + i * arch::kWave * 4;
@@ -73,7 +73,7 @@ MK_DEVICE void fetch_head(Service& s, const Site& site, const u32* words, float*
   } else {
     constexpr int count = (size + arch::kWave - 1) / arch::kWave;
     u32 v[count];
-    wait_single_words<count>(s.waiter, site, words + s.lane, arch::kWave, v, [&](int i) { return s.lane + i * arch::kWave < size; });
+    wait_single_words<count, is_near(h1_qkv)>(s.waiter, site, words + s.lane, arch::kWave, v, [&](int i) { return s.lane + i * arch::kWave < size; });
     MK_UNROLL
     for (int i = 0; i < count; i++) {
       if (s.lane + i * arch::kWave < size) to[s.lane + i * arch::kWave] = decode(v[i]);
@@ -100,7 +100,7 @@ MK_DEVICE void full_norm_scales(Service& s, const Site& site, int request, float
   float sums[2] = {0.0f, 0.0f};
   for (int i = s.index; i - s.lane < kQSize + kKvSize; i += kServiceLanes) {
     u32 v[1];
-    wait_single_words<1>(s.waiter, site, row + i, 0, v, [&](int) { return i < kQSize + kKvSize; });
+    wait_single_words<1, is_near(h1_qkv)>(s.waiter, site, row + i, 0, v, [&](int) { return i < kQSize + kKvSize; });
     const float x = i < kQSize + kKvSize ? decode(v[0]) : 0.0f;
     if (i < kQSize) {
       sums[0] = arch::fma(x, x, sums[0]);
@@ -146,7 +146,7 @@ MK_DEVICE void prepare_in_lanes(Service& s, const Site& site, int layer, int req
     sin = load_shared4(table + kHalfRotary + pair);
   }
   Vec4 v[1];
-  wait_words<1>(s.waiter, site, site.words + request * line(kGroupQkvSize) + from + at, 0, v, [&](int) { return active ? 4 : 0; });
+  wait_words<1, is_near(h1_qkv)>(s.waiter, site, site.words + request * line(kGroupQkvSize) + from + at, 0, v, [&](int) { return active ? 4 : 0; });
   Float4 x = decode4(v[0]);
   if (norm.weights != nullptr) {
     float scale = 1.0f;

@@ -57,7 +57,7 @@ MK_DEVICE void add_projection(Service& s, const Site& site, const float* weights
   s.squares_set ^= 1;
   for_team_requests(s, [&](int request) {
     float sum = 0.0f;
-    gather_words<kHidden, true>(s, site, site.words + request * line(kHidden), 0, kHidden, NoWeights{},
+    gather_words<kHidden, true, is_near(h4_projected)>(s, site, site.words + request * line(kHidden), 0, kHidden, NoWeights{},
                                 [&](int, const Float4& y, const Float4&) {
                                   MK_UNROLL
                                   for (int i = 0; i < 4; i++) sum = arch::fma(y.v[i], y.v[i], sum);
@@ -68,7 +68,7 @@ MK_DEVICE void add_projection(Service& s, const Site& site, const float* weights
   for_team_requests(s, [&](int request) {
     const Norm norm = {weights, s.norm_scale(request, kHidden)};
     float* x = s.residual(request);
-    gather_words<kHidden, true>(s, site, site.words + request * line(kHidden), 0, kHidden,
+    gather_words<kHidden, true, is_near(h4_projected)>(s, site, site.words + request * line(kHidden), 0, kHidden,
                                 [&](int column) { return norm_weights<kHidden, aligned>(norm, column); },
                                 [&](int column, const Float4& y, const Float4& w) {
                                   MK_UNROLL
@@ -131,6 +131,7 @@ MK_DEVICE void publish_rows(Service& s, int layer, const Tiles& deal, int segmen
   constexpr int bias_offset = phase == kQkv ? MK_Q_BIAS : phase == kO ? MK_O_BIAS : MK_DOWN_BIAS;
   constexpr bool adds = !kPostNorm && phase != kQkv;
   static_assert(kGroups == 1 || phase == kQkv);
+  constexpr HandOff handoff = phase == kQkv ? h1_qkv : phase == kO ? h4_projected : h6_residual;  // or h9, of the same scope
   const int before = phase == kQkv ? s.group<kAttentionGroups>() * round_up(size, kTileRows) : 0;  // rows of other groups
   const Site to = phase == kQkv ? s.site(h1_qkv, s.part<kAttentionGroups>(kWorkspace.qkv, size), layer)
                   : phase == kO ? s.site(h4_projected, kWorkspace.projected, layer)
@@ -154,7 +155,7 @@ MK_DEVICE void publish_rows(Service& s, int layer, const Tiles& deal, int segmen
           y = *row.residual + MK_RESIDUAL_MULTIPLIER * y;
           *row.residual = y;
         }
-        arch::store_word(row.word, encode(y, to.parity));
+        store_word_of<handoff>(row.word, encode(y, to.parity));
       });
 }
 
@@ -184,7 +185,7 @@ MK_DEVICE void publish_inner(Service& s, int layer, const Tiles& deal, int segme
         } else {
           y = activate(sum(0) * scale + row.up_bias);
         }
-        arch::store_word(row.word, encode(y, to.parity));
+        store_word_of<h5_inner>(row.word, encode(y, to.parity));
       });
 }
 
@@ -193,7 +194,7 @@ MK_DEVICE void publish_inner(Service& s, int layer, const Tiles& deal, int segme
 // open already.
 template <int phase, typename Use>
 MK_DEVICE void run_phase(Service& s, int layer, Use use, bool opened = false) {
-  const Tiles deal = kTiles[phase * MK_UNITS + arch::unit()];
+  const Tiles deal = kTiles[phase * MK_UNITS + unit()];
   if (deal.count == 0) return;
   s.squares_set ^= 1;
   const int segments = segment_count(deal);

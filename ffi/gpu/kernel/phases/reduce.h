@@ -33,6 +33,7 @@ MK_DEVICE void reduce_sums(Service& s, int layer) {
   constexpr int groups = groups_of(phase), bias_offset = phase == kO ? MK_O_BIAS : MK_DOWN_BIAS;
   const Site from = sums_site<phase>(s, layer);
   const Site to = phase == kO ? s.site(h4_projected, s.part<kGroups>(kWorkspace.projected, kHidden), layer) : s.residual_site(layer);
+  static_assert(is_near(h4_projected) == is_near(h6_residual) && is_near(h6_residual) == is_near(h9_final));
   const OwnRows own = own_rows(s);
   const int vectors = own.count / 4;
   // Whole waves wait together.
@@ -62,7 +63,7 @@ MK_DEVICE void reduce_sums(Service& s, int layer) {
         y.v[j] = *residual + MK_RESIDUAL_MULTIPLIER * y.v[j];
         *residual = y.v[j];
       }
-      arch::store_word(words_to + j, encode(y.v[j], to.parity));
+      store_word_of<h4_projected>(words_to + j, encode(y.v[j], to.parity));
     }
   }
 }
