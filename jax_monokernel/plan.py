@@ -110,7 +110,9 @@ def default_platform() -> Platform:
     return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
 
 
-def make_plan(spec: DecoderSpec, *, platform: Platform | None = None, units: int | None = None) -> Plan:
+def make_plan(
+    spec: DecoderSpec, *, platform: Platform | None = None, units: int | None = None, groups: int | None = None
+) -> Plan:
     """The default plan for `spec` on a platform.
 
     Args:
@@ -118,14 +120,33 @@ def make_plan(spec: DecoderSpec, *, platform: Platform | None = None, units: int
       units: execution units to cut the weights for. By default, on the CPU: `MONOKERNEL_THREADS` if set, else the CPUs
         this process may use, but no more than the smallest matrix has row tiles. On a GPU: all multiprocessors or
         compute units of the first device of that platform.
+      groups: of units (docs/kernel.md); 1 for none. By default, on ROCm: what `performance.choose_groups` says of the
+        device here, as measured or published, or of the part that has so many units; elsewhere 1.
 
     Raises:
-      ValueError: units out of range, or not given where JAX sees no device of that platform.
+      ValueError: units or groups out of range, or units not given where JAX sees no device of that platform.
     """
     platform = platform or default_platform()
     if units is None:
         units = _default_threads(spec) if platform == "cpu" else _device_units(platform)
-    return Plan(platform=platform, units=units)
+    if groups is None:
+        groups = _default_groups(spec, units) if platform == "rocm" else 1
+    return Plan(platform=platform, units=units, groups=groups)
+
+
+def _default_groups(spec: DecoderSpec, units: int) -> int:
+    # Not above: they take time to import, and use this module.
+    from jax_monokernel.performance import choose_groups
+    from jax_monokernel.topology import discover, part, part_names
+
+    try:
+        topology = discover("rocm").topology
+    except (ValueError, RuntimeError):  # no such device here
+        topology = None
+    if topology is None or topology.units != units:
+        known = (part(name) for name in part_names())
+        topology = next((p for p in known if p.platform == "rocm" and p.units == units), None)
+    return 1 if topology is None else choose_groups(spec, topology)
 
 
 def _device_units(platform: Platform) -> int:

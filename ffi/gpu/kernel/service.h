@@ -113,7 +113,7 @@ struct Service {
   template <int groups>
   MK_METHOD int group() const {
     static_assert(groups == 1 || groups == kGroups);
-    return groups == 1 ? 0 : unit / kMembers;
+    return groups == 1 ? 0 : (int)(arch::fresh((u32)unit) / kMembers);
   }
   // The unit's place in that group.
   template <int groups>
