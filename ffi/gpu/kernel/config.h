@@ -118,7 +118,7 @@ constexpr Run run_of(int phase, int chunk, int wave) {
 }
 
 // Atoms of one row of tiles that wave `wave` multiplies.
-constexpr int wave_atoms(int phase, int wave) {
+MK_METHOD constexpr int wave_atoms(int phase, int wave) {
   int n = 0;
   for (int chunk = 0; chunk < chunk_count(phase); chunk++) n += run_of(phase, chunk, wave).count;
   return n;
