@@ -104,7 +104,7 @@ def _columns(x: jax.Array) -> jax.Array:
 
 
 def _interleave(gate: jax.Array, up: jax.Array, half: int) -> jax.Array:
-    """[layers, groups, rows, cols] twice -> [layers, groups, tiles * 2 * half, cols]: half a tile of gate rows, then up."""
+    """[layers, groups, rows, cols] twice -> [layers, groups, tiles * 2 * half, cols]: half a tile of gate, then up."""
     layers, groups, rows, cols = gate.shape
     pad = ((0, 0), (0, 0), (0, -rows % half), (0, 0))
     gate, up = (jnp.pad(x, pad).reshape(layers, groups, -1, 1, half, cols) for x in (gate, up))

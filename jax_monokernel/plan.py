@@ -81,8 +81,8 @@ class Plan:
             raise ValueError("a GPU plan has waves of 32 or 64 lanes, and at most 16 of them in a unit")
         if not 1 <= self.groups <= 64 or self.units % self.groups or (self.platform == "cpu" and self.groups > 1):
             raise ValueError(
-                f"Plan.groups is {self.groups}, for {self.units} units on {self.platform}; expected 1, or on a GPU up to "
-                "64 groups of equally many units"
+                f"Plan.groups is {self.groups}, for {self.units} units on {self.platform}; expected 1, or on a GPU up "
+                "to 64 groups of equally many units"
             )
         if self.groups > 1 and not (self.group_attention or self.group_mlp):
             raise ValueError("a plan with groups has attention or the MLP in groups")

@@ -67,13 +67,17 @@ class Kernel:
     @functools.cached_property
     def assembly(self) -> Path:
         """The file with the kernel's instructions."""
-        source = _native.gpu_stub(**program(self.spec, self.plan), **self._request(), shared_bytes=self.shared_bytes, near=self.near)
+        source = _native.gpu_stub(
+            **program(self.spec, self.plan), **self._request(), shared_bytes=self.shared_bytes, near=self.near
+        )
         return compile_source(source, self.arch)
 
     @functools.cached_property
     def assembly_with_lines(self) -> Path:
         """The same instructions, with comments that say which lines of the source they come from."""
-        source = _native.gpu_stub(**program(self.spec, self.plan), **self._request(), shared_bytes=self.shared_bytes, near=self.near)
+        source = _native.gpu_stub(
+            **program(self.spec, self.plan), **self._request(), shared_bytes=self.shared_bytes, near=self.near
+        )
         return compile_source(source, self.arch, "-gline-tables-only")
 
     @functools.cached_property

@@ -138,7 +138,9 @@ def test_scope_bits_inside_an_xcd_are_nowhere_else(near):
 def test_sums_cross_xcds_and_what_groups_exchange_does_not(near):
     writers, readers = ({f for h in NEAR_HANDOFFS for f in code(HANDOFFS[h][column])} for column in (0, 1))
     stores = [i for i in near if i.functions[:1] in (("store_word",), ("store_near_word",))]
-    inside = [i for i in stores if (writers | {"reduce_sums"}) & set(i.functions) and "prepare_heads" not in i.functions]
+    inside = [
+        i for i in stores if (writers | {"reduce_sums"}) & set(i.functions) and "prepare_heads" not in i.functions
+    ]
     assert {i.functions[0] for i in inside} == {"store_near_word"}
     sums = [i for i in stores if "publish_sums" in i.functions]
     assert {i.functions[0] for i in sums} == {"store_word"}

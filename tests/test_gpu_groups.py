@@ -1,4 +1,4 @@
-"""Plans with groups of units on the CPU that runs the GPU kernel: the same tokens, in every order and wherever units are."""
+"""Plans with groups, on the CPU that runs the GPU kernel: the same tokens in every order and at every place."""
 
 from __future__ import annotations
 
