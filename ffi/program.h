@@ -26,7 +26,7 @@
   X(tied_head)                                                                                                        \
   X(weight_dtype) /* 0 bfloat16, 1 float16, 2 float32 */                                                              \
   X(kv_dtype)     /* likewise */                                                                                      \
-  X(waves)          /* stream waves of a unit; the fields up to wave_elems are those of docs/kernel.md */              \
+  X(waves)          /* stream waves of a unit; the fields up to inner_cols are those of docs/kernel.md */              \
   X(service_waves)                                                                                                    \
   X(wave_size)                                                                                                        \
   X(tile_rows)                                                                                                        \
@@ -36,6 +36,10 @@
   X(chunk_cols)                                                                                                       \
   X(segment_tiles)                                                                                                    \
   X(wave_elems)   /* one wave's stream */                                                                             \
+  X(groups)       /* of neighbouring units, all of one size */                                                        \
+  X(attention_groups) /* 1, or groups where each holds whole heads */                                                 \
+  X(mlp_groups)   /* 1, or groups where each holds inner_cols of the inner width */                                   \
+  X(inner_cols)                                                                                                       \
   X(layer_elems)  /* CPU: one layer of one unit's stream */                                                                \
   X(unit_elems)   /* one unit's stream */                                                                             \
   X(constants)    /* number of f32 constants */                                                                       \

@@ -109,7 +109,9 @@ class Compiled:
     seconds: float  # that compiling took; 0 if it was in the cache
 
 
-def compile_ahead(spec: DecoderSpec, target: Target, *, batch: int, capacity: int) -> Compiled:
+def compile_ahead(
+    spec: DecoderSpec, target: Target, *, batch: int, capacity: int, groups: int | None = None
+) -> Compiled:
     """Compiles the kernel that `decode` will ask for, or finds it in the cache. Needs no GPU.
 
     Args:
@@ -117,15 +119,18 @@ def compile_ahead(spec: DecoderSpec, target: Target, *, batch: int, capacity: in
       target: the device.
       batch: requests of a call.
       capacity: positions of the KV cache, which decide how attention is cut.
+      groups: of the plan, as for `make_plan`.
 
     Raises:
       ValueError: arguments out of range.
       RuntimeError: no compiler, naming what to install, or what the compiler said.
     """
     _native.gpu_library_dirs(library_dirs())
-    plan = make_plan(spec, platform=target.platform, units=target.units)
+    plan = make_plan(spec, platform=target.platform, units=target.units, groups=groups)
     attributes: dict[str, Any] = program(spec, plan)
-    result = _native.gpu_compile(
-        **attributes, batch=batch, **call_attributes(spec, plan, batch, capacity), arch=target.arch
-    )
+    attributes |= call_attributes(spec, plan, batch, capacity)
+    near = plan.platform == "rocm" and plan.groups > 1
+    if near:  # what it falls back on where work-groups are not as expected
+        _native.gpu_compile(**attributes, batch=batch, arch=target.arch)
+    result = _native.gpu_compile(**attributes, batch=batch, arch=target.arch, near=near)
     return Compiled(result["code"], result["path"], result["seconds"])

@@ -27,8 +27,17 @@ def pack_atoms(spec: DecoderSpec, plan: Plan, weights: DecoderWeights) -> jax.Ar
     """The streams of all units: spec.dtype [units, unit_elems]. Jittable."""
     geo = geometry(spec, plan)
     w = jax.tree.map(to_bits, weights.layers)
-    up = w.up if w.gate is None else _interleave(w.gate, w.up, plan.tile_rows // 2)
-    stacked = {"qkv": jnp.concatenate([w.q, w.k, w.v], axis=1), "o": w.o, "gate_up": up, "down": w.down}
+    attention, mlp, inner = geo.attention_groups, geo.mlp_groups, geo.inner_cols
+    qkv = jnp.concatenate([_in_groups(x, attention, x.shape[1] // attention) for x in (w.q, w.k, w.v)], axis=2)
+    up = _in_groups(w.up, mlp, inner)
+    if w.gate is not None:
+        up = _interleave(_in_groups(w.gate, mlp, inner), up, plan.tile_rows // 2)
+    stacked = {
+        "qkv": _stack(qkv, plan),
+        "o": _stack(_columns_in_groups(w.o, attention, spec.q_size // attention), plan),
+        "gate_up": _stack(up, plan),
+        "down": _stack(_columns_in_groups(w.down, mlp, inner), plan),
+    }
     layers = jnp.concatenate([_to_atoms(stacked[p], spec, plan, p) for p in PHASES[:-1]], axis=1)
     head = _to_atoms(to_bits(weights.output_matrix)[None], spec, plan, "head")
     atoms = jnp.concatenate([layers.reshape(-1, layers.shape[2]), head[0], jnp.zeros_like(head[0, :1])])
@@ -37,6 +46,7 @@ def pack_atoms(spec: DecoderSpec, plan: Plan, weights: DecoderWeights) -> jax.Ar
 
 def unpack_atoms(spec: DecoderSpec, plan: Plan, streams: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
     """The matrices of the layers by role, and the head: the inverse of `pack_atoms`. Jittable."""
+    geo = geometry(spec, plan)
     per_layer, last = _atom_counts(spec, plan)
     places = _places(spec, plan)
     total = per_layer * spec.num_layers + last
@@ -50,30 +60,61 @@ def unpack_atoms(spec: DecoderSpec, plan: Plan, streams: jax.Array) -> tuple[dic
         start += count
     head = _from_atoms(atoms[None, per_layer * spec.num_layers : total], spec, plan, "head")[0]
     shapes = layer_shapes(spec)
-    q, kv = spec.q_size, spec.kv_size
+    attention, mlp, inner = geo.attention_groups, geo.mlp_groups, geo.inner_cols
+    for p, groups in (("qkv", attention), ("o", attention), ("gate_up", mlp), ("down", mlp)):
+        found[p] = found[p].reshape(spec.num_layers, groups, -1, found[p].shape[2])
+    q, kv = spec.q_size // attention, spec.kv_size // attention
     out = {}
-    out["q"], out["k"], out["v"] = jnp.split(found["qkv"][:, : q + 2 * kv], (q, q + kv), axis=1)
-    out["o"], out["down"] = found["o"], found["down"]
+    out["q"], out["k"], out["v"] = map(_rows, jnp.split(found["qkv"][:, :, : q + 2 * kv], (q, q + kv), axis=2))
+    out["o"] = _columns(found["o"][:, :, : spec.hidden_size, :q])
+    out["down"] = _columns(found["down"][:, :, : spec.hidden_size, :inner])
     if spec.gated:
-        out["gate"], out["up"] = _split_pairs(found["gate_up"], plan.tile_rows // 2)
+        gate, up = _split_pairs(found["gate_up"], plan.tile_rows // 2)
+        out["gate"], out["up"] = _rows(gate[:, :, :inner]), _rows(up[:, :, :inner])
     else:
-        out["up"] = found["gate_up"]
+        out["up"] = _rows(found["gate_up"][:, :, :inner])
     out = {role: from_bits(x[:, : shapes[role][0], : shapes[role][1]], spec.dtype) for role, x in out.items()}
     return out, from_bits(head[: spec.vocab_size, : spec.hidden_size], spec.dtype)
 
 
+def _in_groups(x: jax.Array, groups: int, rows: int) -> jax.Array:
+    """[layers, rows, cols] -> [layers, groups, rows of a group, cols], padded with zeros."""
+    x = jnp.pad(x, ((0, 0), (0, groups * rows - x.shape[1]), (0, 0)))
+    return x.reshape(x.shape[0], groups, rows, x.shape[2])
+
+
+def _columns_in_groups(x: jax.Array, groups: int, cols: int) -> jax.Array:
+    """[layers, rows, cols] -> [layers, groups, rows, cols of a group], padded with zeros."""
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, groups * cols - x.shape[2])))
+    return x.reshape(*x.shape[:2], groups, cols).transpose(0, 2, 1, 3)
+
+
+def _stack(x: jax.Array, plan: Plan) -> jax.Array:
+    """[layers, groups, rows, cols] -> [layers, rows of all groups, cols]; each group has whole tiles."""
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % plan.tile_rows), (0, 0)))
+    return _rows(x)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return x.reshape(x.shape[0], -1, x.shape[3])
+
+
+def _columns(x: jax.Array) -> jax.Array:
+    return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)
+
+
 def _interleave(gate: jax.Array, up: jax.Array, half: int) -> jax.Array:
-    """[layers, rows, cols] twice -> [layers, tiles * 2 * half, cols]: half a tile of gate rows, then their up rows."""
-    layers, rows, cols = gate.shape
-    pad = ((0, 0), (0, -rows % half), (0, 0))
-    gate, up = (jnp.pad(x, pad).reshape(layers, -1, 1, half, cols) for x in (gate, up))
-    return jnp.concatenate([gate, up], axis=2).reshape(layers, -1, cols)
+    """[layers, groups, rows, cols] twice -> [layers, groups, tiles * 2 * half, cols]: half a tile of gate, then up."""
+    layers, groups, rows, cols = gate.shape
+    pad = ((0, 0), (0, 0), (0, -rows % half), (0, 0))
+    gate, up = (jnp.pad(x, pad).reshape(layers, groups, -1, 1, half, cols) for x in (gate, up))
+    return jnp.concatenate([gate, up], axis=3).reshape(layers, groups, -1, cols)
 
 
 def _split_pairs(x: jax.Array, half: int) -> tuple[jax.Array, jax.Array]:
-    layers, _, cols = x.shape
-    pairs = x.reshape(layers, -1, 2, half, cols)
-    return pairs[:, :, 0].reshape(layers, -1, cols), pairs[:, :, 1].reshape(layers, -1, cols)
+    layers, groups, _, cols = x.shape
+    pairs = x.reshape(layers, groups, -1, 2, half, cols)
+    return pairs[:, :, :, 0].reshape(layers, groups, -1, cols), pairs[:, :, :, 1].reshape(layers, groups, -1, cols)
 
 
 def _vector(spec: DecoderSpec) -> int:

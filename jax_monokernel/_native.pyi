@@ -31,6 +31,7 @@ def gpu_stub(
     task_heads: int,
     shared_bytes: int,
     trace: bool = ...,
+    near: bool = ...,
 ) -> str: ...
 def gpu_workspace_bytes(
     ints: Any, floats: Any, layers: Any, ropes: Any, tiles: Any, *, batch: int, splits: int, task_heads: int
@@ -47,6 +48,7 @@ def gpu_compile(
     task_heads: int,
     arch: str,
     trace: bool = ...,
+    near: bool = ...,
 ) -> dict[str, Any]: ...
 def gpu_shared_bytes(arch: str) -> int: ...
 def gpu_devices(platform: str) -> list[dict[str, Any]]: ...

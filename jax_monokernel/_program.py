@@ -35,6 +35,7 @@ def program(spec: DecoderSpec, plan: Plan) -> dict[str, np.ndarray]:
         "platform": _PLATFORMS[plan.platform],
         "num_ropes": len(spec.ropes),
         "units": plan.units,
+        "groups": plan.groups,
         "qk_norm": _QK_NORMS[spec.qk_norm],
         "activation": _ACTIVATIONS[spec.activation],
         "weight_dtype": _DTYPES[spec.dtype],

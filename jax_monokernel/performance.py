@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -103,7 +103,7 @@ def predict(
     Flat: every unit holds rows of every matrix; five chip-wide hand-offs a layer. Hierarchical: every group holds whole
     heads and a part of the inner width; two chip-wide hand-offs a layer, after attention's output and after the MLP, in
     which each unit adds up a part of all groups' partial sums and hands it on inside its group, and the others inside
-    groups.
+    groups. Where KV heads cannot be dealt evenly to the groups, attention is chip-wide there too, with two more.
 
     Args:
       spec: the model.
@@ -124,30 +124,76 @@ def predict(
     across, inside = _hand_offs(topology, c, loaded)
     rate = _rate(topology, local_before, local_after)
     units = topology.units
-    plan = Plan(platform="rocm" if topology.platform == "rocm" else "cuda", units=units)
+    flat = kind == "flat"
+    plan = _plan(topology, 1 if flat else max(1, len(topology.groups())))
     itemsize = 4 if spec.dtype == "float32" else 2
-    sizes = {name: m.rows * m.cols * itemsize for name, m in geometry(spec, plan).matrices.items()}
-    groups = max(1, len(topology.groups()))
-    hidden, flat = spec.hidden_size, kind == "flat"
-    sums = hidden if flat else hidden + groups * hidden * groups // units
+    geo = geometry(spec, plan)
+    sizes = {name: m.rows * m.cols * itemsize for name, m in geo.matrices.items()}
+    groups, attention_groups, hidden = plan.groups, geo.attention_groups, spec.hidden_size
+    attended = inside if attention_groups > 1 else across
+
+    def sums(parts: int) -> int:  # words that a unit gathers where each has added up its share of `parts` partial sums
+        return hidden if groups == 1 else hidden + parts * hidden * groups // units
+
     # What a unit gathers for a phase, and how long the first word takes.
+    added = across if groups == 1 else across + inside
     gathers = {
-        "qkv": (sums, across if flat else across + inside),
-        "o": (spec.q_size if flat else spec.q_size // groups, across if flat else inside),
-        "gate_up": (sums, across if flat else across + inside),
-        "down": (spec.intermediate_size if flat else spec.intermediate_size // groups, across if flat else inside),
+        "qkv": (sums(geo.mlp_groups), added),
+        "o": (spec.q_size // attention_groups, attended),
+        "gate_up": (sums(attention_groups), added),
+        "down": (geo.inner_cols, inside if geo.mlp_groups > 1 else across),
     }
     phases = []
     for name, (values, wait) in gathers.items():
         hand_off = wait + batch * values * 4 / c.gather_gb_s / 1e3
         multiply = sizes[name] / units / c.consume_gb_s / 1e3 + c.multiply_us
         phases.append(Phase(name, sizes[name], multiply, c.publish_us, hand_off))
-    attention = _attention(spec, plan, batch, context, capacity, across if flat else inside, c)
+    attention = _attention(spec, plan, batch, context, capacity, attended, c)
     stream = sum(p.bytes for p in phases) / rate / 1e3
     chain = attention + sum(p.chain_us for p in phases)
     layer = (chain**c.exponent + stream**c.exponent) ** (1 / c.exponent)
     head = sizes["head"] / rate / 1e3 + c.head_us
     return Prediction(kind, tuple(phases), attention, stream, layer, head, spec.num_layers)
+
+
+def _plan(topology: Topology, groups: int) -> Plan:
+    return Plan(platform="rocm" if topology.platform == "rocm" else "cuda", units=topology.units, groups=groups)
+
+
+LEAST_GAIN = 0.03  # of the time of a token, that a plan with groups must be predicted to save
+
+
+def choose_groups(
+    spec: DecoderSpec,
+    topology: Topology,
+    *,
+    batch: int = 1,
+    context: int = 96,
+    capacity: int = 160,
+    calibration: Calibration | None = None,
+    loaded: bool = False,
+) -> int:
+    """Groups of the plan for a device: those of its topology if `predict` finds them faster by `LEAST_GAIN`, else 1.
+
+    Also 1 where a group's hand-offs are no different, as on NVIDIA's devices, where groups are not equally large or the
+    model cannot be dealt to them, and where constants are missing.
+
+    Args:
+      spec: the model.
+      topology: the device.
+      batch, context, capacity, calibration, loaded: as for `predict`.
+    """
+    groups = topology.groups()
+    if topology.platform != "rocm" or len(groups) < 2 or len({len(g.all_units()) for g in groups}) > 1:
+        return 1
+    common: dict[str, Any] = {
+        "batch": batch, "context": context, "capacity": capacity, "calibration": calibration, "loaded": loaded
+    }  # fmt: skip
+    try:
+        flat, grouped = (predict(spec, topology, kind, **common).token_us for kind in get_args(Kind))
+    except ValueError:
+        return 1
+    return len(groups) if grouped < flat * (1 - LEAST_GAIN) else 1
 
 
 def _attention(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -61,6 +62,10 @@ class Plan:
     service_waves: int = 0
     chunk_atoms: int = 0  # atoms of a chunk; the columns that stay in shared memory at the largest batch
     segment_tiles: int = 0
+    # Units are in groups of neighbouring numbers; more than one makes a hierarchical plan. What stays inside a group:
+    groups: int = 1
+    group_attention: bool = True  # attention, where the KV heads can be dealt evenly and no norm is over all of them
+    group_mlp: bool = True  # the MLP's inner activations
 
     def __post_init__(self) -> None:
         if self.platform not in get_args(Platform):
@@ -74,11 +79,23 @@ class Plan:
                 raise ValueError(f"Plan.{name} is {getattr(self, name)}; expected at least 1, or 0 for {value}")
         if self.platform != "cpu" and (self.wave_size not in (32, 64) or self.waves + self.service_waves > 16):
             raise ValueError("a GPU plan has waves of 32 or 64 lanes, and at most 16 of them in a unit")
+        if not 1 <= self.groups <= 64 or self.units % self.groups or (self.platform == "cpu" and self.groups > 1):
+            raise ValueError(
+                f"Plan.groups is {self.groups}, for {self.units} units on {self.platform}; expected 1, or on a GPU up "
+                "to 64 groups of equally many units"
+            )
+        if self.groups > 1 and not (self.group_attention or self.group_mlp):
+            raise ValueError("a plan with groups has attention or the MLP in groups")
 
     @property
     def tile_rows(self) -> int:
         """Matrix rows whose products a unit accumulates side by side."""
         return {0: 16, 32: 8, 64: 4}[self.wave_size]
+
+    @property
+    def members(self) -> int:
+        """Units of a group."""
+        return self.units // self.groups
 
 
 def default_platform() -> Platform:
@@ -93,7 +110,9 @@ def default_platform() -> Platform:
     return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
 
 
-def make_plan(spec: DecoderSpec, *, platform: Platform | None = None, units: int | None = None) -> Plan:
+def make_plan(
+    spec: DecoderSpec, *, platform: Platform | None = None, units: int | None = None, groups: int | None = None
+) -> Plan:
     """The default plan for `spec` on a platform.
 
     Args:
@@ -101,14 +120,33 @@ def make_plan(spec: DecoderSpec, *, platform: Platform | None = None, units: int
       units: execution units to cut the weights for. By default, on the CPU: `MONOKERNEL_THREADS` if set, else the CPUs
         this process may use, but no more than the smallest matrix has row tiles. On a GPU: all multiprocessors or
         compute units of the first device of that platform.
+      groups: of units (docs/kernel.md); 1 for none. By default, on ROCm: what `performance.choose_groups` says of the
+        device here, as measured or published, or of the part that has so many units; elsewhere 1.
 
     Raises:
-      ValueError: units out of range, or not given where JAX sees no device of that platform.
+      ValueError: units or groups out of range, or units not given where JAX sees no device of that platform.
     """
     platform = platform or default_platform()
     if units is None:
         units = _default_threads(spec) if platform == "cpu" else _device_units(platform)
-    return Plan(platform=platform, units=units)
+    if groups is None:
+        groups = _default_groups(spec, units) if platform == "rocm" else 1
+    return Plan(platform=platform, units=units, groups=groups)
+
+
+def _default_groups(spec: DecoderSpec, units: int) -> int:
+    # Not above: they take time to import, and use this module.
+    from jax_monokernel.performance import choose_groups
+    from jax_monokernel.topology import discover, part, part_names
+
+    try:
+        topology = discover("rocm").topology
+    except (ValueError, RuntimeError):  # no such device here
+        topology = None
+    if topology is None or topology.units != units:
+        known = (part(name) for name in part_names())
+        topology = next((p for p in known if p.platform == "rocm" and p.units == units), None)
+    return 1 if topology is None else choose_groups(spec, topology)
 
 
 def _device_units(platform: Platform) -> int:
@@ -176,6 +214,9 @@ class Geometry:
     group_atoms: int  # waves of 32: atoms of a slot of a wave's ring, of which every run is a multiple; else 0
     chunk_cols: int  # GPU
     wave_elems: int  # GPU: one wave's part of a unit's stream
+    attention_groups: int  # 1, or plan.groups where each holds whole heads: its rows of qkv, its columns of o
+    mlp_groups: int  # 1, or plan.groups where each holds a part of the inner width
+    inner_cols: int  # of that part, including padding
     vector_offset: dict[str, int]  # role -> offset in a layer's constants; -1: the spec has no such part
     final_norm_offset: int
     inv_freq_offset: int
@@ -233,6 +274,9 @@ def geometry(spec: DecoderSpec, plan: Plan) -> Geometry:
         group_atoms=0,
         chunk_cols=0,
         wave_elems=0,
+        attention_groups=1,
+        mlp_groups=1,
+        inner_cols=inter,
     )
 
 
@@ -281,13 +325,19 @@ def _gpu_geometry(spec: DecoderSpec, plan: Plan) -> Geometry:
     atom_cols = plan.wave_size // plan.tile_rows * vector
     hidden, inter, qkv = spec.hidden_size, spec.intermediate_size, spec.q_size + 2 * spec.kv_size
     pair = 2 if spec.gated else 1
-    shapes = {
-        "qkv": (qkv, hidden),
-        "o": (hidden, spec.q_size),
-        "gate_up": (_round_up(inter * pair, plan.tile_rows), hidden),
-        "down": (hidden, inter),
-        "head": (spec.vocab_size, hidden),
+    whole_heads = spec.num_kv_heads % plan.groups == 0 and spec.qk_norm != "full"
+    attention = plan.groups if plan.group_attention and whole_heads else 1
+    mlp = plan.groups if plan.group_mlp else 1
+    inner = _round_up(-(-inter // mlp), 4) if mlp > 1 else inter
+    # A group's rows of a matrix, its columns, and the number of groups that have their own.
+    parts = {
+        "qkv": (qkv // attention, hidden, attention),
+        "o": (hidden, spec.q_size // attention, attention),
+        "gate_up": (inner * pair, hidden, mlp),
+        "down": (hidden, inner, mlp),
+        "head": (spec.vocab_size, hidden, 1),
     }
+    shapes = {p: (_round_up(rows, plan.tile_rows) * n, cols) for p, (rows, cols, n) in parts.items()}
     group, align, chunk_atoms = 0, 1, plan.chunk_atoms
     if plan.wave_size == 32:
         times = {p: 1 if p == "head" else spec.num_layers for p in shapes}
@@ -300,16 +350,21 @@ def _gpu_geometry(spec: DecoderSpec, plan: Plan) -> Geometry:
     width = {p: c for p, (_, c) in padded.items()}
 
     # A phase takes as long as its busiest unit, so tiles are dealt evenly; those left over go to units that have least
-    # so far. Rows of o and down are the same residuals: one deal.
+    # so far. Without groups, rows of o and down are the same residuals: one deal.
     load = [0] * plan.units
-    counts = {"o": _deal_least(tiles["o"], width["o"] + width["down"], load)}
-    counts["down"] = counts["o"]
+    if plan.groups == 1:
+        counts = {"o": _deal_tiles(tiles["o"], width["o"] + width["down"], load, plan)}
+        counts["down"] = counts["o"]
+    else:
+        counts = {phase: _deal_tiles(tiles[phase], width[phase], load, plan) for phase in ("down", "o")}
     for phase in ("gate_up", "qkv"):
-        counts[phase] = _deal_least(tiles[phase], width[phase], load)
+        counts[phase] = _deal_tiles(tiles[phase], width[phase], load, plan)
+        if tiles[phase] < plan.groups:  # who reads what a group adds up must be waited for (docs/kernel.md)
+            raise ValueError(f"{phase} has {tiles[phase]} tiles, too few for {plan.groups} groups")
     # With post-norms every unit with a part of the head follows the residual stream through all layers. Others wait
     # only for units that give them something in each layer, so it must be one of those.
     among = [u for u in range(plan.units) if not spec.post_norm or counts["gate_up"][u] + counts["qkv"][u] > 0]
-    counts["head"] = _deal_least(tiles["head"], width["head"], load, among)
+    counts["head"] = _deal_tiles(tiles["head"], width["head"], load, plan, among)
 
     matrices = {
         p: Matrix(*padded[p], tiles[p], tuple(np.cumsum([0, *counts[p]]).tolist()), (0,) * plan.units) for p in PHASES
@@ -335,6 +390,9 @@ def _gpu_geometry(spec: DecoderSpec, plan: Plan) -> Geometry:
         group_atoms=group,
         chunk_cols=chunk_cols,
         wave_elems=wave_elems,
+        attention_groups=attention,
+        mlp_groups=mlp,
+        inner_cols=inner,
     )
 
 
@@ -354,12 +412,21 @@ def _group_atoms(weights: Sequence[tuple[int, int]], waves: int) -> int:
     return min((4, 3, 2, 1), key=cost)
 
 
-def _deal_least(tiles: int, cost: int, load: list[int], among: Sequence[int] | None = None) -> list[int]:
-    """Deals tiles evenly among some units, by default all; those left over to the units with the least load.
+def _deal_tiles(tiles: int, cost: int, load: list[int], plan: Plan, among: Sequence[int] | None = None) -> list[int]:
+    """Deals tiles evenly among groups, in neighbouring runs, and then among the units of each; see `_deal_least`."""
+    among = range(plan.units) if among is None else among
+    counts = [0] * plan.units
+    for group, (begin, end) in enumerate(itertools.pairwise(_deal(tiles, plan.groups))):
+        dealt = _deal_least(end - begin, cost, load, [u for u in among if u // plan.members == group])
+        counts = [a + b for a, b in zip(counts, dealt, strict=True)]
+    return counts
+
+
+def _deal_least(tiles: int, cost: int, load: list[int], among: Sequence[int]) -> list[int]:
+    """Deals tiles evenly among some units; those left over to the units with the least load.
 
     Adds the cost of all to the load.
     """
-    among = range(len(load)) if among is None else among
     counts = [0] * len(load)
     for place, u in enumerate(sorted(among, key=lambda u: (load[u], u))):
         counts[u] = tiles // len(among) + (place < tiles % len(among))

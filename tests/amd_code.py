@@ -48,6 +48,7 @@ class Kernel:
     splits: int = 1
     task_heads: int = 1
     arch: str = "gfx942"
+    near: bool = False
 
     @property
     def shared_bytes(self) -> int:
@@ -66,13 +67,17 @@ class Kernel:
     @functools.cached_property
     def assembly(self) -> Path:
         """The file with the kernel's instructions."""
-        source = _native.gpu_stub(**program(self.spec, self.plan), **self._request(), shared_bytes=self.shared_bytes)
+        source = _native.gpu_stub(
+            **program(self.spec, self.plan), **self._request(), shared_bytes=self.shared_bytes, near=self.near
+        )
         return compile_source(source, self.arch)
 
     @functools.cached_property
     def assembly_with_lines(self) -> Path:
         """The same instructions, with comments that say which lines of the source they come from."""
-        source = _native.gpu_stub(**program(self.spec, self.plan), **self._request(), shared_bytes=self.shared_bytes)
+        source = _native.gpu_stub(
+            **program(self.spec, self.plan), **self._request(), shared_bytes=self.shared_bytes, near=self.near
+        )
         return compile_source(source, self.arch, "-gline-tables-only")
 
     @functools.cached_property

@@ -6,6 +6,7 @@ MONOKERNEL_GFX942_EMULATOR names the folder with its emulate.py, and TINYGRAD_DI
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import importlib.util
@@ -47,6 +48,7 @@ def emulator() -> ModuleType:
     sys.modules[found.name] = module
     found.loader.exec_module(module)
     _keep_lanes_in_shared_memory(module)
+    _let_dies_share_a_cache(module)
     return module
 
 
@@ -62,6 +64,17 @@ def _keep_lanes_in_shared_memory(module: Any) -> None:
         return base, mask, size, re.sub(r"\*\((data3_\d+)\+(\w+)\)", r"*(\1+(\2&0x3fff))", source)
 
     module.Semantics._tiny = lowered
+
+
+_MOST = 4096  # work-groups
+
+
+def _let_dies_share_a_cache(module: Any) -> None:
+    """The emulator takes every work-group to be on a die of its own; those of one die see each other's words."""
+    old, new = "if(wr==wg&&mode!=2) continue;", "if((wr==wg||die_of[wr]==die_of[wg])&&mode!=2) continue;"
+    place = "static void rd("
+    assert module.SCHED_C.count(old) == module.SCHED_C.count(place) == 1
+    module.SCHED_C = module.SCHED_C.replace(place, f"u32 die_of[{_MOST}];\n{place}").replace(old, new)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +93,7 @@ def run(
     seed: int | None = None,
     turn: int = 400,
     xcc: Callable[[int], int] | None = None,
+    dies: Callable[[int], int] | None = None,
     max_instructions: int = 2_000_000_000,
     coherence: bool = True,
 ) -> Run:
@@ -92,10 +106,16 @@ def run(
       seed: of the order in which waves take turns; None: one after the other.
       turn: instructions of a wave's turn; with a seed, on average.
       xcc: the XCD of each work-group.
+      dies: where each work-group is for the check of visibility; by default its XCD if words stay on dies, else a die
+        of its own.
       max_instructions: of all waves, after which the kernel is taken to hang.
-      coherence: whether visibility between work-groups is checked.
+      coherence: whether visibility between work-groups is checked. Where words stay on dies, work-groups of one die
+        see each other's.
     """
     emu: Any = emulator()
+    die_of = (ctypes.c_uint32 * _MOST).in_dll(emu._sched(), "die_of")
+    where = dies or (xcc if kernel.near else None)
+    die_of[:] = [where(i) if where else i for i in range(_MOST)]
     memory = emu.Memory()
     struct = gpu_host._Args()
     report = np.zeros(len(gpu_host._REPORT), np.uint32)

@@ -51,6 +51,7 @@ class Kernel:
     shared_bytes: int = 96 * 1024
     sanitize: bool = False
     source: Path = gpu_host.KERNEL
+    near: bool = False
 
     @functools.cached_property
     def library(self) -> Path:
@@ -60,6 +61,7 @@ class Kernel:
             splits=self.splits,
             task_heads=self.task_heads,
             shared_bytes=self.shared_bytes,
+            near=self.near,
         )
         return gpu_host.build(stub + _WORKSPACE, sanitize=self.sanitize, kernel=self.source)
 

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -123,6 +123,7 @@ def run(
     seed: int = 0,
     fault: Fault | None = None,
     cancel_step: int = 0,
+    dies: Sequence[int] | None = None,
     max_steps: int = 20_000_000,
 ) -> Run:
     """Runs a kernel to its end.
@@ -137,6 +138,7 @@ def run(
       seed: of the order and the delays.
       fault: what goes wrong.
       cancel_step: the step at which the user's interrupt comes; 0: never.
+      dies: of the units; by default all are on one.
       max_steps: after which the kernel is taken to hang.
 
     Raises:
@@ -166,6 +168,8 @@ def run(
     options.region_count = len(regions)
     options.seed, options.max_steps, options.cancel_step, options.unit = seed, max_steps, cancel_step, unit
     options.policy, options.stores = POLICIES.index(policy), STORES.index(stores)
+    die_of = None if dies is None else np.array(dies, np.uint32)
+    options.dies = None if die_of is None else die_of.ctypes.data
     if fault is not None:
         start = operands["workspace"].address
         begin, end = start + fault.begin, start + fault.end
@@ -355,6 +359,7 @@ class _Options(ctypes.Structure):
         ("stores", ctypes.c_uint32),
         ("unit", ctypes.c_uint64),
         ("fault", _Fault),
+        ("dies", ctypes.c_void_p),
     )
 
 

@@ -72,7 +72,15 @@ class StandIn:
 
     def reset(self) -> None:
         """As they are at first, save for counters."""
-        first = {"policy": "random", "stores": "random", "fault": "none", "seed": 1, "units": 304, "devices": 2}
+        first = {
+            "policy": "random",
+            "stores": "random",
+            "fault": "none",
+            "seed": 1,
+            "units": 304,
+            "devices": 2,
+            "dies": 1,
+        }
         for name, value in first.items():
             setattr(self, name, value)
         self.take_complaints()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from jax_monokernel import DecoderSpec, LayerSpec, RopeSpec
+from jax_monokernel.plan import Plan, geometry
 
 
 @st.composite
@@ -52,3 +53,12 @@ def specs(draw: st.DrawFn) -> DecoderSpec:
         tied_head=draw(st.booleans()),
         dtype=draw(st.sampled_from(["bfloat16", "float16", "float32"])),
     )
+
+
+def fits(spec: DecoderSpec, plan: Plan) -> bool:
+    """Whether each of the plan's groups has tiles."""
+    try:
+        geometry(spec, plan)
+    except ValueError:
+        return False
+    return True

@@ -40,6 +40,7 @@ def code(cell: str) -> list[str]:
 
 
 OPERATIONS = {code(name)[0]: code(wanted) for name, wanted, _ in table("Scope bits")}
+NEAR_OPERATIONS = {code(name)[0]: code(wanted) for name, wanted, _ in table("Inside an XCD")}
 HANDOFFS = {row[0]: row[1:] for row in table("Hand-offs, instruction by instruction")}
 
 
@@ -108,6 +109,57 @@ def test_caches_are_written_back_before_the_candidates_and_dropped_after_them(re
     ]
     assert logits
     assert all({"request", "choose"} <= set(reviewed[n].functions) for n in logits)
+
+
+# ---- Words that stay inside an XCD ----
+
+NEAR_HANDOFFS = ("h1_qkv", "h2_attended", "h3_partial", "h4_projected", "h5_inner", "h6_residual", "h9_final")
+
+
+@pytest.fixture(scope="module")
+def near() -> tuple[Instruction, ...]:
+    return review(large("gfx942", 1, groups=8, near=True))
+
+
+@pytest.mark.parametrize("operation", NEAR_OPERATIONS)
+def test_operations_inside_an_xcd(near, operation):
+    mine = {i.text for i in near if i.functions[:1] == (operation,) and not i.text.startswith("s_waitcnt")}
+    assert mine == set(NEAR_OPERATIONS[operation])
+
+
+def test_scope_bits_inside_an_xcd_are_nowhere_else(near):
+    for instruction in near:
+        if not re.search(r" (sc0|sc1|nt)|^buffer_", instruction.text) or instruction.text == "global_load_dwordx4 nt":
+            continue
+        function = instruction.functions[0] if instruction.functions else "?"
+        assert instruction.text in (OPERATIONS | NEAR_OPERATIONS).get(function, []), instruction
+
+
+def test_sums_cross_xcds_and_what_groups_exchange_does_not(near):
+    writers, readers = ({f for h in NEAR_HANDOFFS for f in code(HANDOFFS[h][column])} for column in (0, 1))
+    stores = [i for i in near if i.functions[:1] in (("store_word",), ("store_near_word",))]
+    inside = [
+        i for i in stores if (writers | {"reduce_sums"}) & set(i.functions) and "prepare_heads" not in i.functions
+    ]
+    assert {i.functions[0] for i in inside} == {"store_near_word"}
+    sums = [i for i in stores if "publish_sums" in i.functions]
+    assert {i.functions[0] for i in sums} == {"store_word"}
+    loads = [i for i in near if loads_words(i)]
+    across = {"gather_candidates", "p7_sample", "reduce_sums"}
+    for instruction in loads:
+        stays = not across & set(instruction.functions)
+        assert not stays or readers & set(instruction.functions), instruction
+        assert instruction.functions[0].startswith("load_near_word" if stays else "load_word"), instruction
+
+
+def test_the_l1_is_dropped_before_every_look(near):
+    """Measured by others on an MI300X: without that, neither plain loads nor those with sc0 ever see a change."""
+    accesses = [i for i in near if not i.text.startswith("s_waitcnt")]
+    looks = [n for n, i in enumerate(accesses) if i.functions[0].startswith("load_near_word")]
+    assert looks
+    for n in looks:
+        before = next(i for i in reversed(accesses[:n]) if not i.functions[0].startswith("load_near_word"))
+        assert before.functions[0] == "look_again", (before, accesses[n])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

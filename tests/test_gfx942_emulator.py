@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import subprocess
 
@@ -76,6 +77,62 @@ def test_same_as_reference(name, dtype, make, batch, order):
     assert run.violations == []
     assert run.report["reason"] == 0
     assert_same_decode(got, want, kernel.spec, state)
+
+
+# Groups: attention and the MLP; the MLP alone; with post-norms.
+GROUPS = {
+    "plain": lambda batch: Kernel(spec_of("plain"), gpu_plan(spec_of("plain"), 64, 6, groups=2), batch),
+    "nope": lambda batch: Kernel(
+        spec_of("nope", "bfloat16"), gpu_plan(spec_of("nope", "bfloat16"), 64, 8, groups=4), batch
+    ),
+    "windows": lambda batch: Kernel(
+        spec_of("windows", "float16"), gpu_plan(spec_of("windows", "float16"), 64, 4, groups=2), batch, splits=3
+    ),
+}
+# For words that stay on dies: by turns with an offset, as on an MI300X; in another order than the work-groups'.
+PLACES = {
+    "by_turns": lambda unit, plan: (unit + 1) % plan.groups,
+    "in_rows": lambda unit, plan: (plan.units - 1 - unit) // plan.members,
+}
+
+
+def decode_with_groups(kernel: Kernel, seed: int | None, xcc):
+    rows = slice(3 - kernel.batch, 3)
+    state = state_of(kernel.spec, POSITIONS[rows])
+    params, want = rows_of((mixed_params(kernel.spec, 3), reference_of_mixed(kernel.spec)), rows)
+    got, run = gfx942.decode_on_emulator(kernel, state, params, want.tokens.shape[1], seed=seed, xcc=xcc)
+    assert run.violations == []
+    return state, want, got, run
+
+
+@pytest.mark.parametrize("place", ["anywhere", *PLACES])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups(name, batch, place):
+    kernel, near = GROUPS[name](batch), place in PLACES
+    kernel = dataclasses.replace(kernel, near=near)
+
+    def xcc(unit: int) -> int:
+        return PLACES[place](unit, kernel.plan) if near else unit // 2 % 8
+
+    state, want, got, run = decode_with_groups(kernel, None if place == "in_rows" else batch, xcc)
+    assert run.report["reason"] == 0, run.report
+    assert_same_decode(got, want, kernel.spec, state)
+
+
+def test_groups_that_are_not_on_one_die_are_noticed():
+    kernel = dataclasses.replace(GROUPS["plain"](1), near=True)
+    for seed, xcc in enumerate((lambda unit: unit % 8, lambda unit: 0, lambda unit: int(unit > 1))):
+        *_, run = decode_with_groups(kernel, seed, xcc)
+        assert run.report["reason"] == 4, run.report
+
+
+def test_groups_on_several_dies_are_noticed_by_the_check():
+    """Where words stay on dies that are not the groups', they are not seen by others, or are reported."""
+    kernel = dataclasses.replace(GROUPS["plain"](1), near=True)
+    state, params = state_of(kernel.spec, (3,)), params_of(kernel.spec, 1)
+    _, run = gfx942.decode_on_emulator(kernel, state, params, 16, xcc=lambda unit: unit % 2, dies=lambda unit: unit)
+    assert any("has not released" in violation for violation in run.violations)
 
 
 def test_whole_chip():

@@ -42,13 +42,13 @@ UNITS = {"gfx942": 304, "gfx950": 256}
 IN_FLIGHT = 8  # loads of weights that a wave has on their way at least, 1 KiB each
 
 
-def large(arch: str, batch: int, capacity: int = 2048, **plan: int) -> Kernel:
+def large(arch: str, batch: int, capacity: int = 2048, *, near: bool = False, **plan: int) -> Kernel:
     laid_out = Plan(platform="rocm", units=UNITS[arch], **plan)
-    return Kernel(LARGE, laid_out, batch, *attention_tasks(LARGE, laid_out, batch, capacity), arch=arch)
+    return Kernel(LARGE, laid_out, batch, *attention_tasks(LARGE, laid_out, batch, capacity), arch=arch, near=near)
 
 
-def small(name: str, dtype: str, arch: str, batch: int) -> Kernel:
-    return Kernel(spec_of(name, dtype), Plan(platform="rocm", units=7), batch, arch=arch)
+def small(name: str, dtype: str, arch: str, batch: int, units: int = 7, **plan: int) -> Kernel:
+    return Kernel(spec_of(name, dtype), Plan(platform="rocm", units=units, **plan), batch, arch=arch)
 
 
 CASES = {
@@ -58,6 +58,8 @@ CASES = {
     "llama-gfx950-batch_16": lambda: large("gfx950", 16),
     "windows-f16-gfx942-batch_3": lambda: small("windows", "float16", "gfx942", 3),
     "post_norm-f32-gfx942-batch_3": lambda: small("post_norm", "float32", "gfx942", 3),
+    "llama-gfx942-batch_1-groups": lambda: large("gfx942", 1, groups=8, near=True),
+    "windows-f16-gfx942-batch_3-groups": lambda: small("windows", "float16", "gfx942", 3, units=8, groups=2),
     "nope-bf16-gfx950-batch_1": lambda: small("nope", "bfloat16", "gfx950", 1),
 }
 
@@ -107,10 +109,12 @@ def test_forbidden_instructions(kernel):
     for line in instructions(kernel.assembly):
         assert not re.match(r"flat_|scratch_|s_trap|s_store|s_atomic|s_swappc|buffer_(load|store|atomic)", line)
         if line.startswith("global_atomic"):
-            assert line.startswith("global_atomic_cmpswap")  # claim
+            assert re.match("global_atomic_cmpswap" + "|global_atomic_add" * kernel.near, line)  # claim; find_place
     # Caches as a whole are written back and invalidated only where a filter reads all logits.
-    names = [line.split()[0] for line in instructions(kernel.assembly)]
-    assert names.count("buffer_wbl2") == names.count("buffer_inv") == 1
+    lines = instructions(kernel.assembly)
+    whole = [line for line in lines if line.startswith(("buffer_wbl2", "buffer_inv")) and line != "buffer_inv sc0"]
+    assert sorted(whole) == ["buffer_inv sc1", "buffer_wbl2 sc1"]
+    assert ("buffer_inv sc0" in lines) == kernel.near  # the L1 alone
 
 
 def test_words_bypass_caches(kernel):

@@ -323,9 +323,9 @@ HANDOFFS = {
     "candidate": 7,
     "token": 8,
     "final_": 9,
-    "projected_squares": 10,
-    "residual_squares": 11,
-    "final_squares": 12,
+    "projected_squares": 13,
+    "residual_squares": 14,
+    "final_squares": 15,
 }
 SQUARES = [field for field in HANDOFFS if field.endswith("_squares")]  # of packed hand-offs
 PACKED = ["attended", "projected", "inner", "residual", "final_"]

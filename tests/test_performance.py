@@ -11,8 +11,10 @@ from hypothesis import given, settings
 
 from benchmarks import predictions
 from benchmarks.shapes import SHAPES
-from jax_monokernel.performance import Calibration, predict
-from jax_monokernel.topology import Constant, Topology, part
+from jax_monokernel import performance
+from jax_monokernel.performance import Calibration, choose_groups, predict
+from jax_monokernel.plan import Plan, make_plan
+from jax_monokernel.topology import Constant, Group, Topology, part
 
 # (shape, batch, mean context, capacity): microseconds a token; docs/performance.md says where they come from.
 MEASURED_H200 = {
@@ -81,8 +83,40 @@ def test_two_kinds_of_plan():
     flat, groups = (predict(spec, device, kind, loaded=True) for kind in ("flat", "hierarchical"))
     assert groups.token_us < flat.token_us
     assert [p.name for p in groups.phases] == ["qkv", "o", "gate_up", "down"]
-    assert groups.phases[0].hand_off_us > groups.phases[1].hand_off_us
+    assert groups.phases[0].hand_off_us > groups.phases[3].hand_off_us
+    # Three KV heads cannot be dealt to eight groups: attention stays chip-wide. A group's part of the inner width is
+    # filled up to whole atoms.
+    assert [p.hand_off_us for p in groups.phases][1] == [p.hand_off_us for p in flat.phases][1]
+    assert flat.stream_us < groups.stream_us < 1.1 * flat.stream_us
+    spec = SHAPES["llama3.2-1b"].spec()
+    flat, groups = (predict(spec, device, kind, loaded=True) for kind in ("flat", "hierarchical"))
+    assert groups.phases[1].hand_off_us < flat.phases[1].hand_off_us / 3
     assert groups.stream_us == flat.stream_us
+
+
+def test_the_choice_of_groups():
+    device = part("MI300X")
+    for shape in SMALL:
+        spec = SHAPES[shape].spec()
+        assert choose_groups(spec, device) == 1  # published hand-offs of an idle device: no gain, or too little
+        assert choose_groups(spec, device, loaded=True) == 8
+        assert choose_groups(spec, part("H200"), loaded=True) == 1  # its groups share a cache with the others
+        slow = with_constants(device, gather_us=3.0, hand_off_across_groups_us=3.0, hand_off_in_group_us=0.6)
+        assert choose_groups(spec, slow) == 8
+    assert choose_groups(SHAPES["qwen3-0.6b"].spec(), part("MI350X")) == 1  # hand-offs are not known
+    unequal = dataclasses.replace(device, root=dataclasses.replace(device.root, children=(
+        Group("xcd", "XCD 0", (0, 1)), Group("xcd", "XCD 1", (2,)))))  # fmt: skip
+    assert choose_groups(SHAPES["qwen3-0.6b"].spec(), unequal, loaded=True) == 1
+
+
+def test_make_plan_asks_the_model_of_time(monkeypatch):
+    spec = SHAPES["qwen3-0.6b"].spec()
+    assert make_plan(spec, platform="rocm", units=304).groups == 1
+    assert make_plan(spec, platform="rocm", units=304, groups=8).groups == 8
+    monkeypatch.setattr(performance, "LEAST_GAIN", -1.0)
+    assert make_plan(spec, platform="rocm", units=304) == Plan(platform="rocm", units=304, groups=8)
+    assert make_plan(spec, platform="rocm", units=303).groups == 1  # of no known part
+    assert make_plan(spec, platform="cuda", units=132).groups == 1
 
 
 def test_placement():

@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 from decoding import SPECS
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tape_specs import specs
+from tape_specs import fits, specs
 
 from benchmarks.shapes import SHAPES
 from jax_monokernel import LayerSpec
@@ -139,6 +139,77 @@ def test_gpu_tiles_are_dealt_evenly(spec, units, platform):
     assert counts["o"] == counts["down"]  # the same unit adds both to its rows of the residual stream
     if spec.post_norm:  # who follows the residual stream gives something in every layer
         assert all(q + g > 0 for q, g, h in zip(counts["qkv"], counts["gate_up"], counts["head"], strict=True) if h)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    spec=specs(),
+    members=st.integers(1, 12),
+    groups=st.integers(2, 6),
+    grouped=st.sampled_from([(True, True), (True, False), (False, True)]),
+    platform=st.sampled_from(["cuda", "rocm"]),
+)
+def test_groups_have_their_own_tiles(spec, members, groups, grouped, platform):
+    if spec.head_dim % 2:
+        spec = spec.replace(kv_dtype="float32")
+    plan = Plan(
+        platform=platform, units=groups * members, groups=groups, group_attention=grouped[0], group_mlp=grouped[1]
+    )
+    assume(fits(spec, plan))
+    geo = geometry(spec, plan)
+    whole = grouped[0] and spec.num_kv_heads % groups == 0 and spec.qk_norm != "full"
+    assert geo.attention_groups == (groups if whole else 1)
+    assert geo.mlp_groups == (groups if grouped[1] else 1)
+    assert geo.inner_cols * geo.mlp_groups >= spec.intermediate_size
+    of_group = {
+        "qkv": geo.attention_groups,
+        "o": geo.attention_groups,
+        "gate_up": geo.mlp_groups,
+        "down": geo.mlp_groups,
+    }
+    for phase, m in geo.matrices.items():
+        shares = [m.begin[(g + 1) * members] - m.begin[g * members] for g in range(groups)]
+        assert sum(shares) == m.tiles
+        if of_group.get(phase, 1) > 1:
+            assert len(set(shares)) == 1
+        elif phase != "head" or not spec.post_norm:
+            assert max(shares) - min(shares) <= 1
+        if phase in ("qkv", "gate_up"):  # whoever adds up a group's sums is waited for
+            assert min(shares) > 0
+        for g in range(groups):
+            counts = [m.begin[u + 1] - m.begin[u] for u in range(g * members, (g + 1) * members)]
+            dealt = [n for n in counts if n] if phase == "head" else counts
+            assert not dealt or max(dealt) - min(dealt) <= 1
+    head = geo.matrices["head"].begin
+    if spec.post_norm:
+        busy = [
+            any(geo.matrices[p].begin[u] < geo.matrices[p].begin[u + 1] for p in ("qkv", "gate_up"))
+            for u in range(plan.units)
+        ]
+        assert all(busy[u] for u in range(plan.units) if head[u] < head[u + 1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"units": 7, "groups": 2},
+            "Plan.groups is 2, for 7 units on rocm; expected 1, or on a GPU up to 64 groups of",
+        ),
+        ({"units": 8, "groups": 0}, "Plan.groups is 0, for 8 units"),
+        ({"units": 128, "groups": 128}, "Plan.groups is 128"),
+        ({"units": 8, "groups": 2, "platform": "cpu"}, "Plan.groups is 2, for 8 units on cpu"),
+        ({"units": 8, "groups": 2, "group_attention": False, "group_mlp": False}, "has attention or the MLP in groups"),
+    ],
+)
+def test_bad_groups_of_a_plan_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Plan(**({"platform": "rocm"} | options))
+
+
+def test_more_groups_than_tiles_are_named():
+    with pytest.raises(ValueError, match="qkv has 6 tiles, too few for 7 groups"):
+        geometry(SPECS["nope"], Plan(platform="cuda", units=7, groups=7))  # one KV head, 48 rows
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,20 @@ def test_devices_side_by_side(rocm):
     assert rocm.launches == before + 6
 
 
+def test_groups_on_dies_and_elsewhere(rocm):
+    """Words that stay on dies where work-groups are as expected; else the other kernel, from then on at once."""
+    spec = spec_of("windows")
+    tape = jax.tree.map(jnp.asarray, gpu_tape_of(spec, gpu_plan(spec, 64, 4, groups=2)))
+    state, params, want = state_of(spec), mixed_params(spec, 3), reference_of_mixed(spec)
+    # Not the device of the other tests: it remembers what was found.
+    operands = jax.device_put((tape, state, params), jax.devices()[1])
+    for dies, launches in ((2, 1), (3, 2), (2, 1)):
+        rocm.dies = dies
+        before = rocm.launches
+        assert_same_decode(run(*operands), want, spec, state)
+        assert rocm.launches == before + launches
+
+
 def test_a_timeline(rocm, environment, tmp_path):
     environment("MONOKERNEL_TRACE", str(tmp_path / "timeline"))
     spec = spec_of("windows")

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoding import SPECS, assert_bit_equal, numpy_in_place_of_jax
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from naive import random_weights
-from tape_specs import specs
+from tape_specs import fits, specs
 
+from jax_monokernel import _gpu_tape
 from jax_monokernel import tape as tape_module
 from jax_monokernel.plan import Plan, geometry, make_plan
 from jax_monokernel.tape import LAYOUT_VERSION, Tape, pack, unpack
@@ -51,6 +52,48 @@ def test_unpacking_gives_back_every_bit(spec, units):
         tape = pack(spec, weights, Plan(platform="cpu", units=units))
         assert isinstance(tape.streams, np.ndarray)  # otherwise every example compiles
         assert_bit_equal(unpack(tape), weights)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    spec=specs(),
+    members=st.integers(1, 5),
+    groups=st.integers(1, 4),
+    grouped=st.sampled_from([(True, True), (True, False), (False, True)]),
+    platform=st.sampled_from(["cuda", "rocm"]),
+)
+def test_every_weight_is_on_a_tape_for_gpus_once(spec, members, groups, grouped, platform):
+    if spec.head_dim % 2:
+        spec = spec.replace(kv_dtype="float32")
+    plan = Plan(
+        platform=platform, units=groups * members, groups=groups, group_attention=grouped[0], group_mlp=grouped[1]
+    )
+    assume(fits(spec, plan))
+    weights = numbered_weights(spec)
+    with numpy_in_place_of_jax(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_gpu_tape, "jnp", np)
+        got = bits_of(pack(spec, weights, plan).streams)
+    w = weights.layers
+    matrices = [m for m in (w.q, w.k, w.v, w.o, w.gate, w.up, w.down, weights.output_matrix) if m is not None]
+    want = np.sort(np.concatenate([bits_of(m).reshape(-1) for m in matrices]))
+    np.testing.assert_array_equal(np.sort(got[got != 0]), want)
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "options"),
+    [
+        ("plain", "cuda", {"groups": 1}),
+        ("plain", "rocm", {"groups": 2}),  # attention and the MLP
+        ("nope", "cuda", {"groups": 3}),  # one KV head: the MLP alone
+        ("post_norm", "rocm", {"groups": 6}),
+        ("plain", "cuda", {"groups": 2, "group_mlp": False}),
+    ],
+)
+def test_unpacking_a_tape_for_gpus_gives_back_every_bit(name, platform, options):
+    spec = SPECS[name]
+    weights, plan = random_weights(spec), Plan(platform=platform, units=6, **options)
+    tape = jax.jit(lambda w: pack(spec, w, plan))(weights)
+    assert_bit_equal(jax.jit(unpack)(tape), weights)
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,6 +1,7 @@
 // One device of one vendor: what it is, the kernels loaded on it, and the memory that a launch reports through.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -73,6 +74,10 @@ class Device {
   std::timed_mutex& launching() { return launching_; }
   Exchange& exchange() { return exchange_; }
 
+  // Whether a launch has found units of a group on several dies: it may do so again.
+  bool misplaced() const { return misplaced_.load(); }
+  void set_misplaced() { misplaced_.store(true); }
+
  private:
   int attribute(int number, const char* what) const;
   std::string architecture_name() const;
@@ -88,6 +93,7 @@ class Device {
   int multiprocessors_ = 0;
   int clock_khz_ = 0;
   std::timed_mutex launching_;
+  std::atomic<bool> misplaced_{false};
   Exchange exchange_;
   OnceMap<std::string, const Kernel> kernels_;
 };

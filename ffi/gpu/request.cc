@@ -51,15 +51,32 @@ void check_plan(const Program& p) {
   require(p.wave_elems >= 1 && p.wave_elems % (p.atom_cols * p.tile_rows) == 0 &&
               p.unit_elems == p.waves * p.wave_elems,
           "the streams' lengths are out of range");
-  const int64_t rows[kPhases] = {p.q_size() + 2 * p.kv_size(), p.hidden_size, p.intermediate_size * (p.gated ? 2 : 1),
-                                 p.hidden_size, p.vocab_size};
+  require(p.groups >= 1 && p.groups <= kMaxGroups && p.units % p.groups == 0, "the groups are out of range");
+  require(p.hidden_size <= std::numeric_limits<int32_t>::max() / kMaxBatch / 4 / p.groups, "the groups are out of range");
+  for (int64_t groups : {p.attention_groups, p.mlp_groups}) require(groups == 1 || groups == p.groups, "the groups are out of range");
+  require(p.attention_groups == 1 || (p.num_kv_heads % p.attention_groups == 0 && p.qk_norm != 2), "the groups do not hold whole heads");
+  require(p.mlp_groups == 1 ? p.inner_cols == p.intermediate_size
+                            : p.inner_cols % 4 == 0 && p.inner_cols >= 4 && p.inner_cols <= (1 << 24) &&
+                                  p.inner_cols >= (p.intermediate_size + p.mlp_groups - 1) / p.mlp_groups,
+          "the inner width is not that of the groups");
+  const struct {
+    int64_t rows, groups;  // rows of one group
+  } matrices[kPhases] = {{(p.q_size() + 2 * p.kv_size()) / p.attention_groups, p.attention_groups},
+                         {p.hidden_size, p.attention_groups},
+                         {p.inner_cols * (p.gated ? 2 : 1), p.mlp_groups},
+                         {p.hidden_size, p.mlp_groups},
+                         {p.vocab_size, 1}};
   for (int phase = 0; phase < kPhases; phase++) {
-    const int64_t tiles = (rows[phase] + p.tile_rows - 1) / p.tile_rows;
+    const int64_t groups = matrices[phase].groups, of_group = (matrices[phase].rows + p.tile_rows - 1) / p.tile_rows;
+    const int64_t tiles = of_group * groups;
     int64_t next = 0;
     for (int64_t u = 0; u < p.units; u++) {
       const TileRow& t = p.tile(static_cast<Phase>(phase), u);
       require(t.begin == next && t.count >= 0 && t.count <= tiles, "the tile table is out of range");
       next += t.count;
+      // A group's units have its rows and no others'.
+      const int64_t members = p.units / groups;
+      require((u + 1) % members != 0 || groups == 1 || next == (u + 1) / members * of_group, "the tile table mixes groups");
     }
     require(next == tiles, "the tile table does not cover the matrices");
   }
@@ -150,7 +167,7 @@ Request read_request(const Attributes& a, int64_t batch, int64_t splits, int64_t
 
 std::string request_key(const Attributes& a, const Request& r) {
   std::string key;
-  const int64_t call[] = {r.batch, r.splits, r.task_heads, r.trace};
+  const int64_t call[] = {r.batch, r.splits, r.task_heads, r.trace, r.near};
   const auto add = [&key](const void* data, size_t bytes) { key.append(static_cast<const char*>(data), bytes); };
   // The program's first numbers give the sizes of its tables, so that no two requests run together.
   add(a.ints.data(), a.ints.size_bytes());

@@ -26,6 +26,7 @@ struct Request {
   int64_t splits = 0;      // parts of the context that are attended to separately
   int64_t task_heads = 0;  // query heads of one attention task
   bool trace = false;
+  bool near = false;  // words that stay inside a group go no further than the cache of its die
 
   int threads() const {
     const int64_t feed_waves = program.wave_size == 32;  // MK_FEED_WAVE of kernel/arch/cuda.h
@@ -35,6 +36,7 @@ struct Request {
 
 constexpr int64_t kMaxBatch = 16;
 constexpr int64_t kMaxSplits = 4096;
+constexpr int64_t kMaxGroups = 64;
 
 // Checks everything that leads to an address, because an exported program may have been changed on its way here. Throws
 // Failure kInvalid.

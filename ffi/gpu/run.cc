@@ -37,7 +37,8 @@ std::string hex(uint32_t value) {
 Failure reported(const mk::Report& r, int64_t vocab_size, double timeout_s) {
   constexpr const char* kHandoffs[] = {"h1_qkv",     "h2_attended", "h3_partial",   "h4_projected",
                                        "h5_inner",   "h6_residual", "h7_candidate", "h8_token",
-                                       "h9_final",   "h10_projected_squares", "h11_residual_squares", "h12_final_squares"};
+                                       "h9_final",   "h10_out_sums", "h11_down_sums", "h12_places",
+                                       "h13_projected_squares", "h14_residual_squares", "h15_final_squares"};
   if (r.reason == mk::kCancelled) return cancelled();
   if (r.reason == mk::kInvalid) {  // the reason's own use of the fields: request, position and token
     const std::string request = std::to_string(r.unit);
@@ -73,28 +74,12 @@ void pause(Clock::time_point start) {
   }
 }
 
-}  // namespace
-
-void run(Vendor vendor, int ordinal, void* stream, const Call& call) {
-  const uint64_t cancel_at_start = __atomic_load_n(cpu::cancel_epoch(), __ATOMIC_RELAXED);
-  const auto is_cancelled = [&] { return __atomic_load_n(cpu::cancel_epoch(), __ATOMIC_RELAXED) != cancel_at_start; };
-  const cpu::InterruptScope interrupts;
-
-  Device& device = Device::get(vendor, ordinal);
-  device.open();
-  const Device::Current current(device);
+// Launches and waits for the end. The device is locked and current.
+template <typename IsCancelled>
+mk::Report launch(Device& device, const Call& call, const Request& request, const Kernel& kernel, void* stream, const Settings& s,
+                  const IsCancelled& is_cancelled) {
   const Driver& api = device.api();
-  const Settings s = settings();
-  Request request = call.request;
-  request.trace = !s.trace.empty();
-  const std::shared_ptr<const Kernel> kernel = device.kernel(request_key(call.attributes, request), request);
   const WorkspaceSize workspace = workspace_size(request);
-
-  std::unique_lock<std::timed_mutex> lock(device.launching(), std::defer_lock);
-  while (!lock.try_lock_for(std::chrono::milliseconds(1))) {
-    if (is_cancelled()) throw cancelled();
-  }
-  if (is_cancelled()) throw cancelled();
   Exchange& exchange = device.exchange();
   std::atomic_ref<uint32_t> cancel(exchange.host->cancel);
   cancel.store(0);
@@ -115,8 +100,8 @@ void run(Vendor vendor, int ordinal, void* stream, const Call& call) {
       api.check(api.copy_async(copy.to, const_cast<void*>(copy.from), copy.bytes, stream), "copy the state");
     }
     trace.clear(stream);
-    api.check(api.launch_cooperative(kernel->function, kernel->units, 1, 1, static_cast<unsigned>(kernel->threads), 1, 1,
-                                     kernel->shared_bytes, stream, parameters),
+    api.check(api.launch_cooperative(kernel.function, kernel.units, 1, 1, static_cast<unsigned>(kernel.threads), 1, 1,
+                                     kernel.shared_bytes, stream, parameters),
               "launch the kernel");
     api.check(api.copy_out_async(&exchange.host->report, exchange.report, sizeof(mk::Report), stream), "read the report");
     api.check(api.event_record(exchange.event, stream), "record an event");
@@ -132,8 +117,40 @@ void run(Vendor vendor, int ordinal, void* stream, const Call& call) {
   }
   api.check(state, "run the kernel");
   trace.save(stream);
-  if (exchange.host->report.reason != mk::kOk) {
-    throw reported(exchange.host->report, request.program.vocab_size, s.timeout_s);
+  return exchange.host->report;
+}
+
+}  // namespace
+
+void run(Vendor vendor, int ordinal, void* stream, const Call& call) {
+  const uint64_t cancel_at_start = __atomic_load_n(cpu::cancel_epoch(), __ATOMIC_RELAXED);
+  const auto is_cancelled = [&] { return __atomic_load_n(cpu::cancel_epoch(), __ATOMIC_RELAXED) != cancel_at_start; };
+  const cpu::InterruptScope interrupts;
+
+  Device& device = Device::get(vendor, ordinal);
+  device.open();
+  const Device::Current current(device);
+  const Settings s = settings();
+  std::unique_lock<std::timed_mutex> lock(device.launching(), std::defer_lock);
+  const auto lock_device = [&] {
+    while (!lock.try_lock_for(std::chrono::milliseconds(1))) {
+      if (is_cancelled()) throw cancelled();
+    }
+  };
+  Request request = call.request;
+  request.trace = !s.trace.empty();
+  request.near = request.program.groups > 1 && device.api().vendor == Vendor::kRocm && !s.chip_wide && !device.misplaced();
+  for (;;) {
+    const std::shared_ptr<const Kernel> kernel = device.kernel(request_key(call.attributes, request), request);
+    lock_device();
+    if (is_cancelled()) throw cancelled();
+    const mk::Report report = launch(device, call, request, *kernel, stream, s, is_cancelled);
+    lock.unlock();
+    if (report.reason == mk::kOk) return;
+    if (report.reason != mk::kMisplaced || !request.near) throw reported(report, request.program.vocab_size, s.timeout_s);
+    // Groups are elsewhere than they should be, and nothing has been done yet: the other kernel does not mind.
+    device.set_misplaced();
+    request.near = false;
   }
 }
 

@@ -27,7 +27,9 @@ void read_environment() {
   Settings s;
   s.cache_dir = cache_dir();
   const std::string no_compile = variable("MONOKERNEL_NO_COMPILE"), timeout = variable("MONOKERNEL_TIMEOUT");
+  const std::string chip_wide = variable("MONOKERNEL_CHIP_WIDE");
   s.no_compile = !no_compile.empty() && no_compile != "0";
+  s.chip_wide = !chip_wide.empty() && chip_wide != "0";
   s.trace = variable("MONOKERNEL_TRACE");
   if (const double seconds = std::strtod(timeout.c_str(), nullptr); seconds > 0 && seconds < 1e6) s.timeout_s = seconds;
   s.cuda_library = variable("MONOKERNEL_CUDA_LIBRARY");

@@ -13,14 +13,17 @@ WorkspaceSize workspace_size(const Request& request) {
   dims.units = p.units;
   dims.splits = request.splits;
   dims.hidden = p.hidden_size;
-  dims.inner = p.intermediate_size;
   dims.q_size = p.q_size();
   dims.qkv_size = p.q_size() + 2 * p.kv_size();
   dims.heads = p.num_heads;
   dims.vocab = p.vocab_size;
+  dims.groups = p.groups;
+  dims.attention_groups = p.attention_groups;
+  dims.mlp_groups = p.mlp_groups;
+  dims.inner_cols = p.inner_cols;
   // What the kernel needs at most: it keeps small residuals in shared memory. They come last, so no offset depends on it.
   dims.own_residual = p.post_norm ? request.batch * p.hidden_size : 0;
-  if (mk::has_packed_hand_offs(p.wave_size == 32 && p.weight_dtype != kF16 && !p.post_norm, request.batch)) {
+  if (mk::has_packed_hand_offs(p.groups == 1 && p.wave_size == 32 && p.weight_dtype != kF16 && !p.post_norm, request.batch)) {
     int64_t most = 0;
     for (int64_t u = 0; u < p.units; u++) most = std::max(most, p.tile(kO, u).count);
     dims.packed_bytes = p.weight_dtype == kF32 ? 4 : 2;

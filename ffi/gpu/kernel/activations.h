@@ -27,20 +27,24 @@ MK_DEVICE const float* norm_of(const Service& s) {
 // Where a phase's input comes from. words null: the residual stream is at hand, in the unit's own copy or the embedding.
 template <int phase>
 MK_DEVICE Site source_of(const Service& s, int layer) {
-  if constexpr (phase == kO) return s.site(h2_attended, kWorkspace.attended, layer);
-  if constexpr (phase == kDown) return s.site(h5_inner, kWorkspace.inner, layer);
+  if constexpr (phase == kO) return s.site(h2_attended, s.part<kAttentionGroups>(kWorkspace.attended, cols(kO)), layer);
+  if constexpr (phase == kDown) return s.site(h5_inner, s.part<kMlpGroups>(kWorkspace.inner, cols(kDown)), layer);
   if constexpr (!kPostNorm) {
-    if constexpr (phase == kGateUp) return s.site(h4_projected, kWorkspace.projected, layer);
+    if constexpr (phase == kGateUp) return s.site(h4_projected, s.part<kGroups>(kWorkspace.projected, kHidden), layer);
     if (phase == kHead || layer > 0) return s.residual_site(layer - 1);
   }
   return {};
+}
+
+constexpr HandOff source_handoff(int phase) {
+  return phase == kO ? h2_attended : phase == kDown ? h5_inner : phase == kGateUp ? h4_projected : h6_residual;
 }
 
 // Columns [begin, end) of a request's row: use(column, value, weight).
 template <int phase, typename Weights, typename Use>
 MK_DEVICE void for_source(Service& s, const Site& site, int request, int begin, int end, Weights weights_of, Use use) {
   if (phase == kO || phase == kDown || site.words != nullptr) {
-    gather_words<cols(phase), fill_count(phase) == 1>(s, site, site.words + request * line(cols(phase)), begin, end,
+    gather_words<cols(phase), fill_count(phase) == 1, is_near(source_handoff(phase))>(s, site, site.words + request * line(cols(phase)), begin, end,
                                                       weights_of, use);
     return;
   }
@@ -204,7 +208,7 @@ MK_DEVICE void gather_own(Service& s, int layer, int fill, int wave, char* own) 
       }
       auto request_of = [&](int i) { return first_request + i / items; };
       auto wanted = [&](int i) { return (bare || at[i % items] >= 0) && (kBatch % requests == 0 || request_of(i) < kBatch); };
-      wait_places<requests * items>(
+      wait_places<requests * items, is_near(source_handoff(phase))>(
           s.waiter, site, [&](int i) { return site.words + request_of(i) * line(size) + at[i % items]; }, v, [&](int i) {
             const int left = size - at[i % items];
             return !wanted(i) ? 0 : (bare && size == padded_cols(phase)) || (size % 4 == 0 && left > 0) ? 4 : left;

@@ -13,7 +13,7 @@ using i64 = long long;
 // Why a launch ended early. The first unit to find a reason writes it.
 struct Report {
   u32 reason;    // enum Reason
-  u32 handoff;   // 1 to 9: h1_qkv to h9_final (docs/kernel.md)
+  u32 handoff;   // 1 to 15: h1_qkv to h15_final_squares (docs/kernel.md)
   u32 layer;
   u32 token;     // of this launch
   u32 unit;      // the waiter
@@ -27,6 +27,7 @@ enum Reason : u32 {
   kTimeout = 1,
   kCancelled = 2,
   kInvalid = 3,  // a running request (unit) whose position (expected) or last token (seen) is out of range
+  kMisplaced = 4,  // MK_NEAR: units of a group are not on one die; nothing has been done
 };
 
 // Device pointers; shapes as in jax_monokernel.decode. Everything carried is read and written in place.

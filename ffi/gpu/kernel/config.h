@@ -76,10 +76,27 @@ constexpr bool kGated = MK_GATED != 0;
 
 constexpr int kSplits = MK_SPLITS;
 constexpr int kTaskHeads = MK_TASK_HEADS;
-constexpr int kTasks = kBatch * (kHeads / kTaskHeads) * kSplits;
+
+// Groups of neighbouring units. Where attention is in groups, each holds whole heads; where the MLP is, each holds kInnerCols of
+// the inner width. Matrices of both are then stacked: first a group's rows, then those of the next one; of o and down, all rows for
+// the columns of each group.
+constexpr int kGroups = MK_GROUPS, kMembers = MK_UNITS / kGroups;
+constexpr int kAttentionGroups = MK_ATTENTION_GROUPS, kMlpGroups = MK_MLP_GROUPS;
+constexpr int groups_of(int phase) {
+  return phase == kQkv || phase == kO ? kAttentionGroups : phase == kGateUp || phase == kDown ? kMlpGroups : 1;
+}
+constexpr int kInnerCols = MK_INNER_COLS;
+constexpr int kGroupHeads = kHeads / kAttentionGroups, kGroupKvHeads = kKvHeads / kAttentionGroups;
+constexpr int kGroupQSize = kQSize / kAttentionGroups, kGroupKvSize = kKvSize / kAttentionGroups;
+constexpr int kGroupQkvSize = kGroupQSize + 2 * kGroupKvSize;
+static_assert(MK_UNITS % kGroups == 0 && kKvHeads % kAttentionGroups == 0 && (MK_QK_NORM != 2 || kAttentionGroups == 1),
+              "the plan's groups do not fit");
+// The units among which attention's tasks of one group are dealt.
+constexpr int kAttentionUnits = MK_UNITS / kAttentionGroups;
+constexpr int kTasks = kBatch * (kGroupHeads / kTaskHeads) * kSplits;
 
 // Columns of a phase's matrix, real and padded to whole atoms.
-constexpr int cols(int phase) { return phase == kO ? kQSize : phase == kDown ? kInner : kHidden; }
+constexpr int cols(int phase) { return phase == kO ? kGroupQSize : phase == kDown ? kInnerCols : kHidden; }
 #if defined(MK_REGISTER_RING)
 constexpr int kAlignAtoms = 1;
 #else
@@ -102,7 +119,7 @@ constexpr Run run_of(int phase, int chunk, int wave) {
 }
 
 // Atoms of one row of tiles that wave `wave` multiplies.
-constexpr int wave_atoms(int phase, int wave) {
+MK_METHOD constexpr int wave_atoms(int phase, int wave) {
   int n = 0;
   for (int chunk = 0; chunk < chunk_count(phase); chunk++) n += run_of(phase, chunk, wave).count;
   return n;
@@ -172,7 +189,7 @@ constexpr bool kStreamGathers = kScaleAfter && !kPostNorm;
 
 // Whether what they gather is packed (sync/packed.h). For one request, whose words are few, the sums of squares that then have to
 // come by a way of their own take longer than that saves.
-constexpr bool kPacked = has_packed_hand_offs(kStreamGathers, kBatch);
+constexpr bool kPacked = has_packed_hand_offs(kStreamGathers && kGroups == 1, kBatch);
 
 // ---- Shared memory ----
 
@@ -221,7 +238,10 @@ constexpr bool all_have_rows() {
   return true;
 }
 constexpr bool kAllHaveRows = all_have_rows();  // of the residual stream
-constexpr int kOwnRows = most_tiles(kO) * kTileRows;  // of the residual stream, at most
+// The residual stream's rows that a unit adds to: those of its tiles of o and down; or, where there are groups, each of which has a
+// copy of the residual stream, its share of all rows.
+constexpr int kHiddenVectors = (kHidden + 3) / 4;
+constexpr int kOwnRows = kGroups == 1 ? most_tiles(kO) * kTileRows : (kHiddenVectors + kMembers - 1) / kMembers * 4;  // at most
 
 constexpr int kTaskVectors = kTaskHeads + 2;  // q heads, then k and v
 constexpr int kRopeRows = MK_NUM_ROPES > 0 ? MK_NUM_ROPES : 1;
@@ -244,6 +264,7 @@ struct SharedLayout {
   int sampling;     // scratch of p6 and p7
   int control;      // struct Control
   int stop;         // u32: the feed wave is to stop
+  int place;        // int [2]: the unit's number; not 0: it has one (sync/place.h)
   int barriers;
   int ring;
   int ring_slots;  // of each stream wave
@@ -286,6 +307,7 @@ constexpr SharedLayout make_shared_layout() {
   s.control = at;
   at += round_up(64 + kBatch * 64, 128);  // checked in control.h
   s.stop = at;
+  s.place = at + 64;
   at += 128;
   s.barriers = at;
   at += 4096;
@@ -304,6 +326,15 @@ static_assert(kShared.ring + arch::kReservedShared <= MK_SHARED_BYTES,
 template <typename T>
 MK_DEVICE T* shared_at(int offset) {
   return (T*)(arch::shared() + offset);
+}
+
+// The unit that this work-group is: its number, or what it has found at the start (sync/place.h).
+MK_DEVICE int unit() {
+#if MK_NEAR
+  return arch::shared_number(shared_at<int>(kShared.place));
+#else
+  return arch::unit();
+#endif
 }
 
 }  // namespace mk

@@ -3,6 +3,7 @@
 
 #include "phases/attention.h"
 #include "phases/head.h"
+#include "phases/reduce.h"
 #if defined(MK_REGISTER_RING)
 #include "stream_walk.h"
 #else
@@ -72,17 +73,27 @@ MK_DEVICE bool opens_early(const Service& s) {
   return true;
 }
 
-// p3 and p5. opened: the first gate is open already. Opens that of the next phase, if it can be opened so early.
+// p3 and p5. opened: the first gate is open already. Returns whether that of the next phase is.
 template <int phase>
-MK_DEVICE bool add_to_residual(Service& service, int layer, bool opened) {
-  if constexpr (kPacked) {
+MK_DEVICE bool project(Service& service, int layer, bool opened) {
+  auto open_next = [&] {
+    return phase == kO                    ? opens_early<kGateUp>(service)
+           : layer == MK_NUM_LAYERS - 1 ? opens_early<kHead>(service)
+                                        : opens_early<kQkv>(service);
+  };
+  if constexpr (kGroups > 1) {
+    run_phase<phase>(service, layer, opened, Nothing{}, [&](Service& s, const Tiles& deal, int segment, float, auto wait) {
+      publish_sums<phase>(s, layer, deal, segment, wait);
+    });
+    const bool next = open_next();
+    renew(service, [&](Service& s) { reduce_sums<phase>(s, layer); });
+    return next;
+  } else if constexpr (kPacked) {
     float squares = 0.0f;
     run_phase<phase>(service, layer, opened, Nothing{}, [&](Service& s, const Tiles& deal, int segment, float, auto wait) {
       publish_residual<phase>(s, layer, deal, segment, squares, wait);
     });
-    const bool next = phase == kO                       ? opens_early<kGateUp>(service)
-                      : layer == MK_NUM_LAYERS - 1 ? opens_early<kHead>(service)
-                                                   : opens_early<kQkv>(service);
+    const bool next = open_next();
     if (kAllHaveRows || kTiles[phase * MK_UNITS + service.unit].count > 0) publish_squares<phase>(service, layer, squares);
     return next;
   } else {
@@ -109,11 +120,11 @@ MK_DEVICE bool run_layer(Service& service, int layer, bool opened) {
     p2_attend(s, layer, loads);
     p2_combine(s, layer);
   });
-  opened = add_to_residual<kO>(service, layer, opened);
+  opened = project<kO>(service, layer, opened);
   if constexpr (kPostNorm) {
     renew(service, [&](Service& s) {
-      add_projection<aligned_in_layer(MK_ATTN_POST_NORM)>(s, s.site(h4_projected, kWorkspace.projected, layer),
-                                                          s.constants + MK_ATTN_POST_NORM);
+      add_projection<aligned_in_layer(MK_ATTN_POST_NORM)>(
+          s, s.site(h4_projected, s.part<kGroups>(kWorkspace.projected, kHidden), layer), s.constants + MK_ATTN_POST_NORM);
     });
   }
   run_phase<kGateUp>(service, layer, opened, Nothing{}, [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) {
@@ -122,7 +133,7 @@ MK_DEVICE bool run_layer(Service& service, int layer, bool opened) {
   opened = kPacked && opens_early<kDown>(service);
   // What this lane has cleared of packed hand-offs is cleared before it writes them for the next time.
   if constexpr (kPacked) arch::release();
-  opened = add_to_residual<kDown>(service, layer, opened);
+  opened = project<kDown>(service, layer, opened);
   if constexpr (kPostNorm) {
     renew(service, [&](Service& s) {
       add_projection<aligned_in_layer(MK_MLP_POST_NORM)>(s, s.residual_site(layer), s.constants + MK_MLP_POST_NORM);
@@ -181,6 +192,9 @@ MK_DEVICE void serve(const Args& args) {
 
 MK_KERNEL(mk::kThreads) void monokernel(mk::Args args) {
   mk::arch::enter();
+#if MK_NEAR
+  if (!mk::find_place(args)) return;
+#endif
 #if defined(MK_FEED_WAVE)
   const bool feeds = mk::arch::wave() == mk::kWaves + mk::kServiceWaves;
   if (feeds) {

@@ -60,7 +60,7 @@ MK_DEVICE void gather_squares(Service& s, int layer) {
   constexpr int from = phase == kGateUp ? kO : kDown;  // the phase that left them
   constexpr int words = MK_UNITS * kSquareWords, count = (words + arch::kWave - 1) / arch::kWave;
   constexpr int at_once = smaller(count, 10);
-  const Site site = phase == kGateUp ? s.site(h10_projected_squares, kWorkspace.projected_squares, layer) : s.residual_squares_site(layer - 1);
+  const Site site = phase == kGateUp ? s.site(h13_projected_squares, kWorkspace.projected_squares, layer) : s.residual_squares_site(layer - 1);
   for (int request = s.wave; request < kBatch; request += kServiceWaves) {
     float sum = 0.0f;
     MK_UNROLL

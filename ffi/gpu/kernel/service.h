@@ -6,12 +6,9 @@
 #include "math/elementary.h"
 #include "math/matrix.h"
 #include "sync/packed.h"
+#include "sync/place.h"
 
 namespace mk {
-
-constexpr Workspace kWorkspace = make_workspace({kBatch, MK_UNITS, kSplits, kHidden, kInner, kQSize, kQkvSize, kHeads, kVocab,
-                                                 kPostNorm && !kResidualInShared ? kBatch * kHidden : 0,
-                                                 kPacked ? kWeightBytes : 0, kSquareWords});
 
 // Requests are dealt to teams of service waves.
 constexpr int kTeamWaves = larger(1, kServiceWaves / kBatch);
@@ -72,7 +69,7 @@ struct Service {
   }
 
   MK_METHOD explicit Service(const Args& a) : args(a) {
-    unit = arch::unit();
+    unit = mk::unit();
     wave = arch::wave() - kWaves;
     lane = arch::lane();
     index = wave * arch::kWave + lane;
@@ -112,6 +109,22 @@ struct Service {
   MK_METHOD void enter_layer(int layer) {
     constants = args.constants + MK_LAYER_CONSTANTS_OFFSET + (i64)layer * MK_LAYER_CONSTANTS;
   }
+  // The unit's group, of `groups`: 1 or kGroups.
+  template <int groups>
+  MK_METHOD int group() const {
+    static_assert(groups == 1 || groups == kGroups);
+    return groups == 1 ? 0 : (int)(arch::fresh((u32)unit) / kMembers);
+  }
+  // The unit's place in that group.
+  template <int groups>
+  MK_METHOD int member() const {
+    return groups == 1 ? unit : unit % kMembers;
+  }
+  // Where its group's words of a hand-off begin: of `size` for each request.
+  template <int groups>
+  MK_METHOD i64 part(i64 offset, int size) const {
+    return groups == 1 ? offset : offset + (i64)group<groups>() * kBatch * line(size) * 4;
+  }
   // Uses of a layer's hand-offs are counted over all tokens.
   MK_METHOD Site site(HandOff handoff, i64 offset, int layer) const {
     return {at<u32>(offset), handoff, (u32)layer, (u32)token, (u32)(token * MK_NUM_LAYERS + layer + 1) & 1u};
@@ -119,8 +132,8 @@ struct Service {
   // The residual stream after a layer. What the last layer leaves has other readers, so it goes elsewhere: every reader of
   // a hand-off must read every use of it.
   MK_METHOD Site residual_site(int layer) const {
-    if (layer == MK_NUM_LAYERS - 1) return token_site(h9_final, kWorkspace.final_);
-    Site s = site(h6_residual, kWorkspace.residual, layer);
+    if (layer == MK_NUM_LAYERS - 1) return token_site(h9_final, part<kGroups>(kWorkspace.final_, kHidden));
+    Site s = site(h6_residual, part<kGroups>(kWorkspace.residual, kHidden), layer);
     s.parity = (u32)(token * (MK_NUM_LAYERS - 1) + layer + 1) & 1u;
     return s;
   }
@@ -138,10 +151,10 @@ struct Service {
   }
   // Sums of squares of the residual stream after a layer.
   MK_METHOD Site residual_squares_site(int layer) const {
-    if (layer == MK_NUM_LAYERS - 1) return token_site(h12_final_squares, kWorkspace.final_squares);
+    if (layer == MK_NUM_LAYERS - 1) return token_site(h15_final_squares, kWorkspace.final_squares);
     Site s = residual_site(layer);
     s.words = at<u32>(kWorkspace.residual_squares);
-    s.handoff = h11_residual_squares;
+    s.handoff = h14_residual_squares;
     return s;
   }
 
@@ -322,7 +335,7 @@ struct NoWeights {
 
 // Calls use(column, value, weight) for the columns [begin, end) of a request that fall to this lane. whole: begin and end are
 // those of the row, which is a multiple of what the lanes take at once.
-template <int size, bool whole, typename Weights, typename Use>
+template <int size, bool whole, bool near, typename Weights, typename Use>
 MK_DEVICE void gather_words(Service& s, const Site& site, const u32* row, int begin, int end, Weights weights_of, Use use) {
   constexpr int step = kTeamLanes * 4;
   constexpr int most = (round_up(size, kAtomCols) + step - 1) / step, count = most < 4 ? most : 4;
@@ -335,7 +348,7 @@ MK_DEVICE void gather_words(Service& s, const Site& site, const u32* row, int be
     for (int i = 0; i < count; i++) {  // on their way while the words are not ready
       if (bare || column + i * step < end) weights[i] = weights_of(column + i * step);
     }
-    wait_words<count>(s.waiter, site, row + column, step, v,
+    wait_words<count, near>(s.waiter, site, row + column, step, v,
                       [&](int i) {
                         const int left = smaller(end, size) - (column + i * step);
                         return bare ? 4 : size % 4 != 0 ? left : left > 0 ? 4 : 0;

@@ -15,7 +15,7 @@ using Ring = arch::Ring;
 MK_DEVICE int count_atoms(int wave, bool head) {
   int sum = 0;
   for (int p = 0; p < (head ? kPhases : kHead); p++) {
-    sum += wave_atoms(p, wave) * kTiles[p * MK_UNITS + arch::unit()].count * (p == kHead ? 1 : MK_NUM_LAYERS);
+    sum += wave_atoms(p, wave) * kTiles[p * MK_UNITS + unit()].count * (p == kHead ? 1 : MK_NUM_LAYERS);
   }
   return sum;
 }
@@ -23,7 +23,7 @@ MK_DEVICE u64 stream_bytes(int wave) {
   return (u64)round_up(larger(count_atoms(wave, true), 1), Ring::kSlotAtoms) * arch::kWave * 16;
 }
 MK_DEVICE const char* stream_of(const Args& args, int wave) {
-  return (const char*)args.streams + (i64)(arch::unit() * kWaves + wave) * MK_WAVE_ELEMS * kWeightBytes;
+  return (const char*)args.streams + (i64)(unit() * kWaves + wave) * MK_WAVE_ELEMS * kWeightBytes;
 }
 
 #if defined(MK_FEED_WAVE)

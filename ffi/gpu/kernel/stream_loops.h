@@ -158,7 +158,7 @@ struct StreamWave {
   template <int p>
   MK_METHOD void multiply_phase() {
     phase = p;
-    const Tiles deal = kTiles[p * MK_UNITS + arch::unit()];
+    const Tiles deal = kTiles[p * MK_UNITS + unit()];
     constexpr int whole = kChunkAtoms / kAlignAtoms, rest = atoms(p) % kChunkAtoms / kAlignAtoms;  // slots
     constexpr int chunks = chunk_count(p);
     constexpr bool hold = chunks > 1 && most_tiles(p) <= 2;

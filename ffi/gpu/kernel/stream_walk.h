@@ -46,7 +46,7 @@ struct StreamWave {
         layer++;
       }
       if (phase == kPhases) return false;
-      deal = kTiles[phase * MK_UNITS + arch::unit()];
+      deal = kTiles[phase * MK_UNITS + unit()];
       if (deal.count > 0) break;
       phase++;
     }

@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "fiber.h"
@@ -97,6 +98,7 @@ class Machine {
   std::vector<Wave> waves;
   std::vector<Lane> lanes;
   std::unique_ptr<Races> races;  // null in builds without instrumentation
+  std::unordered_map<size_t, u32> near;  // words that stay on a die -> its number + 1
   const Region* last_watched = options.regions + options.region_count;  // that held an address
 
  private:

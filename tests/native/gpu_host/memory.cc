@@ -161,6 +161,14 @@ bool Words::claim(u32* p, size_t i) {
   return true;
 }
 
+u32 Words::add(u32* p, size_t i, u32 value) {
+  const u32 before = *p;
+  words_[i] = {statistics_.steps, before, words_[i].version + 1, 0};
+  *p = before + value;
+  news_++;
+  return before;
+}
+
 void Words::make_visible(size_t unit, const Store& store) {
   Word& word = words_[store.word];
   word = {statistics_.steps, *store.p, word.version + 1, store.tale};

@@ -79,6 +79,7 @@ class Words {
     return view.waiting ? view.value : *p;
   }
   bool claim(u32* p, size_t i);
+  u32 add(u32* p, size_t i, u32 value);
   void release(size_t unit, size_t wave);
   void acquire(size_t wave) { acquired_[wave] = statistics_.steps; }
   void join(size_t first, u64 members);  // waves meet, as in Clocks

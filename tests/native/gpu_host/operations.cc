@@ -40,11 +40,21 @@ size_t word_at(const void* p, u64 bytes, Kind kind, const void* pc, Where where)
   return i;
 }
 
+void check_near(size_t word, size_t count, Where where) {
+  if (machine->near.empty()) return;
+  for (size_t i = word; i < word + count; i++) {
+    const auto found = machine->near.find(i);
+    if (found != machine->near.end() && found->second != die() + 1) fail(where, "a word that stays on die %u is read on die %u", found->second - 1, die());
+  }
+}
+
 }  // namespace
 
 u32 load_word(const u32* p, Where where) {
   const Lane& me = machine->lane();
-  const u32 value = machine->words.load(p, word_at(p, 4, Kind::kAtomicRead, __builtin_return_address(0), where), me.unit, me.home->index);
+  const size_t i = word_at(p, 4, Kind::kAtomicRead, __builtin_return_address(0), where);
+  check_near(i, 1, where);
+  const u32 value = machine->words.load(p, i, me.unit, me.home->index);
   machine->pass(where, false);
   return value;
 }
@@ -52,6 +62,7 @@ u32 load_word(const u32* p, Where where) {
 Vec4 load_words(const u32* p, Where where) {
   const size_t unit = machine->lane().unit, wave = machine->lane().home->index;
   const size_t i = word_at(p, 16, Kind::kAtomicRead, __builtin_return_address(0), where);
+  check_near(i, 4, where);
   Words& words = machine->words;
   const Vec4 value{words.load(p, i, unit, wave), words.load(p + 1, i + 1, unit, wave), words.load(p + 2, i + 2, unit, wave),
                    words.load(p + 3, i + 3, unit, wave)};
@@ -77,10 +88,24 @@ void store_half(u16* p, u32 value, Where where) {
   machine->pass(where, true);
 }
 
+// A word that stays on a die: nobody on another one ever reads it.
+void store_near_word(u32* p, u32 value, Where where) {
+  machine->near[word_at(p, 4, Kind::kAtomicWrite, __builtin_return_address(0), where)] = die() + 1;
+  store_word(p, value, where);
+}
+
 bool claim(u32* p, Where where) {
   const bool first = machine->words.claim(p, word_at(p, 4, Kind::kAtomicWrite, __builtin_return_address(0), where));
   machine->pass(where, true);
   return first;
+}
+
+u32 die() { return machine->options.dies ? machine->options.dies[machine->lane().unit] : 0; }
+
+u32 add(u32* p, u32 value, Where where) {
+  const u32 before = machine->words.add(p, word_at(p, 4, Kind::kAtomicWrite, __builtin_return_address(0), where), value);
+  machine->pass(where, true);
+  return before;
 }
 
 Vec4 load_data(const void* p, bool once, Where where) {

@@ -54,6 +54,7 @@ struct Options {
   Stores stores;
   u64 unit;  // Policy::kStarve
   Fault fault;
+  const u32* dies;  // of the units; null: all are on one
 };
 
 struct Statistics {

@@ -36,6 +36,7 @@ VARIABLE int hip_devices = 2, hip_driver_version = 60232830, hip_units = 304;
 VARIABLE char hip_arch[64] = "gfx942:sramecc+:xnack-";
 // How the executor goes about it, and what goes wrong: numbers of gpu_host/options.h. The fault is in bytes of the workspace.
 VARIABLE int hip_policy = 3, hip_stores = 1, hip_seed = 1, hip_fault = 0, hip_fault_store = 0;
+VARIABLE int hip_dies = 1;  // work-groups are dealt to so many by turns
 VARIABLE int hip_break_set = 0;  // 1: hipMemsetD8Async does nothing
 // What was done.
 VARIABLE std::atomic<int> hip_loads = 0, hip_launches = 0, hip_allocations = 0, hip_steps = 0;
@@ -274,6 +275,9 @@ int execute(const Module& module, const mk::Args& args) {
   options.fault = {static_cast<host::FaultKind>(hip_fault), static_cast<mk::u32>(hip_fault_store), workspace, workspace + words, host::Watched::kAll};
   host::Statistics statistics;
   char message[4096] = "";
+  std::vector<mk::u32> dies(4096);
+  for (size_t i = 0; i < dies.size(); i++) dies[i] = static_cast<mk::u32>(i) % static_cast<mk::u32>(hip_dies);
+  options.dies = dies.data();
   const int error = module.run(&options, &statistics, message, sizeof message);
   hip_steps = static_cast<int>(std::min<uint64_t>(statistics.steps, 1u << 30));
   return error == 0 ? 0 : complain(kLaunchFailure, "the kernel: %s", message);

@@ -198,6 +198,25 @@ MK_DEVICE bool halves_not_zero(const Vec4& v) {
 MK_DEVICE void store_byte(u8* p, u32 v) {
   __hip_atomic_store((Global<u8>*)p, (u8)v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }
+// Inside a die: stores go to its L2, and loads come from there once the L1 has been dropped; sc0 alone leaves a word that is in the
+// L1 as it is.
+MK_DEVICE u32 die() { return __builtin_amdgcn_s_getreg(20 | 3 << 11); }  // register XCC_ID
+MK_DEVICE void look_again() { asm volatile("buffer_inv sc0" ::: "memory"); }
+MK_DEVICE u32 load_near_word(const u32* p) {
+  return __hip_atomic_load((const Global<u32>*)p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
+}
+MK_DEVICE Vec4 load_near_words(const u32* p) {
+  const u64 low = __hip_atomic_load((const Global<u64>*)p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
+  const u64 high = __hip_atomic_load((const Global<u64>*)p + 1, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
+  return {(u32)low, (u32)(low >> 32), (u32)high, (u32)(high >> 32)};
+}
+MK_DEVICE void store_near_word(u32* p, u32 v) {
+  __hip_atomic_store((Global<u32>*)p, v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
+}
+MK_DEVICE u32 add(u32* p, u32 v) {
+  return __hip_atomic_fetch_add((Global<u32>*)p, v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
+MK_DEVICE int shared_number(const int* p) { return fresh_uniform(__builtin_amdgcn_readfirstlane(*(const volatile Shared<int>*)p)); }
 MK_DEVICE Vec4 load_shared_data(const void* p) { return load_words((const u32*)p); }
 MK_DEVICE Vec4 load_once(const void* p) {
   const Words4 v = __builtin_nontemporal_load((const Global<Words4>*)p);

@@ -33,6 +33,12 @@
 //   store_half(p, v)            likewise, 16 bits
 //   halves_not_zero(v)          whether none of a vector's 16-bit halves is 0
 //   store_byte(p, v)            of a word whose other bytes may be other units'
+//   With MK_NEAR only, for words that are written and read on one die, whose units share a cache:
+//   die()                       the die's number, from 0
+//   load_near_word(p), load_near_words(p), store_near_word(p, v)   as those above, of this scope
+//   look_again()                before such loads, that may otherwise give what they gave before
+//   add(p, v)                   device scope: adds to a u32 and returns what it was
+//   shared_number(p)            an int of shared memory that all lanes read, of which the compiler knows nothing
 //   load_shared_data(p)         16 bytes of device memory that other units may have written before the last acquire
 //   load_once(p)                16 bytes of read-only memory that is not needed again
 //   prefetch(p, bytes)          brings device memory nearer, if the machine can; both are multiples of 16

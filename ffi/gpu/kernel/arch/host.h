@@ -50,6 +50,9 @@ u32 load_word(const u32*, Where);
 Vec4 load_words(const u32*, Where);
 void store_word(u32*, u32, Where);
 void store_half(u16*, u32, Where);
+void store_near_word(u32*, u32, Where);
+u32 die();
+u32 add(u32*, u32, Where);
 Vec4 load_data(const void*, bool once, Where);
 u32 load_host(const u32*, Where);
 bool claim(u32*, Where);
@@ -165,6 +168,13 @@ MK_DEVICE bool halves_not_zero(const Vec4& v) {
   return true;
 }
 MK_DEVICE void store_byte(u8* p, u32 v) { *p = (u8)v; }
+MK_DEVICE u32 die() { return host::die(); }
+MK_DEVICE u32 load_near_word(const u32* p, host::Where at = host::here()) { return host::load_word(p, at); }
+MK_DEVICE Vec4 load_near_words(const u32* p, host::Where at = host::here()) { return host::load_words(p, at); }
+MK_DEVICE void store_near_word(u32* p, u32 v, host::Where at = host::here()) { host::store_near_word(p, v, at); }
+MK_DEVICE void look_again() {}
+MK_DEVICE u32 add(u32* p, u32 v, host::Where at = host::here()) { return host::add(p, v, at); }
+MK_DEVICE int shared_number(const int* p) { return *p; }
 MK_DEVICE Vec4 load_shared_data(const void* p, host::Where at = host::here()) { return host::load_data(p, false, at); }
 MK_DEVICE Vec4 load_once(const void* p, host::Where at = host::here()) { return host::load_data(p, true, at); }
 MK_DEVICE void prefetch(const void*, int) {}

@@ -7,8 +7,10 @@ namespace mk {
 
 struct Dims {
   i64 batch, units, splits;
-  i64 hidden, inner, q_size, qkv_size, heads, vocab;
+  i64 hidden, q_size, qkv_size, heads, vocab;
   i64 own_residual;  // f32 of a unit's private copy of the residual stream; 0: it is in shared memory
+  i64 groups, attention_groups, mlp_groups;  // 1: none
+  i64 inner_cols;                            // of the MLP's inner activations that a group has, or all of them
   i64 packed_bytes;  // of an activation in packed hand-offs (sync/packed.h); 0: there are none
   i64 square_words;  // sums of squares of a unit for each request, only if there are
 };
@@ -30,21 +32,25 @@ constexpr i64 square_words(i64 batch, i64 tile_rows, i64 wave_size, i64 service_
   return ((most_tiles < at_once ? most_tiles : at_once) + together - 1) / together;
 }
 
-// Offsets in bytes from the workspace's start. The first exchange_bytes are zeroed before every launch.
+// Offsets in bytes from the workspace's start. The first exchange_bytes are zeroed before every launch. What stays inside groups
+// is there once for each.
 struct Workspace {
-  i64 qkv;        // h1: words [batch][qkv_size]
-  i64 attended;   // h2: words [batch][q_size]
+  i64 qkv;        // h1: words [attention_groups][batch][qkv_size of a group]
+  i64 attended;   // h2: words [attention_groups][batch][q_size of a group]
   i64 partial;    // h3: words [batch][heads][splits][head_dim + 2], only if splits > 1
-  i64 projected;  // h4: words [batch][hidden]
-  i64 inner;      // h5: words [batch][inner]
-  i64 residual;   // h6: words [batch][hidden]
-  i64 final_;      // h9: words [batch][hidden]
-  // Where h2, h4, h5, h6 and h9 are packed, they are activations [kPackedCopies][batch][columns].
-  i64 projected_squares;  // h10: words [batch][units][square_words]
-  i64 residual_squares;   // h11: likewise
-  i64 final_squares;      // h12: likewise
+  i64 projected;  // h4: words [groups][batch][hidden]
+  i64 inner;      // h5: words [mlp_groups][batch][inner_cols]
+  i64 residual;   // h6: words [groups][batch][hidden]
+  i64 final_;     // h9: words [groups][batch][hidden]
+  // Without groups, h2, h4, h5, h6 and h9 may be packed: activations [kPackedCopies][batch][columns].
+  i64 projected_squares;  // h13: words [batch][units][square_words]
+  i64 residual_squares;   // h14: likewise
+  i64 final_squares;      // h15: likewise
   i64 candidate;  // h7: words [batch][units][kCandidateWords]
   i64 token;      // h8: words [batch][kTokenWords]
+  i64 out_sums;   // h10: words [attention_groups][batch][hidden], only if there are groups
+  i64 down_sums;  // h11: words [mlp_groups][batch][hidden], likewise
+  i64 places;     // h12: u32 [1 + groups] lines, only if there are groups
   i64 exchange_bytes;
   i64 adjusted;   // f32 [batch][vocab rounded up to 4], logits after penalties, bias and temperature
   i64 logits;     // f32 likewise, logits as they were computed: for log-probabilities of filtered requests
@@ -64,23 +70,26 @@ constexpr Workspace make_workspace(Dims d) {
   };
   auto line = [](i64 n) { return (n + 31) / 32 * 32; };
   w.abort = place(32);
-  w.qkv = place(d.batch * line(d.qkv_size));
   const i64 packed = d.packed_bytes;
-  auto place_activations = [&](i64 columns) {
-    return place(packed > 0 ? kPackedCopies * d.batch * line((columns * packed + 3) / 4) : d.batch * line(columns));
+  auto place_activations = [&](i64 groups, i64 columns) {
+    return place(packed > 0 ? kPackedCopies * d.batch * line((columns * packed + 3) / 4) : groups * d.batch * line(columns));
   };
   const i64 squares = packed > 0 ? d.batch * line(d.units * d.square_words) : 0;
-  w.attended = place_activations(d.q_size);
+  w.qkv = place(d.attention_groups * d.batch * line(d.qkv_size / d.attention_groups));
+  w.attended = place_activations(d.attention_groups, d.q_size / d.attention_groups);
   w.partial = place(d.splits > 1 ? d.batch * d.heads * d.splits * line(d.q_size / d.heads + 2) : 0);
-  w.projected = place_activations(d.hidden);
-  w.inner = place_activations(d.inner);
-  w.residual = place_activations(d.hidden);
-  w.final_ = place_activations(d.hidden);
+  w.projected = place_activations(d.groups, d.hidden);
+  w.inner = place_activations(d.mlp_groups, d.inner_cols);
+  w.residual = place_activations(d.groups, d.hidden);
+  w.final_ = place_activations(d.groups, d.hidden);
   w.projected_squares = place(squares);
   w.residual_squares = place(squares);
   w.final_squares = place(squares);
   w.candidate = place(d.batch * d.units * kCandidateWords);
   w.token = place(d.batch * line(kTokenWords));
+  w.out_sums = place(d.groups > 1 ? d.attention_groups * d.batch * line(d.hidden) : 0);
+  w.down_sums = place(d.groups > 1 ? d.mlp_groups * d.batch * line(d.hidden) : 0);
+  w.places = place(d.groups > 1 ? (1 + d.groups) * 32 : 0);
   w.exchange_bytes = at;
   w.adjusted = place(d.batch * line(d.vocab));
   w.logits = place(d.batch * line(d.vocab));

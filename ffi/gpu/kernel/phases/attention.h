@@ -10,7 +10,7 @@
 
 namespace mk {
 
-constexpr int kGroupTasks = kHeads / kTaskHeads;  // of one request
+constexpr int kGroupTasks = kGroupHeads / kTaskHeads;  // of one request, in a group of units
 
 constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 
@@ -264,9 +264,18 @@ struct Choice<false, A, B> {
 };
 using CacheLoads = Choice<kMatrixAttention, MatrixLoads, LaneLoads>::Type;
 
+// h2 of a request, of the heads of the unit's group.
+MK_DEVICE u32* attended_words(const Service& s, int request) {
+  return s.at<u32>(s.part<kAttentionGroups>(kWorkspace.attended, kGroupQSize)) + request * line(kGroupQSize);
+}
+// A head of the unit's group among those of all requests.
+MK_DEVICE int number_of_head(const Service& s, int request, int head) {
+  return request * kHeads + s.group<kAttentionGroups>() * kGroupHeads + head;
+}
+
 // A task, and its part of the context.
 struct Task {
-  int request, group, split;
+  int request, group, split;  // group: of heads, among those of the units' group
   bool live, owns_last;
   Part part;
 };
@@ -282,7 +291,8 @@ MK_DEVICE Task find_task(const Service& s, int layer, int number) {
   const int first = window > 0 && position + 1 > window ? position + 1 - window : 0;
   const int last_block = position / kSplitBlock;
   task.owns_last = last_block % kSplits == task.split;
-  const i64 head = ((i64)task.request * MK_NUM_LAYERS + layer) * kKvHeads + task.group * kTaskHeads / (kHeads / kKvHeads);
+  const int kv_head = s.group<kAttentionGroups>() * kGroupKvHeads + task.group * kTaskHeads / (kHeads / kKvHeads);
+  const i64 head = ((i64)task.request * MK_NUM_LAYERS + layer) * kKvHeads + kv_head;
   const i64 base = head * s.args.capacity * kHeadDim * kKvBytes;
   const int first_block = first / kSplitBlock;
   const int begin_block = first_block + (task.split - first_block % kSplits + kSplits) % kSplits;
@@ -310,29 +320,26 @@ MK_DEVICE void prefetch_part(const Service& s, const Part& part) {
 // Asks for what the unit's first task reads of the cache, long before its query is there: where words are waited for, loads that
 // were asked for just before would hold up the first look.
 MK_DEVICE void start_first_task(const Service& s, int layer, CacheLoads& loads) {
-  if (s.unit >= kTasks) return;
-  const Part part = find_task(s, layer, s.unit).part;
+  const int place = s.member<kAttentionGroups>();
+  if (place >= kTasks) return;
+  const Part part = find_task(s, layer, place).part;
   loads.start(s, part);
   prefetch_part(s, part);
 }
 
+// h2 where hand-offs are packed.
 MK_DEVICE void publish_attended(const Service& s, int layer, int request, int column, float y) {
-  if constexpr (kPacked) {
-    const Packed to = s.packed(h2_attended, kWorkspace.attended, kQSize, layer);
-    publish_packed(packed_place(to, request, kQSize, column), to.clears, y);
-  } else {
-    const Site to = s.site(h2_attended, kWorkspace.attended, layer);
-    arch::store_word((u32*)to.words + request * line(kQSize) + column, encode(y, to.parity));
-  }
+  const Packed to = s.packed(h2_attended, kWorkspace.attended, kQSize, layer);
+  publish_packed(packed_place(to, request, kQSize, column), to.clears, y);
 }
 
 MK_DEVICE void attend(Service& s, int layer, const Task& task, CacheLoads& loads) {
   const int group = task.group, request = task.request;
   [[maybe_unused]] const int split = task.split;
-  [[maybe_unused]] const u32 parity = s.site(h3_partial, kWorkspace.partial, layer).parity;
+  [[maybe_unused]] const u32 parity = qkv_site(s, layer).parity;
   const AttentionScratch scratch = attention_scratch();
   renew(s, [&](Service& now) {
-    prepare_heads(now, now.site(h1_qkv, kWorkspace.qkv, layer), layer, request, group, task.live && task.owns_last);
+    prepare_heads(now, qkv_site(now, layer), layer, request, group, task.live && task.owns_last);
   });
   s.mark(kPrepared);
   attend_part(s, task.part, loads);
@@ -355,13 +362,18 @@ MK_DEVICE void attend(Service& s, int layer, const Task& task, CacheLoads& loads
       weights = arch::fma(weight, from[w * stride + kHeadDim + 1], weights);
     }
     if constexpr (kSplits == 1) {
-      publish_attended(s, layer, request, head * kHeadDim + d, task.live ? sum / weights : 0.0f);
+      const float y = task.live ? sum / weights : 0.0f;
+      if constexpr (kPacked) {
+        publish_attended(s, layer, request, head * kHeadDim + d, y);
+      } else {
+        store_word_of<h2_attended>(attended_words(s, request) + head * kHeadDim + d, encode(y, parity));
+      }
     } else {
-      u32* to = s.at<u32>(kWorkspace.partial) + ((request * kHeads + head) * kSplits + split) * line(kHeadDim + 2);
-      arch::store_word(to + d, encode(sum, parity));
+      u32* to = s.at<u32>(kWorkspace.partial) + (number_of_head(s, request, head) * kSplits + split) * line(kHeadDim + 2);
+      store_word_of<h3_partial>(to + d, encode(sum, parity));
       if (d == 0) {
-        arch::store_word(to + kHeadDim, encode(highest, parity));
-        arch::store_word(to + kHeadDim + 1, encode(weights, parity));
+        store_word_of<h3_partial>(to + kHeadDim, encode(highest, parity));
+        store_word_of<h3_partial>(to + kHeadDim + 1, encode(weights, parity));
       }
     }
   }
@@ -371,9 +383,10 @@ MK_DEVICE void attend(Service& s, int layer, const Task& task, CacheLoads& loads
 
 // loads: those of the first task have been started.
 MK_DEVICE void p2_attend(Service& s, int layer, CacheLoads& loads) {
-  for (int number = s.unit; number < kTasks; number += MK_UNITS) {
+  const int place = s.member<kAttentionGroups>();
+  for (int number = place; number < kTasks; number += kAttentionUnits) {
     const Task task = find_task(s, layer, number);
-    if (number != s.unit) loads.start(s, task.part);
+    if (number != place) loads.start(s, task.part);
     attend(s, layer, task, loads);
   }
 }
@@ -384,17 +397,19 @@ MK_DEVICE void p2_combine(Service& s, int layer) {
     const Site site = s.site(h3_partial, kWorkspace.partial, layer);
     constexpr int pieces = (kHeadDim + arch::kWave - 1) / arch::kWave;
     constexpr int at_once = kSplits < 8 ? kSplits : 8;
-    for (int i = s.unit + MK_UNITS * s.wave; i < kBatch * kHeads * pieces; i += MK_UNITS * kServiceWaves) {
-      const int head = i / pieces, d = i % pieces * arch::kWave + s.lane;  // head: of all requests
-      const u32* words = site.words + head * kSplits * line(kHeadDim + 2);
+    const int first = s.member<kAttentionGroups>() + kAttentionUnits * s.wave;
+    for (int i = first; i < kBatch * kGroupHeads * pieces; i += kAttentionUnits * kServiceWaves) {
+      const int head = i / pieces, d = i % pieces * arch::kWave + s.lane;  // head: of all requests, in the units' group
+      const int among_all = kAttentionGroups == 1 ? head : number_of_head(s, head / kGroupHeads, head % kGroupHeads);
+      const u32* words = site.words + among_all * kSplits * line(kHeadDim + 2);
       float sum = 0.0f, weights = 0.0f, top = kLowest;
       for (int split = 0; split < kSplits; split += at_once) {
         u32 values[at_once], tops[at_once], totals[at_once];
         const u32* from = words + split * line(kHeadDim + 2);
         auto in_head = [&](int j) { return split + j < kSplits; };
-        wait_single_words<at_once>(s.waiter, site, from + (d < kHeadDim ? d : 0), line(kHeadDim + 2), values, in_head);
-        wait_single_words<at_once>(s.waiter, site, from + kHeadDim, line(kHeadDim + 2), tops, in_head);
-        wait_single_words<at_once>(s.waiter, site, from + kHeadDim + 1, line(kHeadDim + 2), totals, in_head);
+        wait_single_words<at_once, is_near(h3_partial)>(s.waiter, site, from + (d < kHeadDim ? d : 0), line(kHeadDim + 2), values, in_head);
+        wait_single_words<at_once, is_near(h3_partial)>(s.waiter, site, from + kHeadDim, line(kHeadDim + 2), tops, in_head);
+        wait_single_words<at_once, is_near(h3_partial)>(s.waiter, site, from + kHeadDim + 1, line(kHeadDim + 2), totals, in_head);
         MK_UNROLL
         for (int j = 0; j < at_once; j++) {
           if (!in_head(j)) continue;
@@ -405,9 +420,13 @@ MK_DEVICE void p2_combine(Service& s, int layer) {
           top = higher;
         }
       }
-      const int request = head / kHeads;
+      const int request = head / kGroupHeads;
       const float y = s.control().live[request] != 0 ? sum / weights : 0.0f;
-      if (d < kHeadDim) publish_attended(s, layer, request, head % kHeads * kHeadDim + d, y);
+      if constexpr (kPacked) {
+        if (d < kHeadDim) publish_attended(s, layer, request, head % kHeads * kHeadDim + d, y);
+      } else if (d < kHeadDim) {
+        store_word_of<h2_attended>(attended_words(s, request) + head % kGroupHeads * kHeadDim + d, encode(y, site.parity));
+      }
     }
   }
 }

@@ -49,6 +49,11 @@ MK_DEVICE void fill_angles(Service& s) {
   }
 }
 
+// h1 of the unit's group: q, k and v of its heads.
+MK_DEVICE Site qkv_site(const Service& s, int layer) {
+  return s.site(h1_qkv, s.part<kAttentionGroups>(kWorkspace.qkv, kGroupQkvSize), layer);
+}
+
 // One head's `size` words, by one wave, to shared memory.
 template <int size>
 MK_DEVICE void fetch_head(Service& s, const Site& site, const u32* words, float* to) {
@@ -56,7 +61,7 @@ MK_DEVICE void fetch_head(Service& s, const Site& site, const u32* words, float*
     constexpr int count = (size + arch::kWave * 4 - 1) / (arch::kWave * 4);
     Vec4 v[count];
     const int first = s.lane * 4;
-    wait_words<count>(s.waiter, site, words + first, arch::kWave * 4, v, [&](int i) { return size - (first + i * arch::kWave * 4); });
+    wait_words<count, is_near(h1_qkv)>(s.waiter, site, words + first, arch::kWave * 4, v, [&](int i) { return size - (first + i * arch::kWave * 4); });
     MK_UNROLL
     for (int i = 0; i < count; i++) {
       const int at = first + i * arch::kWave * 4;
@@ -68,7 +73,7 @@ MK_DEVICE void fetch_head(Service& s, const Site& site, const u32* words, float*
   } else {
     constexpr int count = (size + arch::kWave - 1) / arch::kWave;
     u32 v[count];
-    wait_single_words<count>(s.waiter, site, words + s.lane, arch::kWave, v, [&](int i) { return s.lane + i * arch::kWave < size; });
+    wait_single_words<count, is_near(h1_qkv)>(s.waiter, site, words + s.lane, arch::kWave, v, [&](int i) { return s.lane + i * arch::kWave < size; });
     MK_UNROLL
     for (int i = 0; i < count; i++) {
       if (s.lane + i * arch::kWave < size) to[s.lane + i * arch::kWave] = decode(v[i]);
@@ -95,7 +100,7 @@ MK_DEVICE void full_norm_scales(Service& s, const Site& site, int request, float
   float sums[2] = {0.0f, 0.0f};
   for (int i = s.index; i - s.lane < kQSize + kKvSize; i += kServiceLanes) {
     u32 v[1];
-    wait_single_words<1>(s.waiter, site, row + i, 0, v, [&](int) { return i < kQSize + kKvSize; });
+    wait_single_words<1, is_near(h1_qkv)>(s.waiter, site, row + i, 0, v, [&](int) { return i < kQSize + kKvSize; });
     const float x = i < kQSize + kKvSize ? decode(v[0]) : 0.0f;
     if (i < kQSize) {
       sums[0] = arch::fma(x, x, sums[0]);
@@ -141,7 +146,7 @@ MK_DEVICE void prepare_in_lanes(Service& s, const Site& site, int layer, int req
     sin = load_shared4(table + kHalfRotary + pair);
   }
   Vec4 v[1];
-  wait_words<1>(s.waiter, site, site.words + request * line(kQkvSize) + from + at, 0, v, [&](int) { return active ? 4 : 0; });
+  wait_words<1, is_near(h1_qkv)>(s.waiter, site, site.words + request * line(kGroupQkvSize) + from + at, 0, v, [&](int) { return active ? 4 : 0; });
   Float4 x = decode4(v[0]);
   if (norm.weights != nullptr) {
     float scale = 1.0f;
@@ -188,7 +193,7 @@ MK_DEVICE void prepare_in_lanes(Service& s, const Site& site, int layer, int req
 MK_DEVICE void prepare_in_memory(Service& s, const Site& site, int layer, int request, int j, int from, const Norm& norm, char* row) {
   float* x = attention_scratch().vectors + j * kHeadDim;
   const int rope = kLayers[layer].rope;
-  fetch_head<kHeadDim>(s, site, site.words + request * line(kQkvSize) + from, x);
+  fetch_head<kHeadDim>(s, site, site.words + request * line(kGroupQkvSize) + from, x);
   if (norm.weights != nullptr) {
     float scale = norm.scale;
     if constexpr (MK_QK_NORM == 1) scale = arch::fast_rsqrt(sum_squares(s, x) * (1.0f / (float)kHeadDim) + MK_NORM_EPS);
@@ -221,13 +226,14 @@ MK_DEVICE void prepare_in_memory(Service& s, const Site& site, int layer, int re
 
 // Takes this task's heads from h1: norm, rotation, rounding; appends the key and value to the cache.
 MK_DEVICE void prepare_heads(Service& s, const Site& site, int layer, int request, int group, bool append) {
-  const int kv_head = group * kTaskHeads / (kHeads / kKvHeads);
+  const int group_kv_head = group * kTaskHeads / (kHeads / kKvHeads);
+  const int kv_head = s.group<kAttentionGroups>() * kGroupKvHeads + group_kv_head;
   float q_scale = 1.0f, k_scale = 1.0f;
   if constexpr (MK_QK_NORM == 2) full_norm_scales(s, site, request, attention_scratch().squares, &q_scale, &k_scale);
   const i64 place = (((i64)request * MK_NUM_LAYERS + layer) * kKvHeads + kv_head) * s.args.capacity + s.control().position[request];
   for (int j = s.wave; j < kTaskVectors; j += kServiceWaves) {
     const bool is_q = j < kTaskHeads, is_k = j == kTaskHeads;
-    const int from = is_q ? (group * kTaskHeads + j) * kHeadDim : kQSize + (is_k ? 0 : kKvSize) + kv_head * kHeadDim;
+    const int from = is_q ? (group * kTaskHeads + j) * kHeadDim : kGroupQSize + (is_k ? 0 : kGroupKvSize) + group_kv_head * kHeadDim;
     Norm norm = {nullptr, 1.0f};
     if constexpr (MK_QK_NORM == 1) {
       if (is_q || is_k) norm.weights = s.constants + (is_q ? MK_Q_NORM : MK_K_NORM);

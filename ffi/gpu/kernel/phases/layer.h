@@ -7,6 +7,20 @@ namespace mk {
 
 // ---- Residual stream ----
 
+struct OwnRows {
+  int begin, count;
+};
+
+// That the unit adds to, without post-norms.
+MK_DEVICE OwnRows own_rows(const Service& s) {
+  if constexpr (kGroups == 1) {
+    const Tiles own = kTiles[kO * MK_UNITS + s.unit];
+    return {own.begin * kTileRows, own.count * kTileRows};
+  }
+  const int member = s.member<kGroups>(), begin = kHiddenVectors * member / kMembers;
+  return {begin * 4, (kHiddenVectors * (member + 1) / kMembers - begin) * 4};
+}
+
 // Before the first layer.
 MK_DEVICE void start_residual(Service& s) {
   if constexpr (kPostNorm) {
@@ -22,10 +36,10 @@ MK_DEVICE void start_residual(Service& s) {
       }
     });
   } else {
-    const Tiles own = kTiles[kO * MK_UNITS + s.unit];
-    const int rows = own.count * kTileRows;
+    const OwnRows own = own_rows(s);
+    const int rows = own.count;
     for (int i = s.index; i < kBatch * (rows / 4); i += kServiceLanes) {
-      const int request = i / (rows / 4), row = i % (rows / 4) * 4, column = own.begin * kTileRows + row;
+      const int request = i / (rows / 4), row = i % (rows / 4) * 4, column = own.begin + row;
       const int token = s.control().token[request];
       Float4 x = kZero4;
       if (column < kHidden) x = embedding4(s, token, find_head_row(s.args, token), column);
@@ -43,7 +57,7 @@ MK_DEVICE void add_projection(Service& s, const Site& site, const float* weights
   s.squares_set ^= 1;
   for_team_requests(s, [&](int request) {
     float sum = 0.0f;
-    gather_words<kHidden, true>(s, site, site.words + request * line(kHidden), 0, kHidden, NoWeights{},
+    gather_words<kHidden, true, is_near(h4_projected)>(s, site, site.words + request * line(kHidden), 0, kHidden, NoWeights{},
                                 [&](int, const Float4& y, const Float4&) {
                                   MK_UNROLL
                                   for (int i = 0; i < 4; i++) sum = arch::fma(y.v[i], y.v[i], sum);
@@ -54,7 +68,7 @@ MK_DEVICE void add_projection(Service& s, const Site& site, const float* weights
   for_team_requests(s, [&](int request) {
     const Norm norm = {weights, s.norm_scale(request, kHidden)};
     float* x = s.residual(request);
-    gather_words<kHidden, true>(s, site, site.words + request * line(kHidden), 0, kHidden,
+    gather_words<kHidden, true, is_near(h4_projected)>(s, site, site.words + request * line(kHidden), 0, kHidden,
                                 [&](int column) { return norm_weights<kHidden, aligned>(norm, column); },
                                 [&](int column, const Float4& y, const Float4& w) {
                                   MK_UNROLL
@@ -152,17 +166,29 @@ MK_DEVICE void publish_squares(const Service& s, int layer, float sum) {
   for (int step = per_tile; step < per_tile * together; step *= 2) sum += arch::shuffle_xor(sum, step);
   const int word = s.index / (per_tile * together), request = s.index % per_tile / kTileRows;
   if (s.index % (per_tile * together) >= per_tile || s.index % kTileRows != 0 || word >= kSquareWords) return;
-  const Site to = phase == kO ? s.site(h10_projected_squares, kWorkspace.projected_squares, layer) : s.residual_squares_site(layer);
+  const Site to = phase == kO ? s.site(h13_projected_squares, kWorkspace.projected_squares, layer) : s.residual_squares_site(layer);
   arch::store_word((u32*)to.words + request * line(MK_UNITS * kSquareWords) + s.unit * kSquareWords + word, encode(sum, to.parity));
 }
 
-// p1, p3 and p5 otherwise: bias, residual, and off to the others.
+// A row of qkv of a group, among the rows of all groups: q, then k, then v.
+MK_DEVICE int qkv_row(const Service& s, int row) {
+  if constexpr (kAttentionGroups == 1) return row;
+  const int group = s.group<kAttentionGroups>();
+  if (row < kGroupQSize) return group * kGroupQSize + row;
+  if (row < kGroupQSize + kGroupKvSize) return kQSize + group * kGroupKvSize + row - kGroupQSize;
+  return kQSize + kKvSize + group * kGroupKvSize + row - kGroupQSize - kGroupKvSize;
+}
+
+// p1, and without groups or packed hand-offs p3 and p5: bias, residual, and off to the others.
 template <int phase, typename Wait>
 MK_DEVICE void publish_rows(Service& s, int layer, const Tiles& deal, int segment, float scale, Wait wait) {
-  constexpr int size = phase == kQkv ? kQkvSize : kHidden;
+  constexpr int size = phase == kQkv ? kGroupQkvSize : kHidden;
   constexpr int bias_offset = phase == kQkv ? MK_Q_BIAS : phase == kO ? MK_O_BIAS : MK_DOWN_BIAS;
   constexpr bool adds = !kPostNorm && phase != kQkv;
-  const Site to = phase == kQkv ? s.site(h1_qkv, kWorkspace.qkv, layer)
+  static_assert(kGroups == 1 || phase == kQkv);
+  constexpr HandOff handoff = phase == kQkv ? h1_qkv : phase == kO ? h4_projected : h6_residual;  // or h9, of the same scope
+  const int before = phase == kQkv ? s.group<kAttentionGroups>() * round_up(size, kTileRows) : 0;  // rows of other groups
+  const Site to = phase == kQkv ? s.site(h1_qkv, s.part<kAttentionGroups>(kWorkspace.qkv, size), layer)
                   : phase == kO ? s.site(h4_projected, kWorkspace.projected, layer)
                                 : s.residual_site(layer);
   struct Row {
@@ -172,18 +198,19 @@ MK_DEVICE void publish_rows(Service& s, int layer, const Tiles& deal, int segmen
   };
   for_products<kTileRows>(
       s, deal, segment, wait,
-      [&](int request, int out) -> Row {
+      [&](int request, int stacked) -> Row {
+        const int out = stacked - before;
         return {(u32*)to.words + request * line(size) + out, adds ? s.residual(request) + out - deal.begin * kTileRows : nullptr,
-                out < size ? bias<bias_offset>(s, out) : 0.0f};
+                out < size ? bias<bias_offset>(s, phase == kQkv ? qkv_row(s, out) : out) : 0.0f};
       },
-      [&](const Row& row, int out, auto sum) {
-        if (out >= size) return;
+      [&](const Row& row, int stacked, auto sum) {
+        if (stacked - before >= size) return;
         float y = sum(0) * scale + row.bias;
         if constexpr (adds) {
           y = *row.residual + MK_RESIDUAL_MULTIPLIER * y;
           *row.residual = y;
         }
-        arch::store_word(row.word, encode(y, to.parity));
+        store_word_of<handoff>(row.word, encode(y, to.parity));
       });
 }
 
@@ -191,21 +218,23 @@ MK_DEVICE void publish_rows(Service& s, int layer, const Tiles& deal, int segmen
 template <typename Wait>
 MK_DEVICE void publish_inner(Service& s, int layer, const Tiles& deal, int segment, float scale, Wait wait) {
   constexpr int rows = output_rows(kGateUp);
-  const Site to = s.site(h5_inner, kWorkspace.inner, layer);
+  const Site to = s.site(h5_inner, s.part<kMlpGroups>(kWorkspace.inner, kInnerCols), layer);
   const Packed packed = s.packed(h5_inner, kWorkspace.inner, kInner, layer);
+  const int group = s.group<kMlpGroups>(), before = group * round_up(kInnerCols, rows);  // outputs of other groups
   struct Row {
     char* place;
     float gate_bias, up_bias;
   };
   for_products<rows>(
       s, deal, segment, wait,
-      [&](int request, int out) -> Row {
-        const bool real = out < kInner;
-        return {kPacked ? packed_place(packed, request, kInner, out) : (char*)(to.words + request * line(kInner) + out),
-                real ? bias<MK_GATE_BIAS>(s, out) : 0.0f, real ? bias<MK_UP_BIAS>(s, out) : 0.0f};
+      [&](int request, int stacked) -> Row {
+        const int out = stacked - before, among_all = group * kInnerCols + out;
+        const bool real = among_all < kInner;
+        return {kPacked ? packed_place(packed, request, kInner, out) : (char*)(to.words + request * line(kInnerCols) + out),
+                real ? bias<MK_GATE_BIAS>(s, among_all) : 0.0f, real ? bias<MK_UP_BIAS>(s, among_all) : 0.0f};
       },
-      [&](const Row& row, int out, auto sum) {
-        if (out >= kInner) return;
+      [&](const Row& row, int stacked, auto sum) {
+        if (stacked - before >= kInnerCols) return;
         float y;
         if constexpr (kGated) {
           y = activate(sum(0) * scale + row.gate_bias) * (sum(rows) * scale + row.up_bias);
@@ -215,7 +244,7 @@ MK_DEVICE void publish_inner(Service& s, int layer, const Tiles& deal, int segme
         if constexpr (kPacked) {
           publish_packed(row.place, packed.clears, y);
         } else {
-          arch::store_word((u32*)row.place, encode(y, to.parity));
+          store_word_of<h5_inner>((u32*)row.place, encode(y, to.parity));
         }
       });
 }
@@ -225,7 +254,7 @@ MK_DEVICE void publish_inner(Service& s, int layer, const Tiles& deal, int segme
 // once, not before words that the service waves themselves wait for. opened: the first gate is open already.
 template <int phase, typename Between, typename Use>
 MK_DEVICE void run_phase(Service& s, int layer, bool opened, Between between, Use use) {
-  const Tiles deal = kTiles[phase * MK_UNITS + arch::unit()];
+  const Tiles deal = kTiles[phase * MK_UNITS + unit()];
   const int segments = segment_count(deal);
   constexpr int fills = kStreamGathers ? 1 : fill_count(phase);
   float scale = 1.0f;

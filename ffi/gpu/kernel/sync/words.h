@@ -16,10 +16,68 @@ enum HandOff : u32 {
   h7_candidate,
   h8_token,
   h9_final,
-  h10_projected_squares,
-  h11_residual_squares,
-  h12_final_squares,
+  h10_out_sums,
+  h11_down_sums,
+  h12_places,
+  h13_projected_squares,
+  h14_residual_squares,
+  h15_final_squares,
 };
+
+// Whether a hand-off's words stay inside a group and go no further than the cache that its units share.
+constexpr bool is_near(HandOff h) {
+  switch (h) {
+    case h1_qkv:
+    case h2_attended:
+    case h3_partial:
+      return MK_NEAR && kAttentionGroups > 1;
+    case h5_inner:
+      return MK_NEAR && kMlpGroups > 1;
+    case h4_projected:
+    case h6_residual:
+    case h9_final:
+      return MK_NEAR && kGroups > 1;
+    default:
+      return false;
+  }
+}
+
+template <HandOff h>
+MK_DEVICE void store_word_of(u32* p, u32 v) {
+#if MK_NEAR
+  if constexpr (is_near(h)) {
+    arch::store_near_word(p, v);
+    return;
+  }
+#endif
+  arch::store_word(p, v);
+}
+
+// Loads of words that others may have changed since the last look.
+template <bool near>
+struct Look {
+  MK_METHOD static void again() {
+#if MK_NEAR
+    if constexpr (near) arch::look_again();
+#endif
+  }
+  MK_METHOD static u32 word(const u32* p) {
+#if MK_NEAR
+    if constexpr (near) return arch::load_near_word(p);
+#endif
+    return arch::load_word(p);
+  }
+  MK_METHOD static Vec4 words(const u32* p) {
+#if MK_NEAR
+    if constexpr (near) return arch::load_near_words(p);
+#endif
+    return arch::load_words(p);
+  }
+};
+
+constexpr Workspace kWorkspace = make_workspace({kBatch, MK_UNITS, kSplits, kHidden, kQSize, kQkvSize, kHeads, kVocab,
+                                                 kPostNorm && !kResidualInShared ? kBatch * kHidden : 0, kGroups,
+                                                 kAttentionGroups, kMlpGroups, kInnerCols, kPacked ? kWeightBytes : 0, kSquareWords});
 
 constexpr int line(int words) { return round_up(words, 32); }
 
@@ -62,7 +120,7 @@ MK_DEVICE bool give_up(Waiter& waiter, const Site& site, u32 word, u32 seen, boo
       r.handoff = site.handoff;
       r.layer = site.layer;
       r.token = site.token;
-      r.unit = (u32)arch::unit();
+      r.unit = (u32)unit();
       r.word = word;
       r.expected = site.parity;
       r.seen = seen;
@@ -78,15 +136,17 @@ constexpr int kSpinsBetweenLooks = 256;
 
 // Loads `count` vectors of four words, vector i of this lane at place(i), until all are ready; those that are not are asked for
 // again. Only the first words_of(i) words of vector i are waited for; the others come out as 0.
-template <int count, typename Place, typename WordsOf>
+template <int count, bool near = false, typename Place, typename WordsOf>
 MK_DEVICE void wait_places(Waiter& waiter, const Site& site, Place place, Vec4 (&v)[count], WordsOf words_of) {
+  Look<near>::again();
   MK_UNROLL
   for (int i = 0; i < count; i++) {
     v[i] = {site.parity, site.parity, site.parity, site.parity};
-    if (words_of(i) > 0) v[i] = arch::load_words(place(i));
+    if (words_of(i) > 0) v[i] = Look<near>::words(place(i));
   }
   for (int spins = 1;; spins++) {
     bool missing = false;
+    Look<near>::again();
     MK_UNROLL
     for (int i = 0; i < count; i++) {
       if (words_of(i) < 4) v[i].w = site.parity;
@@ -94,7 +154,7 @@ MK_DEVICE void wait_places(Waiter& waiter, const Site& site, Place place, Vec4 (
       if (words_of(i) < 2) v[i].y = site.parity;
       if (!ready(v[i], site.parity)) {
         missing = true;
-        v[i] = arch::load_words(place(i));
+        v[i] = Look<near>::words(place(i));
       }
     }
     if (!arch::any(missing)) return;
@@ -105,18 +165,19 @@ MK_DEVICE void wait_places(Waiter& waiter, const Site& site, Place place, Vec4 (
 }
 
 // The same where vector i is at p + i * step.
-template <int count, typename WordsOf>
+template <int count, bool near = false, typename WordsOf>
 MK_DEVICE void wait_words(Waiter& waiter, const Site& site, const u32* p, int step, Vec4 (&v)[count], WordsOf words_of) {
-  wait_places<count>(waiter, site, [&](int i) { return p + i * step; }, v, words_of);
+  wait_places<count, near>(waiter, site, [&](int i) { return p + i * step; }, v, words_of);
 }
 
 // One word per lane and i, at p + i * step; of those only wanted(i).
-template <int count, typename Wanted>
+template <int count, bool near = false, typename Wanted>
 MK_DEVICE void wait_single_words(Waiter& waiter, const Site& site, const u32* p, int step, u32 (&v)[count], Wanted wanted) {
   auto load = [&] {
     bool missing = false;
+    Look<near>::again();
     MK_UNROLL
-    for (int i = 0; i < count; i++) v[i] = wanted(i) ? arch::load_word(p + i * step) : site.parity;
+    for (int i = 0; i < count; i++) v[i] = wanted(i) ? Look<near>::word(p + i * step) : site.parity;
     MK_UNROLL
     for (int i = 0; i < count; i++) missing |= ((v[i] ^ site.parity) & 1u) != 0;
     return missing;
