@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu_kernel import Driver, compile_kernel
-from benchmarks.machine import describe_commit, describe_machine, versions
-from benchmarks.shapes import SHAPES, kv_bytes, random_weights_on_device, weight_bytes
+from jax_monokernel._bench.machine import describe_commit, describe_machine, versions
+from jax_monokernel._bench.shapes import SHAPES, kv_bytes, random_weights_on_device, weight_bytes
 from benchmarks.worker import make_prompt
 
 _PROBE_BYTES = 4 << 30
@@ -100,11 +100,11 @@ def measure(shape: str, batch: int, prompt_tokens: int, new_tokens: int, repeats
     weights = random_weights_on_device(spec)
     made: dict[str, Any] = {}
     if "ours" in peers:
-        from benchmarks.ours import Ours
+        from jax_monokernel._bench.ours import Ours
 
         made["ours"] = Ours(spec, weights, prompt, new_tokens)
     if "jax_loop" in peers:
-        from benchmarks.jax_loop import JaxLoop
+        from jax_monokernel._bench.jax_loop import JaxLoop
 
         made["jax_loop"] = JaxLoop(spec, weights, prompt, new_tokens)
     if "probe" in peers:
@@ -167,7 +167,7 @@ def main() -> None:
                     print(name, peer, {k: v for k, v in numbers.items() if not isinstance(v, list)}, flush=True)
                 if options.output is None:
                     continue
-                commit = describe_commit() if options.commit is None else {"commit": options.commit, "dirty": False}
+                commit = describe_commit(Path(__file__).resolve().parents[1]) if options.commit is None else {"commit": options.commit, "dirty": False}
                 workload = {"shape": shape, "batch": batch, "prompt_tokens": prompt, "new_tokens": options.new_tokens}
                 result = {
                     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.shapes import SHAPES, random_weights_on_device
+from jax_monokernel._bench.shapes import SHAPES, random_weights_on_device
 from jax_monokernel import DecoderSpec, DecodeState, SamplingParams, _gpu, _native
 from jax_monokernel._program import program
 from jax_monokernel.plan import Plan

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import BUSY
-from benchmarks.shapes import SHAPES
+from jax_monokernel._bench.machine import BUSY
+from jax_monokernel._bench.shapes import SHAPES
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _RESULTS = _REPOSITORY / "benchmarks" / "results"

@@ -20,9 +20,9 @@ import jax
 import numpy as np
 
 from benchmarks.gguf_model import write_gguf
-from benchmarks.machine import BUSY, OtherWork, describe_commit, describe_machine, versions
-from benchmarks.shapes import SHAPES, kv_bytes, random_weights, weight_bytes
-from benchmarks.summary import summarize
+from jax_monokernel._bench.machine import BUSY, OtherWork, describe_commit, describe_machine, versions
+from jax_monokernel._bench.shapes import SHAPES, kv_bytes, random_weights, weight_bytes
+from jax_monokernel._bench.summary import summarize
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     provenance = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": _command(arguments),
-        **describe_commit(),
+        **describe_commit(Path(__file__).resolve().parents[1]),
         "machine": describe_machine(),
         "versions": versions(),
     }

@@ -29,14 +29,14 @@ def make_peer(job: dict[str, Any]) -> Any:
 
         return LlamaCpp(Path(job["gguf"]), prompt, job["new_tokens"], threads, **settings)
 
-    from benchmarks.shapes import SHAPES, random_weights
+    from jax_monokernel._bench.shapes import SHAPES, random_weights
 
     spec = SHAPES[job["shape"]].spec(job["dtype"])
     if kind == "ours":
-        from benchmarks.ours import Ours
+        from jax_monokernel._bench.ours import Ours
 
         return Ours(spec, random_weights(spec), prompt, job["new_tokens"], **settings)
-    from benchmarks.jax_loop import JaxLoop
+    from jax_monokernel._bench.jax_loop import JaxLoop
 
     return JaxLoop(spec, random_weights(spec), prompt, job["new_tokens"], **settings)
 

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from benchmarks.shapes import SHAPES
+from jax_monokernel._bench.shapes import SHAPES
 from jax_monokernel.performance import Calibration, predict
 from jax_monokernel.topology import Constant, Topology, part
 

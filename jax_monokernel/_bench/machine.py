@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-_REPOSITORY = Path(__file__).resolve().parent.parent
 _PACKAGES = ("jax-monokernel", "jax", "jaxlib", "llama-cpp-python", "gguf", "numpy")
 # Made from results, so a change there does not make the measured code another one.
 _GENERATED = ("README.md", "benchmarks/results", "docs/images")
@@ -71,17 +70,24 @@ def versions() -> dict[str, str]:
     return found
 
 
-def describe_commit() -> dict[str, Any]:
-    """{"commit": hash or None outside git, "dirty": whether tracked files that could matter differ from it}."""
-    commit = _git("rev-parse", "HEAD")
+def describe_commit(repository: Path | None = None) -> dict[str, Any]:
+    """{"commit": hash or None outside git, "dirty": whether tracked files that could matter differ from it}.
+
+    Args:
+      repository: the checkout; by default the one that this module lies in, if it does.
+    """
+    repository = repository or Path(__file__).resolve().parents[2]
+    if not (repository / "ffi").is_dir():  # an installed package, which may lie inside somebody else's repository
+        return {"commit": None, "dirty": False}
+    commit = _git(repository, "rev-parse", "HEAD")
     excluded = [f":(exclude){path}" for path in _GENERATED]
-    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *excluded)
+    changes = _git(repository, "status", "--porcelain", "--untracked-files=no", "--", ".", *excluded)
     return {"commit": commit, "dirty": bool(changes)}
 
 
-def _git(*arguments: str) -> str | None:
+def _git(repository: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=_REPOSITORY, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *arguments], cwd=repository, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
