@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu_kernel import Driver, compile_kernel
+from benchmarks.worker import make_prompt
 from jax_monokernel._bench.machine import describe_commit, describe_machine, versions
 from jax_monokernel._bench.shapes import SHAPES, kv_bytes, random_weights_on_device, weight_bytes
-from benchmarks.worker import make_prompt
 
 _PROBE_BYTES = 4 << 30
 _PROBE_COPY = 16 << 10
@@ -167,7 +167,11 @@ def main() -> None:
                     print(name, peer, {k: v for k, v in numbers.items() if not isinstance(v, list)}, flush=True)
                 if options.output is None:
                     continue
-                commit = describe_commit(Path(__file__).resolve().parents[1]) if options.commit is None else {"commit": options.commit, "dirty": False}
+                commit = (
+                    describe_commit(Path(__file__).resolve().parents[1])
+                    if options.commit is None
+                    else {"commit": options.commit, "dirty": False}
+                )
                 workload = {"shape": shape, "batch": batch, "prompt_tokens": prompt, "new_tokens": options.new_tokens}
                 result = {
                     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_monokernel._bench.ours import prefilled
 from jax_monokernel import DecoderSpec
+from jax_monokernel._bench.ours import prefilled
 from jax_monokernel.rope import inverse_frequencies
 from jax_monokernel.weights import DecoderWeights
 
