@@ -29,9 +29,13 @@ def load_results(folder: Path = _RESULTS) -> list[dict[str, Any]]:
     def key(result: dict[str, Any]) -> tuple:
         workload = result["workload"]
         threads = workload.get("threads", 0)
-        return order.index(workload["shape"]), workload["batch"], workload["prompt_tokens"], threads
+        return order.index(_shape(workload)), workload["batch"], workload["prompt_tokens"], threads
 
     return sorted(results, key=key)
+
+
+def _shape(workload: dict[str, Any]) -> str:
+    return workload.get("shape") or workload["model"]  # as the first results have it, and as those of today
 
 
 def _fastest(result: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -58,7 +62,7 @@ def section(results: list[dict[str, Any]]) -> str:
         peers = {kind: peer for kind, (_, peer) in _fastest(result).items()}
         ours = peers.get("ours", {})
         cells = [
-            SHAPES[workload["shape"]].title,
+            SHAPES[_shape(workload)].title,
             str(workload["batch"]),
             str(workload["prompt_tokens"]),
             *(_number(peers.get(name, {}).get("tokens_per_second")) for name in _PEERS),
@@ -86,7 +90,7 @@ def _llama_settings(results: list[dict[str, Any]]) -> list[str]:
         if len(tried) > 1:
             workload, (label, _) = result["workload"], _fastest(result)["llama_cpp"]
             setting = label.partition(":")[2] or "its defaults"
-            where = f"{SHAPES[workload['shape']].title}, batch {workload['batch']}, prompt {workload['prompt_tokens']}"
+            where = f"{SHAPES[_shape(workload)].title}, batch {workload['batch']}, prompt {workload['prompt_tokens']}"
             lines.append(f"- {where}: llama.cpp with `{setting}`, the fastest of {len(tried)} settings.")
     return [*lines, ""] if lines else []
 
@@ -107,7 +111,7 @@ def _slowdowns(results: list[dict[str, Any]]) -> list[str]:
                 factor = before[kind][1]["tokens_per_second"] / after[kind][1]["tokens_per_second"]
                 costs.append(f"{factor:.2f}x for {name}")
         lengths = f"{workload['prompt_tokens']} tokens instead of {base['workload']['prompt_tokens']}"
-        title = f"{SHAPES[workload['shape']].title}, batch {workload['batch']}"
+        title = f"{SHAPES[_shape(workload)].title}, batch {workload['batch']}"
         lines.append(f"- {title}: the time per token after a prompt of {lengths} is {', '.join(costs)}.")
     return [*lines, ""] if lines else []
 
@@ -139,7 +143,7 @@ def gpu_section(results: list[dict[str, Any]]) -> str:
         workload, peers = result["workload"], result["peers"]
         ours, loop = (peers.get(name, {}).get("tokens_per_second") for name in ("ours", "jax_loop"))
         cells = [
-            SHAPES[workload["shape"]].title,
+            SHAPES[_shape(workload)].title,
             *(str(workload[name]) for name in ("batch", "prompt_tokens")),
             *(_number(speed) for speed in (ours, loop)),
             _number(ours / loop if ours and loop else None, "{:.2f}x"),

@@ -21,8 +21,9 @@ import numpy as np
 
 from benchmarks.gguf_model import write_gguf
 from jax_monokernel._bench.machine import BUSY, OtherWork, describe_commit, describe_machine, versions
-from jax_monokernel._bench.shapes import SHAPES, kv_bytes, random_weights, weight_bytes
-from jax_monokernel._bench.summary import summarize
+from jax_monokernel._bench.runner import bytes_per_step, make_prompt
+from jax_monokernel._bench.shapes import SHAPES, random_weights
+from jax_monokernel._bench.summary import describe, summarize
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -131,8 +132,6 @@ def measure(
       RuntimeError: a peer failed; its own messages are on stderr.
     """
     spec = SHAPES[shape].spec(dtype)
-    visible = prompt_tokens + (new_tokens - 1) / 2  # places that a step attends to, on average
-    bytes_per_step = int(weight_bytes(spec) + batch * kv_bytes(spec, visible))
     workload = {
         "shape": shape,
         "dtype": dtype,
@@ -140,10 +139,11 @@ def measure(
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "threads": threads,
-        "bytes_per_step": bytes_per_step,
+        "bytes_per_step": bytes_per_step(spec, batch, prompt_tokens, new_tokens),
         "repeats": repeats,
     }
-    job = workload | {"vocab_size": spec.vocab_size, "cpus": _cpus(threads)}
+    prompt = make_prompt(batch, prompt_tokens, spec.vocab_size)
+    job = workload | {"prompt": prompt.tolist(), "cpus": _cpus(threads)}
     environment = {"MONOKERNEL_THREADS": str(threads), "OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
     workers: list[Worker] = []
     with tempfile.TemporaryDirectory(prefix="monokernel-bench-") as folder:
@@ -290,18 +290,6 @@ def main(argv: list[str] | None = None) -> None:
         Path(arguments.output, f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         for label, peer in result["peers"].items():
             print(f"  {describe(label, peer)}")
-
-
-def describe(label: str, peer: dict[str, Any]) -> str:
-    """One line about one peer's summary."""
-    line = f"{label:24} {peer['gb_per_second']:7.1f} GB/s"
-    if "tokens_per_second" in peer:
-        ms = peer["ms_per_step"]
-        line += (
-            f" {peer['tokens_per_second']:9.1f} tok/s  {ms['median']:.3f} ms/step ({ms['p10']:.3f} to {ms['p90']:.3f})"
-        )
-        line += f"  ours is {peer['ours_is_faster_by']:.2f}x" if "ours_is_faster_by" in peer else ""
-    return line
 
 
 def _command(arguments: argparse.Namespace) -> str:

@@ -23,7 +23,7 @@ def make_peer(job: dict[str, Any]) -> Any:
         from benchmarks.bandwidth import Bandwidth
 
         return Bandwidth(job["bytes_per_step"], threads, **settings)
-    prompt = make_prompt(job["batch"], job["prompt_tokens"], job["vocab_size"])
+    prompt = np.array(job["prompt"])
     if kind == "llama_cpp":
         from benchmarks.llamacpp import LlamaCpp
 
@@ -39,11 +39,6 @@ def make_peer(job: dict[str, Any]) -> Any:
     from jax_monokernel._bench.jax_loop import JaxLoop
 
     return JaxLoop(spec, random_weights(spec), prompt, job["new_tokens"], **settings)
-
-
-def make_prompt(batch: int, tokens: int, vocab_size: int) -> np.ndarray:
-    """Random token ids int64 [batch, tokens], the same for every peer."""
-    return np.random.default_rng(0).integers(vocab_size, size=(batch, tokens))
 
 
 def main() -> None:

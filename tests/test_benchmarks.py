@@ -15,9 +15,9 @@ sys.path.append(str(_REPOSITORY))
 from benchmarks import report, run  # noqa: E402
 from benchmarks.bandwidth import Bandwidth  # noqa: E402
 from benchmarks.gguf_model import write_gguf  # noqa: E402
-from benchmarks.worker import make_prompt  # noqa: E402
 from jax_monokernel._bench.jax_loop import JaxLoop  # noqa: E402
 from jax_monokernel._bench.ours import Ours  # noqa: E402
+from jax_monokernel._bench.runner import make_prompt  # noqa: E402
 from jax_monokernel._bench.shapes import SHAPES, kv_bytes, random_weights, weight_bytes  # noqa: E402
 from jax_monokernel._bench.summary import summarize  # noqa: E402
 

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 _PACKAGES = ("jax-monokernel", "jax", "jaxlib", "llama-cpp-python", "gguf", "numpy")
@@ -23,9 +24,9 @@ BUSY = 0.05
 class OtherWork:
     """How much of the CPUs' time went to work that is not ours, since this object was made. Linux only."""
 
-    def __init__(self, processes: Iterable[int]):
-        """Counts as ours what the processes with these ids do, with their threads."""
-        self._processes = list(processes)
+    def __init__(self, processes: Iterable[int] | None = None):
+        """Counts as ours what the processes with these ids (by default this one) do, with their threads."""
+        self._processes = [os.getpid()] if processes is None else list(processes)
         self._start = self._ticks()
 
     def share(self) -> float:
@@ -57,6 +58,23 @@ def describe_machine() -> dict[str, Any]:
         "transparent_huge_pages": _read(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
         "python": platform.python_version(),
     }
+
+
+def describe_device(device: jax.Device) -> dict[str, Any]:
+    """A JAX device: its name; of a GPU the driver's version, and clock rates where nvidia-smi is."""
+    if device.platform != "gpu":
+        return {"name": _cpu_model()}
+    amdgpu = _read(Path("/sys/module/amdgpu/version"))
+    found = {} if amdgpu is None else {"driver_version": f"amdgpu {amdgpu}"}
+    query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, check=True
+        )
+        found |= dict(zip(query.split(","), done.stdout.splitlines()[0].split(", "), strict=True))
+    except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
+        pass
+    return {"name": device.device_kind, **found}
 
 
 def versions() -> dict[str, str]:
