@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.checkpoint_model import write_checkpoint
 from benchmarks.gguf_model import write_gguf
 from jax_monokernel._bench.machine import BUSY, OtherWork, describe_commit, describe_machine, versions
 from jax_monokernel._bench.runner import bytes_per_step, make_prompt
@@ -27,7 +28,7 @@ from jax_monokernel._bench.summary import describe, summarize
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-PEERS = ("ours", "llama_cpp", "jax_loop", "probe")
+PEERS = ("ours", "llama_cpp", "transformers", "jax_loop", "probe")
 # llama.cpp as it comes, and with what may make it faster: huge pages (which a mapped file does not get), and those
 # without flash attention. The report compares with the fastest.
 _HUGE_PAGES = "mmap=0,GLIBC_TUNABLES=glibc.malloc.hugetlb=1"
@@ -153,8 +154,11 @@ def measure(
                 gguf = Path(folder, "model.gguf")
                 if kind == "llama_cpp" and not gguf.exists():
                     write_gguf(gguf, spec, random_weights(spec))
+                checkpoint = Path(folder, "checkpoint")
+                if kind == "transformers" and not checkpoint.exists():
+                    write_checkpoint(checkpoint, spec, random_weights(spec))
                 print(f"  starting {label}", file=sys.stderr)
-                this_job = job | {"peer": kind, "settings": settings, "gguf": str(gguf)}
+                this_job = job | {"peer": kind, "settings": settings, "gguf": str(gguf), "checkpoint": str(checkpoint)}
                 python = llama_python if kind == "llama_cpp" else sys.executable
                 workers.append(Worker(label, this_job, python=python, environment=environment | own))
             measured, busy = _interleave(workers, repeats, at_most)

@@ -29,6 +29,11 @@ def make_peer(job: dict[str, Any]) -> Any:
 
         return LlamaCpp(Path(job["gguf"]), prompt, job["new_tokens"], threads, **settings)
 
+    if kind == "transformers":
+        from benchmarks.transformers_peer import Transformers
+
+        return Transformers(Path(job["checkpoint"]), prompt, job["new_tokens"], threads, job["dtype"], **settings)
+
     from jax_monokernel._bench.shapes import SHAPES, random_weights
 
     spec = SHAPES[job["shape"]].spec(job["dtype"])

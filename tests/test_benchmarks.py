@@ -72,6 +72,24 @@ def test_llama_cpp_gives_our_tokens(family, dtype, tmp_path):
         assert peer.measure()["tokens"] == ours
 
 
+@each_family
+@pytest.mark.filterwarnings("ignore:`torch:DeprecationWarning")  # PyTorch's own, of parts of it
+def test_transformers_gives_our_tokens(family, tmp_path):
+    pytest.importorskip("torch", reason="needs PyTorch: pip install torch transformers")
+    pytest.importorskip("transformers", reason="needs transformers: pip install torch transformers")
+    from benchmarks.checkpoint_model import write_checkpoint
+    from benchmarks.transformers_peer import Transformers
+
+    spec, weights = tiny(family)
+    prompt = make_prompt(2, 20, spec.vocab_size)
+    write_checkpoint(tmp_path / "model", spec, weights)
+    ours = Ours(spec, weights, prompt, 24).measure()["tokens"]
+    # Compiling takes half a minute; that the compiled step gives these tokens, too, is for `python -m benchmarks run`.
+    peer = Transformers(tmp_path / "model", prompt, 24, 1, "float32", compiled=0)
+    for _ in range(2):
+        assert peer.measure()["tokens"] == ours
+
+
 def test_gguf_holds_bf16_matrices_bit_for_bit(tmp_path):
     gguf = pytest.importorskip("gguf", reason="needs gguf: pip install jax-monokernel[bench]")
     spec, weights = tiny("qwen2", "bfloat16")

@@ -72,6 +72,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     speed.legend(fontsize=7, loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1))
     about = results[0]
     commit = (about["commit"] or f"version {about['versions'].get('jax-monokernel', 'unknown')}")[:20]
+    commit += " with changes" if about["dirty"] else ""
     driver = about["device"].get("driver_version")
     where = about["device"]["name"] + (f", driver {driver}" if driver else "")
     figure.supxlabel(f"{where}; {commit}; {about['date'][:10]}", fontsize=7)
