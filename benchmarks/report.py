@@ -15,10 +15,15 @@ _RESULTS = _REPOSITORY / "benchmarks" / "results"
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 GPU_START, GPU_END = "<!-- gpu:start -->", "<!-- gpu:end -->"
 _GPU_COLUMNS = ("jax_monokernel, tok/s", "jitted JAX loop, tok/s", "faster by", "GB/s", "of read roof")
-PICTURE = Path("docs/images/decode-cpu.svg")
+PICTURE, GPU_PICTURE = Path("docs/images/decode-cpu.svg"), Path("docs/images/decode-gpu.svg")
 # What the table and the picture show, under these names; other peers in a result are for looking at the JSON.
-_PEERS = {"ours": "jax_monokernel", "llama_cpp": "llama.cpp", "jax_loop": "jitted JAX loop"}
-_COLOURS = {"ours": "#2f6fb5", "llama_cpp": "#a0a0a0", "jax_loop": "#d9a441"}
+_PEERS = {
+    "ours": "jax_monokernel",
+    "llama_cpp": "llama.cpp",
+    "transformers": "transformers",
+    "jax_loop": "jitted JAX loop",
+}
+_COLOURS = {"ours": "#2f6fb5", "llama_cpp": "#a0a0a0", "transformers": "#b04a5a", "jax_loop": "#d9a441"}
 
 
 def load_results(folder: Path = _RESULTS) -> list[dict[str, Any]]:
@@ -52,11 +57,12 @@ def _fastest(result: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
 
 def section(results: list[dict[str, Any]]) -> str:
     """The README's section as Markdown, without the markers."""
-    names = " | ".join(f"{name}, tok/s" for name in _PEERS.values())
-    lines = [
-        f"| Shape (random weights) | Batch | Prompt | {names} | vs. llama.cpp | vs. JAX loop | GB/s | of read roof |",
-        f"|---|{'--:|' * (len(_PEERS) + 6)}",
-    ]
+    kinds = [kind for kind in _PEERS if any(kind in _fastest(result) for result in results)]
+    others = [kind for kind in kinds if kind != "ours"]
+    names = [f"{_PEERS[kind]}, tok/s" for kind in kinds]
+    versus = [f"vs. {_PEERS[kind].removeprefix('jitted ')}" for kind in others]
+    heads = ["Shape (random weights)", "Batch", "Prompt", *names, *versus, "GB/s", "of read roof"]
+    lines = [f"| {' | '.join(heads)} |", f"|---|{'--:|' * (len(heads) - 1)}"]
     for result in results:
         workload = result["workload"]
         peers = {kind: peer for kind, (_, peer) in _fastest(result).items()}
@@ -65,8 +71,8 @@ def section(results: list[dict[str, Any]]) -> str:
             SHAPES[_shape(workload)].title,
             str(workload["batch"]),
             str(workload["prompt_tokens"]),
-            *(_number(peers.get(name, {}).get("tokens_per_second")) for name in _PEERS),
-            *(_number(peers.get(name, {}).get("ours_is_faster_by"), "{:.2f}x") for name in ("llama_cpp", "jax_loop")),
+            *(_number(peers.get(name, {}).get("tokens_per_second")) for name in kinds),
+            *(_number(peers.get(name, {}).get("ours_is_faster_by"), "{:.2f}x") for name in others),
             _number(ours.get("gb_per_second")),
             _number(ours.get("share_of_probe"), "{:.0%}"),
         ]
@@ -162,7 +168,8 @@ def gpu_section(results: list[dict[str, Any]]) -> str:
             f"bfloat16, greedy, {result['workload']['new_tokens']} new tokens; medians; `{result['command']}`"
         )
         notes.append(line)
-    return "\n".join([*lines, "", *dict.fromkeys(notes)])
+    picture = f"![Decode speed on a GPU]({GPU_PICTURE.as_posix()})"
+    return "\n".join([*lines, "", picture, "", *dict.fromkeys(notes)])
 
 
 def _number(value: float | None, form: str | None = None) -> str:
@@ -181,7 +188,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     shown: dict[str, dict[str, Any]] = {}
     for result in results:
         if result["workload"]["batch"] == 1:
-            shown.setdefault(result["workload"]["shape"], result)
+            shown.setdefault(_shape(result["workload"]), result)
     # A fixed salt and no date: equal results give an equal file.
     settings: dict[Any, Any] = {
         "svg.hashsalt": "benchmarks",
@@ -190,14 +197,15 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         "font.size": 9,
     }
     with pyplot.rc_context(settings):
-        figure, panels = pyplot.subplots(1, len(shown), figsize=(3.1 * len(shown), 2.8), squeeze=False)
+        figure, panels = pyplot.subplots(1, len(shown), figsize=(3.1 * len(shown), 3), squeeze=False)
         for axes, (shape, result) in zip(panels[0], shown.items(), strict=True):
             peers = {kind: peer["tokens_per_second"] for kind, (_, peer) in sorted(_fastest(result).items())}
             titles = [_PEERS[name].replace(" JAX", "\nJAX") for name in peers]
             bars = axes.bar(titles, list(peers.values()), color=[_COLOURS[name] for name in peers], width=0.65)
             axes.bar_label(bars, fmt="%.0f")
             if "probe" in result["peers"]:
-                roof = result["peers"]["probe"]["gb_per_second"] * 1e9 / result["workload"]["bytes_per_step"]
+                step_bytes = result["workload"].get("bytes_per_step") or result["bytes_per_step"]
+                roof = result["peers"]["probe"]["gb_per_second"] * 1e9 / step_bytes
                 axes.axhline(roof, color="#444444", linestyle="--", linewidth=1)
                 axes.text(1, roof, "read roof", transform=axes.get_yaxis_transform(), ha="right", va="bottom")
             axes.set_title(SHAPES[shape].title)
@@ -205,10 +213,20 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(axis="x", labelsize=7)
         panels[0][0].set_ylabel("tokens per second")
+        figure.supxlabel("; ".join(dict.fromkeys(_where(result) for result in shown.values())), fontsize=7)
         figure.tight_layout()
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="svg", metadata={"Date": None})
         pyplot.close(figure)
+
+
+def _where(result: dict[str, Any]) -> str:
+    """Device, driver and commit, for a picture."""
+    commit = (result["commit"] or "unknown")[:12] + (" with changes" if result["dirty"] else "")
+    if "device" not in result:
+        return f"{result['machine']['cpu']}, {result['workload']['threads']} threads, commit {commit}"
+    driver = result["device"].get("driver_version", "unknown")
+    return f"{result['device']['name']}, driver {driver}, commit {commit}"
 
 
 def with_section(readme: str, text: str, start: str = START, end: str = END) -> str:
@@ -236,6 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     gpu_results = load_results(arguments.results / "gpu")
     if gpu_results:
         readme = with_section(readme, gpu_section(gpu_results), GPU_START, GPU_END)
+        draw(gpu_results, arguments.readme.parent / GPU_PICTURE)
     arguments.readme.write_text(readme)
     draw(results, arguments.readme.parent / PICTURE)
 
