@@ -60,6 +60,11 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def default_device() -> jax.Device:
+    """Where JAX puts arrays."""
+    return next(iter(jax.numpy.zeros(()).devices()))
+
+
 def describe_device(device: jax.Device) -> dict[str, Any]:
     """A JAX device: its name; of a GPU the driver's version, and clock rates where nvidia-smi is."""
     if device.platform != "gpu":

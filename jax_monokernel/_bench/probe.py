@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_monokernel import _native
+from jax_monokernel._bench.machine import default_device
 
 # Large enough that no cache holds it, small enough for every machine.
 _MOST_BYTES = {"cpu": 2 << 30, "gpu": 4 << 30}
@@ -22,7 +23,7 @@ class Probe:
     """
 
     def __init__(self, step_bytes: int, threads: int):
-        device = jax.devices()[0]
+        device = default_device()
         self._threads = threads
         if device.platform != "gpu":
             self._data = None

@@ -63,7 +63,7 @@ def run(sweep: Sweep, say: Callable[[str], None]) -> list[dict[str, Any]]:
     Raises:
       ValueError: a model that cannot be loaded.
     """
-    device = jax.local_devices()[0]
+    device = machine.default_device()
     meter, energy = _meter(device)
     about = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
