@@ -12,8 +12,10 @@ import argparse
 import ctypes
 import datetime
 import json
+import os
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,13 @@ import numpy as np
 from benchmarks.gpu_kernel import Driver, compile_kernel
 from jax_monokernel._bench.energy import NotReported, find_meter
 from jax_monokernel._bench.machine import describe_commit, describe_device, describe_machine, versions
-from jax_monokernel._bench.peers import make_peers
-from jax_monokernel._bench.runner import Workload
+from jax_monokernel._bench.peers import PEERS, make_peers
+from jax_monokernel._bench.runner import Peer, Workload, make_prompt
 from jax_monokernel._bench.runner import measure as measure_peers
 from jax_monokernel._bench.shapes import SHAPES, random_weights_on_device
 from jax_monokernel._bench.summary import describe, summarize
+from jax_monokernel.spec import DecoderSpec
+from jax_monokernel.weights import DecoderWeights
 
 _PROBE_BYTES = 4 << 30
 _PROBE_COPY = 16 << 10
@@ -80,11 +84,29 @@ class Probe:
         return {"seconds": best, "bytes": _PROBE_PASSES * self._data.nbytes}
 
 
+def _transformers(folder: Path, spec: DecoderSpec, weights: DecoderWeights, workload: Workload) -> Peer:
+    import torch
+
+    from benchmarks.checkpoint_model import write_checkpoint
+    from benchmarks.transformers_peer import Transformers
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("PyTorch sees no GPU here; leave transformers out, or install PyTorch for this GPU")
+    write_checkpoint(folder, spec, weights)
+    prompt = make_prompt(workload.batch, workload.prompt_tokens, spec.vocab_size)
+    return Transformers(folder, prompt, workload.new_tokens, 1, spec.dtype)
+
+
 def measure(shape: str, batch: int, prompt_tokens: int, new_tokens: int, repeats: int, names: list[str]) -> dict:
     """Rounds of all peers, summarized."""
     spec = SHAPES[shape].spec()
     workload = Workload(model=shape, batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-    peers = make_peers(spec, random_weights_on_device(spec), workload, [name for name in names if name != "probe"])
+    weights = random_weights_on_device(spec)
+    peers = make_peers(spec, weights, workload, [name for name in names if name in PEERS])
+    if "transformers" in names:
+        with tempfile.TemporaryDirectory(prefix="monokernel-bench-") as folder:
+            peers["transformers"] = _transformers(Path(folder, "checkpoint"), spec, weights, workload)
+    del weights
     if "probe" in names:
         peers["probe"] = Probe()
     try:
@@ -103,10 +125,17 @@ def main() -> None:
     parser.add_argument("--prompt", default="32")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--peers", nargs="+", default=["ours", "jax_loop", "probe"])
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        default=["ours", "jax_loop", "probe"],
+        choices=("ours", "jax_loop", "transformers", "probe"),
+    )
     parser.add_argument("--commit", help="of the code, where it is measured outside its repository")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if "transformers" in options.peers:  # PyTorch needs some of the memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if jax.devices()[0].platform != "gpu":
         sys.exit("JAX sees no GPU here")
     for shape in options.shapes.split(","):

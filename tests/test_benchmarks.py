@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -175,6 +176,32 @@ def test_report_is_deterministic(results, tmp_path):
     assert "old" not in written[0][0]
     assert written[0][0].startswith(f"before\n{report.START}\n| Shape")
     assert written[0][0].endswith(f"{report.END}\nafter\n")
+
+
+def test_gpu_runner_gives_what_the_report_shows():
+    from benchmarks import gpu
+
+    found = gpu.measure("tiny", 1, 4, 6, 2, ["ours", "jax_loop"])  # here JAX's device is a CPU
+    assert found["workload"]["model"] == "tiny"
+    result = found | {"commit": "0" * 40, "dirty": False, "versions": {}, "command": "c", "device": {"name": "GPU"}}
+    table = report.gpu_section([result])
+    assert "| tiny (made up) | 1 | 4 |" in table
+    assert (
+        f"{found['peers']['ours']['tokens_per_second'] / found['peers']['jax_loop']['tokens_per_second']:.2f}x" in table
+    )
+
+
+@pytest.mark.parametrize("command", ["run", "gpu", "report", "timeline"])
+def test_one_runner(command):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", command, "--help"],
+        cwd=_REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert "usage: python -m benchmarks" in done.stdout
 
 
 def test_summary_compares_within_rounds():

@@ -69,11 +69,16 @@ def test_shell_blocks_are_valid(block: Block):
     assert done.returncode == 0, done.stderr
 
 
+_COMMAND = r"jax-monokernel|python -m benchmarks(?:\.\w+| \w+)?"
+
+
 def commands(text: str) -> list[list[str]]:
     """The words of each use of our command, and of `python -m benchmarks...`, in lines of shell code or in `code`."""
     found = []
     for line in text.replace("\\\n", " ").splitlines():
-        for match in re.finditer(r"(?:^|[\s/])(jax-monokernel|python -m benchmarks[.\w]*)((?: [^|&;\n]*)?)", line):
+        for match in re.finditer(
+            r"(?:^|[\s/])(jax-monokernel|python -m benchmarks(?:\.\w+| \w+)?)((?: [^|&;\n]*)?)", line
+        ):
             found.append([*match[1].split(), *shlex.split(match[2], comments=True)])
     return found
 
@@ -94,21 +99,21 @@ def used() -> list[tuple[str, list[str]]]:
 def test_commands_and_options_exist():
     seen = set()
     for place, words in used():
-        if words[0] == "python":
-            module = words[2]
-            help_text = help_of(module)
-            options = set(re.findall(r"--[\w-]+", help_text))
+        if words[0] == "python":  # python -m benchmarks run, or benchmarks.run
+            name = ".".join(words[2 : 3 + (words[2] == "benchmarks")])
+            options = set(re.findall(r"--[\w-]+", help_of(name)))
+        elif len(words) == 1 or words[1].startswith("-"):
+            continue
         else:
-            if len(words) == 1 or words[1].startswith("-"):
-                continue
-            assert words[1] in COMMANDS, f"{place}: there is no command {words[1]!r}"
-            options = {o for p in COMMANDS[words[1]].params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
-        seen.add(tuple(words[:3])[-1] if words[0] == "python" else words[1])
+            name = words[1]
+            assert name in COMMANDS, f"{place}: there is no command {name!r}"
+            options = {o for p in COMMANDS[name].params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
+        seen.add(name)
         for word in words:
             option = word.partition("=")[0]
             if option.startswith("--"):
                 assert option in options, f"{place}: {shlex.join(words)} has no option {option}"
-    assert {"generate", "doctor", "topology", "compile", "benchmarks.run"} <= seen
+    assert {"generate", "doctor", "topology", "compile", "bench", "benchmarks.run"} <= seen
 
 
 _help: dict[str, str] = {}
