@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jax_monokernel._bench import plot
 from jax_monokernel._bench.machine import BUSY
+from jax_monokernel._bench.plot import COLOURS, NAMES, SVG_SETTINGS, where
 from jax_monokernel._bench.shapes import SHAPES
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
@@ -16,14 +18,7 @@ START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 GPU_START, GPU_END = "<!-- gpu:start -->", "<!-- gpu:end -->"
 _GPU_COLUMNS = ("jax_monokernel, tok/s", "jitted JAX loop, tok/s", "faster by", "GB/s", "of read roof")
 PICTURE, GPU_PICTURE = Path("docs/images/decode-cpu.svg"), Path("docs/images/decode-gpu.svg")
-# What the table and the picture show, under these names; other peers in a result are for looking at the JSON.
-_PEERS = {
-    "ours": "jax_monokernel",
-    "llama_cpp": "llama.cpp",
-    "transformers": "transformers",
-    "jax_loop": "jitted JAX loop",
-}
-_COLOURS = {"ours": "#2f6fb5", "llama_cpp": "#a0a0a0", "transformers": "#b04a5a", "jax_loop": "#d9a441"}
+SWEEP = Path("docs/images/sweep-cpu.svg")
 
 
 def load_results(folder: Path = _RESULTS) -> list[dict[str, Any]]:
@@ -50,17 +45,17 @@ def _fastest(result: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
         kind = label.split(":")[0]
         if kind == "ours" and label != "ours":
             continue
-        if kind in _PEERS and (kind not in found or peer["tokens_per_second"] > found[kind][1]["tokens_per_second"]):
+        if kind in NAMES and (kind not in found or peer["tokens_per_second"] > found[kind][1]["tokens_per_second"]):
             found[kind] = label, peer
     return found
 
 
 def section(results: list[dict[str, Any]]) -> str:
     """The README's section as Markdown, without the markers."""
-    kinds = [kind for kind in _PEERS if any(kind in _fastest(result) for result in results)]
+    kinds = [kind for kind in NAMES if any(kind in _fastest(result) for result in results)]
     others = [kind for kind in kinds if kind != "ours"]
-    names = [f"{_PEERS[kind]}, tok/s" for kind in kinds]
-    versus = [f"vs. {_PEERS[kind].removeprefix('jitted ')}" for kind in others]
+    names = [f"{NAMES[kind]}, tok/s" for kind in kinds]
+    versus = [f"vs. {NAMES[kind].removeprefix('jitted ')}" for kind in others]
     heads = ["Shape (random weights)", "Batch", "Prompt", *names, *versus, "GB/s", "of read roof"]
     lines = [f"| {' | '.join(heads)} |", f"|---|{'--:|' * (len(heads) - 1)}"]
     for result in results:
@@ -90,14 +85,17 @@ def section(results: list[dict[str, Any]]) -> str:
 
 def _llama_settings(results: list[dict[str, Any]]) -> list[str]:
     """Which of the settings measured is shown as llama.cpp, where there were several."""
-    lines = []
+    places: dict[tuple[str, int], list[str]] = {}
     for result in results:
         tried = [label for label in result["peers"] if label.startswith("llama_cpp")]
         if len(tried) > 1:
             workload, (label, _) = result["workload"], _fastest(result)["llama_cpp"]
-            setting = label.partition(":")[2] or "its defaults"
-            where = f"{SHAPES[_shape(workload)].title}, batch {workload['batch']}, prompt {workload['prompt_tokens']}"
-            lines.append(f"- {where}: llama.cpp with `{setting}`, the fastest of {len(tried)} settings.")
+            place = f"{SHAPES[_shape(workload)].title}, batch {workload['batch']}, prompt {workload['prompt_tokens']}"
+            places.setdefault((label.partition(":")[2], len(tried)), []).append(place)
+    lines = []
+    for (setting, count), at in places.items():
+        name = f"`{setting}`" if setting else "its defaults"
+        lines.append(f"- llama.cpp with {name}, the fastest of {count} settings: {'; '.join(at)}.")
     return [*lines, ""] if lines else []
 
 
@@ -112,7 +110,7 @@ def _slowdowns(results: list[dict[str, Any]]) -> list[str]:
             continue
         costs = []
         before, after = _fastest(base), _fastest(result)
-        for kind, name in _PEERS.items():
+        for kind, name in NAMES.items():
             if kind in before and kind in after:
                 factor = before[kind][1]["tokens_per_second"] / after[kind][1]["tokens_per_second"]
                 costs.append(f"{factor:.2f}x for {name}")
@@ -189,19 +187,12 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     for result in results:
         if result["workload"]["batch"] == 1:
             shown.setdefault(_shape(result["workload"]), result)
-    # A fixed salt and no date: equal results give an equal file.
-    settings: dict[Any, Any] = {
-        "svg.hashsalt": "benchmarks",
-        "svg.fonttype": "none",
-        "font.family": "sans-serif",
-        "font.size": 9,
-    }
-    with pyplot.rc_context(settings):
+    with pyplot.rc_context(SVG_SETTINGS | {"font.family": "sans-serif", "font.size": 9}):
         figure, panels = pyplot.subplots(1, len(shown), figsize=(3.1 * len(shown), 3), squeeze=False)
         for axes, (shape, result) in zip(panels[0], shown.items(), strict=True):
             peers = {kind: peer["tokens_per_second"] for kind, (_, peer) in sorted(_fastest(result).items())}
-            titles = [_PEERS[name].replace(" JAX", "\nJAX") for name in peers]
-            bars = axes.bar(titles, list(peers.values()), color=[_COLOURS[name] for name in peers], width=0.65)
+            titles = [NAMES[name].replace(" JAX", "\nJAX") for name in peers]
+            bars = axes.bar(titles, list(peers.values()), color=[COLOURS[name] for name in peers], width=0.65)
             axes.bar_label(bars, fmt="%.0f")
             if "probe" in result["peers"]:
                 step_bytes = result["workload"].get("bytes_per_step") or result["bytes_per_step"]
@@ -213,20 +204,11 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(axis="x", labelsize=7)
         panels[0][0].set_ylabel("tokens per second")
-        figure.supxlabel("; ".join(dict.fromkeys(_where(result) for result in shown.values())), fontsize=7)
+        figure.supxlabel("; ".join(dict.fromkeys(where(result) for result in shown.values())), fontsize=7)
         figure.tight_layout()
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="svg", metadata={"Date": None})
         pyplot.close(figure)
-
-
-def _where(result: dict[str, Any]) -> str:
-    """Device, driver and commit, for a picture."""
-    commit = (result["commit"] or "unknown")[:12] + (" with changes" if result["dirty"] else "")
-    if "device" not in result:
-        return f"{result['machine']['cpu']}, {result['workload']['threads']} threads, commit {commit}"
-    driver = result["device"].get("driver_version", "unknown")
-    return f"{result['device']['name']}, driver {driver}, commit {commit}"
 
 
 def with_section(readme: str, text: str, start: str = START, end: str = END) -> str:
@@ -257,6 +239,10 @@ def main(argv: list[str] | None = None) -> None:
         draw(gpu_results, arguments.readme.parent / GPU_PICTURE)
     arguments.readme.write_text(readme)
     draw(results, arguments.readme.parent / PICTURE)
+    # Every workload, with the fastest setting of each peer.
+    fastest = [r | {"peers": r["peers"] | {kind: peer for kind, (_, peer) in _fastest(r).items()}} for r in results]
+    named = [r | {"workload": r["workload"] | {"model": SHAPES[_shape(r["workload"])].title}} for r in fastest]
+    plot.draw(named, arguments.readme.parent / SWEEP)
 
 
 if __name__ == "__main__":

@@ -171,7 +171,8 @@ def test_report_is_deterministic(results, tmp_path):
     written = []
     for _ in range(2):
         report.main(["--results", str(results), "--readme", str(readme)])
-        written.append((readme.read_text(), (tmp_path / report.PICTURE).read_bytes()))
+        pictures = [(tmp_path / picture).read_bytes() for picture in (report.PICTURE, report.SWEEP)]
+        written.append((readme.read_text(), pictures))
     assert written[0] == written[1]
     assert "old" not in written[0][0]
     assert written[0][0].startswith(f"before\n{report.START}\n| Shape")
