@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu_kernel import Driver, compile_kernel
-from jax_monokernel._bench.energy import NotReported, find_meter
+from jax_monokernel._bench.energy import find_meter, find_meter_or_reason
 from jax_monokernel._bench.machine import describe_commit, describe_device, describe_machine, versions
 from jax_monokernel._bench.peers import PEERS, make_peers
 from jax_monokernel._bench.runner import Peer, Workload, make_prompt
@@ -109,11 +109,7 @@ def measure(shape: str, batch: int, prompt_tokens: int, new_tokens: int, repeats
     del weights
     if "probe" in names:
         peers["probe"] = Probe()
-    try:
-        meter = find_meter(jax.devices()[0])
-        energy = meter.source
-    except NotReported as error:
-        meter, energy = None, f"not reported: {error}"
+    meter, energy = find_meter_or_reason(lambda: find_meter(jax.devices()[0]))
     return {"energy": energy, **summarize(measure_peers(spec, workload, peers, rounds=repeats, meter=meter))}
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from benchmarks.checkpoint_model import write_checkpoint
 from benchmarks.gguf_model import write_gguf
+from jax_monokernel._bench.energy import Meter, find_meter_or_reason, rapl
 from jax_monokernel._bench.machine import BUSY, OtherWork, describe_commit, describe_machine, versions
 from jax_monokernel._bench.runner import bytes_per_step, make_prompt
 from jax_monokernel._bench.shapes import SHAPES, random_weights
@@ -146,6 +147,7 @@ def measure(
     prompt = make_prompt(batch, prompt_tokens, spec.vocab_size)
     job = workload | {"prompt": prompt.tolist(), "cpus": _cpus(threads)}
     environment = {"MONOKERNEL_THREADS": str(threads), "OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
+    meter, energy = find_meter_or_reason(rapl)
     workers: list[Worker] = []
     with tempfile.TemporaryDirectory(prefix="monokernel-bench-") as folder:
         try:
@@ -161,18 +163,20 @@ def measure(
                 this_job = job | {"peer": kind, "settings": settings, "gguf": str(gguf), "checkpoint": str(checkpoint)}
                 python = llama_python if kind == "llama_cpp" else sys.executable
                 workers.append(Worker(label, this_job, python=python, environment=environment | own))
-            measured, busy = _interleave(workers, repeats, at_most)
+            measured, busy = _interleave(workers, repeats, at_most, meter)
         finally:
             for worker in workers:
                 worker.close()
     for worker in workers:
         kept = {name: value for name, value in worker.settings.items() if name not in environment}
         measured[worker.label]["settings"] = kept
-    return {"workload": workload, "busy": busy, "peers": measured}
+    return {"workload": workload, "busy": busy, "energy": energy, "peers": measured}
 
 
-def _interleave(workers: list[Worker], repeats: int, at_most: int) -> tuple[dict[str, dict[str, Any]], float]:
-    """Per peer, seconds of each round and a hash of its tokens; and the largest share of other work in a round.
+def _interleave(
+    workers: list[Worker], repeats: int, at_most: int, meter: Meter | None
+) -> tuple[dict[str, dict[str, Any]], float]:
+    """Per peer, seconds and joules of each round and a hash of its tokens; the largest share of other work in a round.
 
     One more round comes first, to warm up. Rounds disturbed by other work are repeated, up to `at_most` rounds in all;
     the `repeats` least disturbed ones count, however fast they were.
@@ -185,7 +189,10 @@ def _interleave(workers: list[Worker], repeats: int, at_most: int) -> tuple[dict
         for turn in range(len(workers)):
             # Each round starts with another peer, so that none always follows the same one.
             index = (round_number + turn) % len(workers)
+            before = meter.joules() if meter else 0.0
             found[index] = workers[index].measure()
+            if meter and "tokens" in found[index]:
+                found[index]["joules"] = meter.joules() - before
         for worker, one in zip(workers, found, strict=True):
             digest = hashlib.sha256(np.array(one.pop("tokens", []), "<i4").tobytes()).hexdigest()[:16]
             if digests.setdefault(worker.label, digest) != digest:
@@ -290,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         if found["busy"] > BUSY:
             print(f"  other work took {found['busy']:.0%} of the CPUs: these numbers say little", file=sys.stderr)
-        result = {"schema": 1, **provenance, "busy": found["busy"], **summarize(found)}
+        result = {"schema": 1, **provenance, "busy": found["busy"], "energy": found["energy"], **summarize(found)}
         Path(arguments.output, f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         for label, peer in result["peers"].items():
             print(f"  {describe(label, peer)}")

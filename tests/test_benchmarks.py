@@ -157,9 +157,19 @@ def test_runner_measures_every_peer(results):
     assert path.name == "tiny-p8-b1-t1.json"
     assert str(_REPOSITORY) not in path.read_text()
     result = json.loads(path.read_text())
-    assert {"schema", "date", "command", "commit", "dirty", "machine", "versions", "busy", "workload", "peers"} <= set(
-        result
-    )
+    assert {
+        "schema",
+        "date",
+        "command",
+        "commit",
+        "dirty",
+        "machine",
+        "versions",
+        "busy",
+        "energy",
+        "workload",
+        "peers",
+    } <= set(result)
     assert result["peers"]["ours"]["tokens_sha256"] == result["peers"]["jax_loop"]["tokens_sha256"]
     assert all(len(peer["seconds"]) == 1 and peer["gb_per_second"] > 0 for peer in result["peers"].values())
 

@@ -44,6 +44,15 @@ def find_meter(device: jax.Device) -> Meter:
         raise NotReported(f"the driver's library cannot be used: {error}") from error
 
 
+def find_meter_or_reason(find: Callable[[], Meter]) -> tuple[Meter | None, str]:
+    """What `find` gives with its source; or None, and for results the reason why there is none."""
+    try:
+        meter = find()
+    except NotReported as error:
+        return None, f"not reported: {error}"
+    return meter, meter.source
+
+
 def rapl(root: Path = Path("/sys/class/powercap")) -> Meter:
     """All packages of this machine, by Linux's powercap interface, whatever runs on them.
 

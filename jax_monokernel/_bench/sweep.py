@@ -10,11 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jax_monokernel import models
 from jax_monokernel._bench import machine
-from jax_monokernel._bench.energy import Meter, NotReported, find_meter
+from jax_monokernel._bench.energy import find_meter, find_meter_or_reason
 from jax_monokernel._bench.jax_loop import not_covered
 from jax_monokernel._bench.peers import PEERS, make_peers
 from jax_monokernel._bench.probe import Probe
@@ -64,7 +62,7 @@ def run(sweep: Sweep, say: Callable[[str], None]) -> list[dict[str, Any]]:
       ValueError: a model that cannot be loaded.
     """
     device = machine.default_device()
-    meter, energy = _meter(device)
+    meter, energy = find_meter_or_reason(lambda: find_meter(device))
     about = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **machine.describe_commit(),
@@ -99,14 +97,6 @@ def run(sweep: Sweep, say: Callable[[str], None]) -> list[dict[str, Any]]:
                 say(f"other work took {busy:.0%} of the CPUs: these numbers say little")
             results.append({**about, "busy": busy, "command": _command(sweep, title, work), **found})
     return results
-
-
-def _meter(device: jax.Device) -> tuple[Meter | None, str]:
-    try:
-        meter = find_meter(device)
-    except NotReported as error:
-        return None, f"not reported: {error}"
-    return meter, meter.source
 
 
 def _load(sweep: Sweep, title: str) -> tuple[DecoderSpec, DecoderWeights]:
