@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import ctypes
 import datetime
-import hashlib
 import json
+import os
 import shlex
-import statistics
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu_kernel import Driver, compile_kernel
-from benchmarks.machine import describe_commit, describe_machine, versions
-from benchmarks.shapes import SHAPES, kv_bytes, random_weights_on_device, weight_bytes
-from benchmarks.worker import make_prompt
+from jax_monokernel._bench.energy import find_meter, find_meter_or_reason
+from jax_monokernel._bench.machine import describe_commit, describe_device, describe_machine, versions
+from jax_monokernel._bench.peers import PEERS, make_peers
+from jax_monokernel._bench.runner import Peer, Workload, make_prompt
+from jax_monokernel._bench.runner import measure as measure_peers
+from jax_monokernel._bench.shapes import SHAPES, random_weights_on_device
+from jax_monokernel._bench.summary import describe, summarize
+from jax_monokernel.spec import DecoderSpec
+from jax_monokernel.weights import DecoderWeights
 
 _PROBE_BYTES = 4 << 30
 _PROBE_COPY = 16 << 10
@@ -47,6 +52,7 @@ class Probe:
     """Reads memory with a kernel that does nothing else, as the decode kernel reads weights (read_bandwidth.cu)."""
 
     def __init__(self) -> None:
+        self.settings: dict[str, Any] = {"how": "read_bandwidth.cu"}
         self._units = jax.devices()[0].core_count
         size = _PROBE_BYTES // (_PROBE_COPY * self._units) * _PROBE_COPY * self._units
         self._data = jnp.ones(size // 4, jnp.uint32)
@@ -59,7 +65,7 @@ class Probe:
             self._driver.check(self._driver.calls.cuEventCreate(ctypes.byref(event), 0))
 
     def measure(self) -> dict[str, Any]:
-        """{"gb_per_second": of the best of 3 launches}."""
+        """{"seconds": of the best of 3 launches, "bytes": that it reads}."""
         check, calls = self._driver.check, self._driver.calls
         pointers = self._data.unsafe_buffer_pointer(), self._sums.unsafe_buffer_pointer()
         args = _ProbeArgs(pointers[0], self._data.nbytes, pointers[1], _PROBE_PASSES)
@@ -75,73 +81,36 @@ class Probe:
         copies = _PROBE_PASSES * self._data.nbytes // _PROBE_COPY // self._units
         if (np.asarray(self._sums) != copies).any():
             raise RuntimeError("the probe has not read all that it was to read")
-        return {"gb_per_second": _PROBE_PASSES * self._data.nbytes / best / 1e9}
+        return {"seconds": best, "bytes": _PROBE_PASSES * self._data.nbytes}
 
 
-def device() -> dict[str, Any]:
-    """The first device: its name, and the driver's version and clock rates if nvidia-smi is here."""
-    query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem"
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        found: dict[str, str] = {}
-    else:
-        values = done.stdout.splitlines()[0].split(", ")
-        found = dict(zip(query.split(","), values, strict=True))
-    return {"name": jax.devices()[0].device_kind, **found}
+def _transformers(folder: Path, spec: DecoderSpec, weights: DecoderWeights, workload: Workload) -> Peer:
+    import torch
+
+    from benchmarks.checkpoint_model import write_checkpoint
+    from benchmarks.transformers_peer import Transformers
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("PyTorch sees no GPU here; leave transformers out, or install PyTorch for this GPU")
+    write_checkpoint(folder, spec, weights)
+    prompt = make_prompt(workload.batch, workload.prompt_tokens, spec.vocab_size)
+    return Transformers(folder, prompt, workload.new_tokens, 1, spec.dtype)
 
 
-def measure(shape: str, batch: int, prompt_tokens: int, new_tokens: int, repeats: int, peers: list[str]) -> dict:
-    """Rounds of all peers."""
+def measure(shape: str, batch: int, prompt_tokens: int, new_tokens: int, repeats: int, names: list[str]) -> dict:
+    """Rounds of all peers, summarized."""
     spec = SHAPES[shape].spec()
-    prompt = make_prompt(batch, prompt_tokens, spec.vocab_size)
+    workload = Workload(model=shape, batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
     weights = random_weights_on_device(spec)
-    made: dict[str, Any] = {}
-    if "ours" in peers:
-        from benchmarks.ours import Ours
-
-        made["ours"] = Ours(spec, weights, prompt, new_tokens)
-    if "jax_loop" in peers:
-        from benchmarks.jax_loop import JaxLoop
-
-        made["jax_loop"] = JaxLoop(spec, weights, prompt, new_tokens)
-    if "probe" in peers:
-        made["probe"] = Probe()
+    peers = make_peers(spec, weights, workload, [name for name in names if name in PEERS])
+    if "transformers" in names:
+        with tempfile.TemporaryDirectory(prefix="monokernel-bench-") as folder:
+            peers["transformers"] = _transformers(Path(folder, "checkpoint"), spec, weights, workload)
     del weights
-    rounds: dict[str, list[dict]] = {name: [] for name in made}
-    for i in range(repeats + 1):
-        for name, peer in made.items():
-            found = peer.measure()
-            if i > 0:
-                rounds[name].append(found)
-    visible = prompt_tokens + (new_tokens + 1) / 2
-    step_bytes = weight_bytes(spec) + batch * kv_bytes(spec, visible)
-    result: dict[str, Any] = {"bytes_per_step": step_bytes, "peers": {}}
-    for name, found in rounds.items():
-        if name == "probe":
-            rates = [f["gb_per_second"] for f in found]
-            result["peers"][name] = {
-                "gb_per_second": round(statistics.median(rates), 1),
-                "all": np.round(rates, 1).tolist(),
-            }
-            continue
-        seconds = [f["seconds"] for f in found]
-        step = statistics.median(seconds) / new_tokens
-        hashes = sorted({hashlib.sha256(np.asarray(f["tokens"], np.int32).tobytes()).hexdigest()[:16] for f in found})
-        result["peers"][name] = {
-            "tokens_per_second": round(batch / step, 1),
-            "us_per_step": round(step * 1e6, 1),
-            "gb_per_second": round(step_bytes / step / 1e9, 1),
-            "seconds": np.round(seconds, 6).tolist(),
-            "tokens_sha256": hashes,
-        }
-    if "ours" in rounds and "jax_loop" in rounds:
-        ours, loop = (np.asarray(rounds[n][0]["tokens"]) for n in ("ours", "jax_loop"))
-        same = np.cumprod(ours == loop, axis=1).sum(1)
-        result["tokens_until_the_first_that_differs"] = same.tolist()  # of random weights: near ties come early
-    return result
+    if "probe" in names:
+        peers["probe"] = Probe()
+    meter, energy = find_meter_or_reason(lambda: find_meter(jax.devices()[0]))
+    return {"energy": energy, **summarize(measure_peers(spec, workload, peers, rounds=repeats, meter=meter))}
 
 
 def main() -> None:
@@ -152,10 +121,17 @@ def main() -> None:
     parser.add_argument("--prompt", default="32")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--peers", nargs="+", default=["ours", "jax_loop", "probe"])
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        default=["ours", "jax_loop", "probe"],
+        choices=("ours", "jax_loop", "transformers", "probe"),
+    )
     parser.add_argument("--commit", help="of the code, where it is measured outside its repository")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if "transformers" in options.peers:  # PyTorch needs some of the memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if jax.devices()[0].platform != "gpu":
         sys.exit("JAX sees no GPU here")
     for shape in options.shapes.split(","):
@@ -164,19 +140,21 @@ def main() -> None:
                 name = f"{shape}-p{prompt}-b{batch}"
                 found = measure(shape, batch, prompt, options.new_tokens, options.repeats, options.peers)
                 for peer, numbers in found["peers"].items():
-                    print(name, peer, {k: v for k, v in numbers.items() if not isinstance(v, list)}, flush=True)
+                    print(f"{name}  {describe(peer, numbers)}", flush=True)
                 if options.output is None:
                     continue
-                commit = describe_commit() if options.commit is None else {"commit": options.commit, "dirty": False}
-                workload = {"shape": shape, "batch": batch, "prompt_tokens": prompt, "new_tokens": options.new_tokens}
+                commit = (
+                    describe_commit(Path(__file__).resolve().parents[1])
+                    if options.commit is None
+                    else {"commit": options.commit, "dirty": False}
+                )
                 result = {
                     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                     "command": shlex.join(["python", "-m", "benchmarks.gpu", *_without_places(sys.argv[1:])]),
                     **commit,
-                    "device": device(),
+                    "device": describe_device(jax.devices()[0]),
                     "machine": describe_machine(),
                     "versions": versions(),
-                    "workload": workload,
                     **found,
                 }
                 options.output.mkdir(parents=True, exist_ok=True)

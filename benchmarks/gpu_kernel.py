@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.shapes import SHAPES, random_weights_on_device
 from jax_monokernel import DecoderSpec, DecodeState, SamplingParams, _gpu, _native
+from jax_monokernel._bench.shapes import SHAPES, random_weights_on_device
 from jax_monokernel._program import program
 from jax_monokernel.plan import Plan
 from jax_monokernel.tape import Tape, pack

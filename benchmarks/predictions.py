@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from benchmarks.shapes import SHAPES
+from jax_monokernel._bench.shapes import SHAPES
 from jax_monokernel.performance import predict
 from jax_monokernel.topology import Constant, Topology, part
 
@@ -53,5 +53,10 @@ def rows() -> list[str]:
     return lines
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Prints the table."""
     print("\n".join(rows()))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,18 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import BUSY
-from benchmarks.shapes import SHAPES
+from jax_monokernel._bench import plot
+from jax_monokernel._bench.machine import BUSY
+from jax_monokernel._bench.plot import COLOURS, NAMES, SVG_SETTINGS, where
+from jax_monokernel._bench.shapes import SHAPES
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _RESULTS = _REPOSITORY / "benchmarks" / "results"
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 GPU_START, GPU_END = "<!-- gpu:start -->", "<!-- gpu:end -->"
 _GPU_COLUMNS = ("jax_monokernel, tok/s", "jitted JAX loop, tok/s", "faster by", "GB/s", "of read roof")
-PICTURE = Path("docs/images/decode-cpu.svg")
-# What the table and the picture show, under these names; other peers in a result are for looking at the JSON.
-_PEERS = {"ours": "jax_monokernel", "llama_cpp": "llama.cpp", "jax_loop": "jitted JAX loop"}
-_COLOURS = {"ours": "#2f6fb5", "llama_cpp": "#a0a0a0", "jax_loop": "#d9a441"}
+PICTURE, GPU_PICTURE = Path("docs/images/decode-cpu.svg"), Path("docs/images/decode-gpu.svg")
+SWEEP = Path("docs/images/sweep-cpu.svg")
 
 
 def load_results(folder: Path = _RESULTS) -> list[dict[str, Any]]:
@@ -29,9 +29,13 @@ def load_results(folder: Path = _RESULTS) -> list[dict[str, Any]]:
     def key(result: dict[str, Any]) -> tuple:
         workload = result["workload"]
         threads = workload.get("threads", 0)
-        return order.index(workload["shape"]), workload["batch"], workload["prompt_tokens"], threads
+        return order.index(_shape(workload)), workload["batch"], workload["prompt_tokens"], threads
 
     return sorted(results, key=key)
+
+
+def _shape(workload: dict[str, Any]) -> str:
+    return workload.get("shape") or workload["model"]  # as the first results have it, and as those of today
 
 
 def _fastest(result: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -41,28 +45,29 @@ def _fastest(result: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
         kind = label.split(":")[0]
         if kind == "ours" and label != "ours":
             continue
-        if kind in _PEERS and (kind not in found or peer["tokens_per_second"] > found[kind][1]["tokens_per_second"]):
+        if kind in NAMES and (kind not in found or peer["tokens_per_second"] > found[kind][1]["tokens_per_second"]):
             found[kind] = label, peer
     return found
 
 
 def section(results: list[dict[str, Any]]) -> str:
     """The README's section as Markdown, without the markers."""
-    names = " | ".join(f"{name}, tok/s" for name in _PEERS.values())
-    lines = [
-        f"| Shape (random weights) | Batch | Prompt | {names} | vs. llama.cpp | vs. JAX loop | GB/s | of read roof |",
-        f"|---|{'--:|' * (len(_PEERS) + 6)}",
-    ]
+    kinds = [kind for kind in NAMES if any(kind in _fastest(result) for result in results)]
+    others = [kind for kind in kinds if kind != "ours"]
+    names = [f"{NAMES[kind]}, tok/s" for kind in kinds]
+    versus = [f"vs. {NAMES[kind].removeprefix('jitted ')}" for kind in others]
+    heads = ["Shape (random weights)", "Batch", "Prompt", *names, *versus, "GB/s", "of read roof"]
+    lines = [f"| {' | '.join(heads)} |", f"|---|{'--:|' * (len(heads) - 1)}"]
     for result in results:
         workload = result["workload"]
         peers = {kind: peer for kind, (_, peer) in _fastest(result).items()}
         ours = peers.get("ours", {})
         cells = [
-            SHAPES[workload["shape"]].title,
+            SHAPES[_shape(workload)].title,
             str(workload["batch"]),
             str(workload["prompt_tokens"]),
-            *(_number(peers.get(name, {}).get("tokens_per_second")) for name in _PEERS),
-            *(_number(peers.get(name, {}).get("ours_is_faster_by"), "{:.2f}x") for name in ("llama_cpp", "jax_loop")),
+            *(_number(peers.get(name, {}).get("tokens_per_second")) for name in kinds),
+            *(_number(peers.get(name, {}).get("ours_is_faster_by"), "{:.2f}x") for name in others),
             _number(ours.get("gb_per_second")),
             _number(ours.get("share_of_probe"), "{:.0%}"),
         ]
@@ -80,14 +85,17 @@ def section(results: list[dict[str, Any]]) -> str:
 
 def _llama_settings(results: list[dict[str, Any]]) -> list[str]:
     """Which of the settings measured is shown as llama.cpp, where there were several."""
-    lines = []
+    places: dict[tuple[str, int], list[str]] = {}
     for result in results:
         tried = [label for label in result["peers"] if label.startswith("llama_cpp")]
         if len(tried) > 1:
             workload, (label, _) = result["workload"], _fastest(result)["llama_cpp"]
-            setting = label.partition(":")[2] or "its defaults"
-            where = f"{SHAPES[workload['shape']].title}, batch {workload['batch']}, prompt {workload['prompt_tokens']}"
-            lines.append(f"- {where}: llama.cpp with `{setting}`, the fastest of {len(tried)} settings.")
+            place = f"{SHAPES[_shape(workload)].title}, batch {workload['batch']}, prompt {workload['prompt_tokens']}"
+            places.setdefault((label.partition(":")[2], len(tried)), []).append(place)
+    lines = []
+    for (setting, count), at in places.items():
+        name = f"`{setting}`" if setting else "its defaults"
+        lines.append(f"- llama.cpp with {name}, the fastest of {count} settings: {'; '.join(at)}.")
     return [*lines, ""] if lines else []
 
 
@@ -102,12 +110,12 @@ def _slowdowns(results: list[dict[str, Any]]) -> list[str]:
             continue
         costs = []
         before, after = _fastest(base), _fastest(result)
-        for kind, name in _PEERS.items():
+        for kind, name in NAMES.items():
             if kind in before and kind in after:
                 factor = before[kind][1]["tokens_per_second"] / after[kind][1]["tokens_per_second"]
                 costs.append(f"{factor:.2f}x for {name}")
         lengths = f"{workload['prompt_tokens']} tokens instead of {base['workload']['prompt_tokens']}"
-        title = f"{SHAPES[workload['shape']].title}, batch {workload['batch']}"
+        title = f"{SHAPES[_shape(workload)].title}, batch {workload['batch']}"
         lines.append(f"- {title}: the time per token after a prompt of {lengths} is {', '.join(costs)}.")
     return [*lines, ""] if lines else []
 
@@ -139,7 +147,7 @@ def gpu_section(results: list[dict[str, Any]]) -> str:
         workload, peers = result["workload"], result["peers"]
         ours, loop = (peers.get(name, {}).get("tokens_per_second") for name in ("ours", "jax_loop"))
         cells = [
-            SHAPES[workload["shape"]].title,
+            SHAPES[_shape(workload)].title,
             *(str(workload[name]) for name in ("batch", "prompt_tokens")),
             *(_number(speed) for speed in (ours, loop)),
             _number(ours / loop if ours and loop else None, "{:.2f}x"),
@@ -158,7 +166,8 @@ def gpu_section(results: list[dict[str, Any]]) -> str:
             f"bfloat16, greedy, {result['workload']['new_tokens']} new tokens; medians; `{result['command']}`"
         )
         notes.append(line)
-    return "\n".join([*lines, "", *dict.fromkeys(notes)])
+    picture = f"![Decode speed on a GPU]({GPU_PICTURE.as_posix()})"
+    return "\n".join([*lines, "", picture, "", *dict.fromkeys(notes)])
 
 
 def _number(value: float | None, form: str | None = None) -> str:
@@ -177,23 +186,17 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     shown: dict[str, dict[str, Any]] = {}
     for result in results:
         if result["workload"]["batch"] == 1:
-            shown.setdefault(result["workload"]["shape"], result)
-    # A fixed salt and no date: equal results give an equal file.
-    settings: dict[Any, Any] = {
-        "svg.hashsalt": "benchmarks",
-        "svg.fonttype": "none",
-        "font.family": "sans-serif",
-        "font.size": 9,
-    }
-    with pyplot.rc_context(settings):
-        figure, panels = pyplot.subplots(1, len(shown), figsize=(3.1 * len(shown), 2.8), squeeze=False)
+            shown.setdefault(_shape(result["workload"]), result)
+    with pyplot.rc_context(SVG_SETTINGS | {"font.family": "sans-serif", "font.size": 9}):
+        figure, panels = pyplot.subplots(1, len(shown), figsize=(3.1 * len(shown), 3), squeeze=False)
         for axes, (shape, result) in zip(panels[0], shown.items(), strict=True):
             peers = {kind: peer["tokens_per_second"] for kind, (_, peer) in sorted(_fastest(result).items())}
-            titles = [_PEERS[name].replace(" JAX", "\nJAX") for name in peers]
-            bars = axes.bar(titles, list(peers.values()), color=[_COLOURS[name] for name in peers], width=0.65)
+            titles = [NAMES[name].replace(" JAX", "\nJAX") for name in peers]
+            bars = axes.bar(titles, list(peers.values()), color=[COLOURS[name] for name in peers], width=0.65)
             axes.bar_label(bars, fmt="%.0f")
             if "probe" in result["peers"]:
-                roof = result["peers"]["probe"]["gb_per_second"] * 1e9 / result["workload"]["bytes_per_step"]
+                step_bytes = result["workload"].get("bytes_per_step") or result["bytes_per_step"]
+                roof = result["peers"]["probe"]["gb_per_second"] * 1e9 / step_bytes
                 axes.axhline(roof, color="#444444", linestyle="--", linewidth=1)
                 axes.text(1, roof, "read roof", transform=axes.get_yaxis_transform(), ha="right", va="bottom")
             axes.set_title(SHAPES[shape].title)
@@ -201,6 +204,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(axis="x", labelsize=7)
         panels[0][0].set_ylabel("tokens per second")
+        figure.supxlabel("; ".join(dict.fromkeys(where(result) for result in shown.values())), fontsize=7)
         figure.tight_layout()
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="svg", metadata={"Date": None})
@@ -232,8 +236,13 @@ def main(argv: list[str] | None = None) -> None:
     gpu_results = load_results(arguments.results / "gpu")
     if gpu_results:
         readme = with_section(readme, gpu_section(gpu_results), GPU_START, GPU_END)
+        draw(gpu_results, arguments.readme.parent / GPU_PICTURE)
     arguments.readme.write_text(readme)
     draw(results, arguments.readme.parent / PICTURE)
+    # Every workload, with the fastest setting of each peer.
+    fastest = [r | {"peers": r["peers"] | {kind: peer for kind, (_, peer) in _fastest(r).items()}} for r in results]
+    named = [r | {"workload": r["workload"] | {"model": SHAPES[_shape(r["workload"])].title}} for r in fastest]
+    plot.draw(named, arguments.readme.parent / SWEEP)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,17 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.checkpoint_model import write_checkpoint
 from benchmarks.gguf_model import write_gguf
-from benchmarks.machine import BUSY, OtherWork, describe_commit, describe_machine, versions
-from benchmarks.shapes import SHAPES, kv_bytes, random_weights, weight_bytes
-from benchmarks.summary import summarize
+from jax_monokernel._bench.energy import Meter, find_meter_or_reason, rapl
+from jax_monokernel._bench.machine import BUSY, OtherWork, describe_commit, describe_machine, versions
+from jax_monokernel._bench.runner import bytes_per_step, make_prompt
+from jax_monokernel._bench.shapes import SHAPES, random_weights
+from jax_monokernel._bench.summary import describe, summarize
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-PEERS = ("ours", "llama_cpp", "jax_loop", "probe")
+PEERS = ("ours", "llama_cpp", "transformers", "jax_loop", "probe")
 # llama.cpp as it comes, and with what may make it faster: huge pages (which a mapped file does not get), and those
 # without flash attention. The report compares with the fastest.
 _HUGE_PAGES = "mmap=0,GLIBC_TUNABLES=glibc.malloc.hugetlb=1"
@@ -131,8 +134,6 @@ def measure(
       RuntimeError: a peer failed; its own messages are on stderr.
     """
     spec = SHAPES[shape].spec(dtype)
-    visible = prompt_tokens + (new_tokens - 1) / 2  # places that a step attends to, on average
-    bytes_per_step = int(weight_bytes(spec) + batch * kv_bytes(spec, visible))
     workload = {
         "shape": shape,
         "dtype": dtype,
@@ -140,11 +141,13 @@ def measure(
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "threads": threads,
-        "bytes_per_step": bytes_per_step,
+        "bytes_per_step": bytes_per_step(spec, batch, prompt_tokens, new_tokens),
         "repeats": repeats,
     }
-    job = workload | {"vocab_size": spec.vocab_size, "cpus": _cpus(threads)}
+    prompt = make_prompt(batch, prompt_tokens, spec.vocab_size)
+    job = workload | {"prompt": prompt.tolist(), "cpus": _cpus(threads)}
     environment = {"MONOKERNEL_THREADS": str(threads), "OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
+    meter, energy = find_meter_or_reason(rapl)
     workers: list[Worker] = []
     with tempfile.TemporaryDirectory(prefix="monokernel-bench-") as folder:
         try:
@@ -153,22 +156,27 @@ def measure(
                 gguf = Path(folder, "model.gguf")
                 if kind == "llama_cpp" and not gguf.exists():
                     write_gguf(gguf, spec, random_weights(spec))
+                checkpoint = Path(folder, "checkpoint")
+                if kind == "transformers" and not checkpoint.exists():
+                    write_checkpoint(checkpoint, spec, random_weights(spec))
                 print(f"  starting {label}", file=sys.stderr)
-                this_job = job | {"peer": kind, "settings": settings, "gguf": str(gguf)}
+                this_job = job | {"peer": kind, "settings": settings, "gguf": str(gguf), "checkpoint": str(checkpoint)}
                 python = llama_python if kind == "llama_cpp" else sys.executable
                 workers.append(Worker(label, this_job, python=python, environment=environment | own))
-            measured, busy = _interleave(workers, repeats, at_most)
+            measured, busy = _interleave(workers, repeats, at_most, meter)
         finally:
             for worker in workers:
                 worker.close()
     for worker in workers:
         kept = {name: value for name, value in worker.settings.items() if name not in environment}
         measured[worker.label]["settings"] = kept
-    return {"workload": workload, "busy": busy, "peers": measured}
+    return {"workload": workload, "busy": busy, "energy": energy, "peers": measured}
 
 
-def _interleave(workers: list[Worker], repeats: int, at_most: int) -> tuple[dict[str, dict[str, Any]], float]:
-    """Per peer, seconds of each round and a hash of its tokens; and the largest share of other work in a round.
+def _interleave(
+    workers: list[Worker], repeats: int, at_most: int, meter: Meter | None
+) -> tuple[dict[str, dict[str, Any]], float]:
+    """Per peer, seconds and joules of each round and a hash of its tokens; the largest share of other work in a round.
 
     One more round comes first, to warm up. Rounds disturbed by other work are repeated, up to `at_most` rounds in all;
     the `repeats` least disturbed ones count, however fast they were.
@@ -181,7 +189,10 @@ def _interleave(workers: list[Worker], repeats: int, at_most: int) -> tuple[dict
         for turn in range(len(workers)):
             # Each round starts with another peer, so that none always follows the same one.
             index = (round_number + turn) % len(workers)
+            before = meter.joules() if meter else 0.0
             found[index] = workers[index].measure()
+            if meter and "tokens" in found[index]:
+                found[index]["joules"] = meter.joules() - before
         for worker, one in zip(workers, found, strict=True):
             digest = hashlib.sha256(np.array(one.pop("tokens", []), "<i4").tobytes()).hexdigest()[:16]
             if digests.setdefault(worker.label, digest) != digest:
@@ -264,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     provenance = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": _command(arguments),
-        **describe_commit(),
+        **describe_commit(Path(__file__).resolve().parents[1]),
         "machine": describe_machine(),
         "versions": versions(),
     }
@@ -286,22 +297,10 @@ def main(argv: list[str] | None = None) -> None:
         )
         if found["busy"] > BUSY:
             print(f"  other work took {found['busy']:.0%} of the CPUs: these numbers say little", file=sys.stderr)
-        result = {"schema": 1, **provenance, "busy": found["busy"], **summarize(found)}
+        result = {"schema": 1, **provenance, "busy": found["busy"], "energy": found["energy"], **summarize(found)}
         Path(arguments.output, f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         for label, peer in result["peers"].items():
             print(f"  {describe(label, peer)}")
-
-
-def describe(label: str, peer: dict[str, Any]) -> str:
-    """One line about one peer's summary."""
-    line = f"{label:24} {peer['gb_per_second']:7.1f} GB/s"
-    if "tokens_per_second" in peer:
-        ms = peer["ms_per_step"]
-        line += (
-            f" {peer['tokens_per_second']:9.1f} tok/s  {ms['median']:.3f} ms/step ({ms['p10']:.3f} to {ms['p90']:.3f})"
-        )
-        line += f"  ours is {peer['ours_is_faster_by']:.2f}x" if "ours_is_faster_by" in peer else ""
-    return line
 
 
 def _command(arguments: argparse.Namespace) -> str:

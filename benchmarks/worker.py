@@ -23,27 +23,27 @@ def make_peer(job: dict[str, Any]) -> Any:
         from benchmarks.bandwidth import Bandwidth
 
         return Bandwidth(job["bytes_per_step"], threads, **settings)
-    prompt = make_prompt(job["batch"], job["prompt_tokens"], job["vocab_size"])
+    prompt = np.array(job["prompt"])
     if kind == "llama_cpp":
         from benchmarks.llamacpp import LlamaCpp
 
         return LlamaCpp(Path(job["gguf"]), prompt, job["new_tokens"], threads, **settings)
 
-    from benchmarks.shapes import SHAPES, random_weights
+    if kind == "transformers":
+        from benchmarks.transformers_peer import Transformers
+
+        return Transformers(Path(job["checkpoint"]), prompt, job["new_tokens"], threads, job["dtype"], **settings)
+
+    from jax_monokernel._bench.shapes import SHAPES, random_weights
 
     spec = SHAPES[job["shape"]].spec(job["dtype"])
     if kind == "ours":
-        from benchmarks.ours import Ours
+        from jax_monokernel._bench.ours import Ours
 
         return Ours(spec, random_weights(spec), prompt, job["new_tokens"], **settings)
-    from benchmarks.jax_loop import JaxLoop
+    from jax_monokernel._bench.jax_loop import JaxLoop
 
     return JaxLoop(spec, random_weights(spec), prompt, job["new_tokens"], **settings)
-
-
-def make_prompt(batch: int, tokens: int, vocab_size: int) -> np.ndarray:
-    """Random token ids int64 [batch, tokens], the same for every peer."""
-    return np.random.default_rng(0).integers(vocab_size, size=(batch, tokens))
 
 
 def main() -> None:

@@ -333,7 +333,7 @@ def model_card(options: Options, record: dict[str, Any], samples: list[str]) -> 
         python=corpus["python"],
         tests=" and its tests" if corpus["training"]["test_files"] else " without its tests",
         epochs=f"{options.steps * options.batch * options.seq_len / corpus['training']['tokens']:.1f}",
-        samples="\n\n".join(f"```python\n{text}\n```" for text in samples),
+        samples="\n\n".join(f"```text\n{text}\n```" for text in samples),
     )
 
 

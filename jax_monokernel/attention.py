@@ -37,7 +37,8 @@ def attention(
 
     Args:
       q: f32 [batch, tokens, heads, head_dim]; rounded to the KV cache's dtype, as keys are.
-      k, v: [batch, kv_heads, span, head_dim], any float dtype.
+      k: [batch, kv_heads, span, head_dim], any float dtype.
+      v: likewise.
       q_position: int32 [batch, tokens].
       k_position: int32 [span], the places of the keys; keys after the query or before its window are not seen.
       window: int32 scalar, sliding window length in tokens.

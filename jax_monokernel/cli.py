@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from jax_monokernel._cli_bench import bench
 from jax_monokernel._version import __version__
 
 app = typer.Typer(
@@ -327,6 +328,9 @@ def isa() -> None:
     except ValueError as error:
         _fail(error)
     typer.echo("\n".join([current, *(name for name in _native.available_isas() if name != current)]))
+
+
+app.command()(bench)
 
 
 def main() -> None:

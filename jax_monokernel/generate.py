@@ -68,7 +68,7 @@ def generate(
       max_new_tokens: at most so many tokens per prompt; one number or one per prompt. By default the config's.
       key: `jax.random.key(seed)` or one key per prompt; needed for sampling. The tokens of a prompt depend on its key
         and not on what else is in the batch. With `state` the keys in it are used unless a new one is given.
-      lengths: with an array prompt, tokens of each row that count.
+      lengths: with an array prompt, int [batch]: tokens of each row that count.
       config: options; by default all off (greedy). Where it has no eos_token_id the model's own is used.
       state: of an earlier result, to go on from: the new prompts are appended to what its rows hold. Its arrays are
         reused and cannot be read afterwards.

@@ -26,6 +26,8 @@ from jax_monokernel.topology.model import Topology
 if TYPE_CHECKING:
     from jax_monokernel.spec import DecoderSpec
 
+__all__ = ["Calibration", "Phase", "Prediction", "predict"]
+
 Kind = Literal["flat", "hierarchical"]
 _BLOCK = 64  # positions that are dealt to a part of the context together (kSplitBlock of the kernel)
 

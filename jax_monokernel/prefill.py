@@ -52,7 +52,8 @@ def prefill(
       in the cache already keep the rotation they have, as in Hugging Face's cached generation.
 
     Args:
-      spec, weights: the model.
+      spec: the model.
+      weights: its weights, as `weight_shapes(spec)` lists them.
       tokens: int32 [batch, width]; of row b the first lengths[b] are its prompt, the rest may be anything.
       lengths: int32 [batch], 0 to width.
       state: where each row stands.

@@ -42,7 +42,8 @@ def decode_reference(
     as soon as no row has anything left to do.
 
     Args:
-      spec, weights: the model.
+      spec: the model.
+      weights: its weights, as `weight_shapes(spec)` lists them.
       state: where each row stands; it is not changed, the result has the new one.
       params: sampling options, one per row.
       max_new_tokens: static width of the result, at least 1.

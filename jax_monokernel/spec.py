@@ -22,6 +22,9 @@ class RopeSpec:
 
     Dimension i of the first half of `rotary_dim` is paired with dimension i + rotary_dim/2 and turned by
     `position * inv_freq[i]`; dimensions past `rotary_dim` pass through. `jax_monokernel.rope` has the formulas.
+
+    Raises:
+      ValueError: a field that is out of range, or that the scaling needs and does not have.
     """
 
     theta: float
@@ -61,7 +64,11 @@ class RopeSpec:
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
-    """What may differ from layer to layer: attention kind and rotary embedding."""
+    """What may differ from layer to layer: attention kind and rotary embedding.
+
+    Raises:
+      ValueError: a window below 1.
+    """
 
     # Sliding window: a token sees itself and the `window - 1` tokens before it. None: it sees all of them.
     window: int | None = None
@@ -92,6 +99,9 @@ class DecoderSpec:
 
     Before the first layer x = embedding[token] * embedding_multiplier; after the last,
     logits = softcap(norm(x, final_norm) @ head.T * logit_multiplier).
+
+    Raises:
+      ValueError: fields that are out of range or do not fit together, naming them.
     """
 
     vocab_size: int

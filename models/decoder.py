@@ -43,6 +43,9 @@ class Decoder(nnx.Module):
       init_scale: standard deviation of initial matrices and embeddings.
       weights: values to hold as they are, instead of initial ones.
       origin: where the weights came from.
+
+    Raises:
+      ValueError: neither rngs nor weights.
     """
 
     def __init__(

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,11 +16,11 @@ sys.path.append(str(_REPOSITORY))
 from benchmarks import report, run  # noqa: E402
 from benchmarks.bandwidth import Bandwidth  # noqa: E402
 from benchmarks.gguf_model import write_gguf  # noqa: E402
-from benchmarks.jax_loop import JaxLoop  # noqa: E402
-from benchmarks.ours import Ours  # noqa: E402
-from benchmarks.shapes import SHAPES, kv_bytes, random_weights, weight_bytes  # noqa: E402
-from benchmarks.summary import summarize  # noqa: E402
-from benchmarks.worker import make_prompt  # noqa: E402
+from jax_monokernel._bench.jax_loop import JaxLoop  # noqa: E402
+from jax_monokernel._bench.ours import Ours  # noqa: E402
+from jax_monokernel._bench.runner import make_prompt  # noqa: E402
+from jax_monokernel._bench.shapes import SHAPES, kv_bytes, random_weights, weight_bytes  # noqa: E402
+from jax_monokernel._bench.summary import summarize  # noqa: E402
 
 FAMILIES = {
     "llama": {},
@@ -68,6 +69,24 @@ def test_llama_cpp_gives_our_tokens(family, dtype, tmp_path):
     # llama.cpp's flash attention is in f16 where the cache is f32; with a bf16 cache it rounds where we do.
     peer = LlamaCpp(path, prompt, 24, 1, kv_dtype=dtype, flash_attention=int(dtype == "bfloat16"))
     ours = Ours(spec, weights, prompt, 24).measure()["tokens"]
+    for _ in range(2):
+        assert peer.measure()["tokens"] == ours
+
+
+@each_family
+@pytest.mark.filterwarnings("ignore:`torch:DeprecationWarning")  # PyTorch's own, of parts of it
+def test_transformers_gives_our_tokens(family, tmp_path):
+    pytest.importorskip("torch", reason="needs PyTorch: pip install torch transformers")
+    pytest.importorskip("transformers", reason="needs transformers: pip install torch transformers")
+    from benchmarks.checkpoint_model import write_checkpoint
+    from benchmarks.transformers_peer import Transformers
+
+    spec, weights = tiny(family)
+    prompt = make_prompt(2, 20, spec.vocab_size)
+    write_checkpoint(tmp_path / "model", spec, weights)
+    ours = Ours(spec, weights, prompt, 24).measure()["tokens"]
+    # Compiling takes half a minute; that the compiled step gives these tokens, too, is for `python -m benchmarks run`.
+    peer = Transformers(tmp_path / "model", prompt, 24, 1, "float32", compiled=0)
     for _ in range(2):
         assert peer.measure()["tokens"] == ours
 
@@ -138,9 +157,19 @@ def test_runner_measures_every_peer(results):
     assert path.name == "tiny-p8-b1-t1.json"
     assert str(_REPOSITORY) not in path.read_text()
     result = json.loads(path.read_text())
-    assert {"schema", "date", "command", "commit", "dirty", "machine", "versions", "busy", "workload", "peers"} <= set(
-        result
-    )
+    assert {
+        "schema",
+        "date",
+        "command",
+        "commit",
+        "dirty",
+        "machine",
+        "versions",
+        "busy",
+        "energy",
+        "workload",
+        "peers",
+    } <= set(result)
     assert result["peers"]["ours"]["tokens_sha256"] == result["peers"]["jax_loop"]["tokens_sha256"]
     assert all(len(peer["seconds"]) == 1 and peer["gb_per_second"] > 0 for peer in result["peers"].values())
 
@@ -152,11 +181,38 @@ def test_report_is_deterministic(results, tmp_path):
     written = []
     for _ in range(2):
         report.main(["--results", str(results), "--readme", str(readme)])
-        written.append((readme.read_text(), (tmp_path / report.PICTURE).read_bytes()))
+        pictures = [(tmp_path / picture).read_bytes() for picture in (report.PICTURE, report.SWEEP)]
+        written.append((readme.read_text(), pictures))
     assert written[0] == written[1]
     assert "old" not in written[0][0]
     assert written[0][0].startswith(f"before\n{report.START}\n| Shape")
     assert written[0][0].endswith(f"{report.END}\nafter\n")
+
+
+def test_gpu_runner_gives_what_the_report_shows():
+    from benchmarks import gpu
+
+    found = gpu.measure("tiny", 1, 4, 6, 2, ["ours", "jax_loop"])  # here JAX's device is a CPU
+    assert found["workload"]["model"] == "tiny"
+    result = found | {"commit": "0" * 40, "dirty": False, "versions": {}, "command": "c", "device": {"name": "GPU"}}
+    table = report.gpu_section([result])
+    assert "| tiny (made up) | 1 | 4 |" in table
+    assert (
+        f"{found['peers']['ours']['tokens_per_second'] / found['peers']['jax_loop']['tokens_per_second']:.2f}x" in table
+    )
+
+
+@pytest.mark.parametrize("command", ["run", "gpu", "report", "timeline"])
+def test_one_runner(command):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", command, "--help"],
+        cwd=_REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert "usage: python -m benchmarks" in done.stdout
 
 
 def test_summary_compares_within_rounds():

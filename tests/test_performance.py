@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 
 from benchmarks import predictions
-from benchmarks.shapes import SHAPES
 from jax_monokernel import performance
+from jax_monokernel._bench.shapes import SHAPES
 from jax_monokernel.performance import Calibration, choose_groups, predict
 from jax_monokernel.plan import Plan, make_plan
 from jax_monokernel.topology import Constant, Group, Topology, part

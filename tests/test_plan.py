@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tape_specs import fits, specs
 
-from benchmarks.shapes import SHAPES
 from jax_monokernel import LayerSpec
+from jax_monokernel._bench.shapes import SHAPES
 from jax_monokernel.plan import PHASES, VECTOR_ROLES, Plan, available_cpus, geometry, make_plan
 from jax_monokernel.weights import layer_shapes
 

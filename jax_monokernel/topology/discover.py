@@ -88,7 +88,7 @@ def page_homes(array: jax.Array, found: Found) -> np.ndarray:
     use the array meanwhile.
 
     Args:
-      array: on one GPU, such as a tape's streams.
+      array: of any shape, on one GPU, such as a tape's streams.
       found: that GPU, measured.
 
     Raises:

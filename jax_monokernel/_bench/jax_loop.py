@@ -9,19 +9,41 @@ bytes; forbidding that is slower.
 from __future__ import annotations
 
 import functools
+import math
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.ours import prefilled
-from jax_monokernel import DecoderSpec
+from jax_monokernel import DecoderSpec, LayerSpec
+from jax_monokernel._bench.ours import prefilled
 from jax_monokernel.rope import inverse_frequencies
 from jax_monokernel.weights import DecoderWeights
 
 Layer = dict[str, jax.Array]
 Cache = list[tuple[jax.Array, jax.Array]]  # per layer: keys and values [batch, capacity, kv_heads, head_dim]
+
+
+def not_covered(spec: DecoderSpec) -> str | None:
+    """The first part of a model that this loop does not have, or None."""
+    parts = {
+        "models without norms before attention and MLP": not spec.pre_norm,
+        "norms after them": spec.post_norm,
+        "norms over all query heads together": spec.qk_norm == "full",
+        "norms that add to their scale": spec.norm_offset != 0,
+        "biases of attention's output or the MLP": spec.o_bias or spec.mlp_bias,
+        "MLPs without a gate, or with other gates than SiLU": not spec.gated or spec.activation != "silu",
+        "scores scaled by other than head_dim ** -0.5": spec.attn_scale != 1.0 / math.sqrt(spec.head_dim),
+        "soft-caps": spec.attn_softcap is not None or spec.logit_softcap is not None,
+        "multipliers": (spec.embedding_multiplier, spec.residual_multiplier, spec.logit_multiplier) != (1, 1, 1),
+        "layers of several kinds": spec.layers != (LayerSpec(),) * spec.num_layers,
+        "partial rotary embeddings": spec.rotary_dim != spec.head_dim,
+        "rotary embeddings that depend on the length": any(r.scaling in ("dynamic", "longrope") for r in spec.ropes),
+        "scaled rotary embeddings": any(r.attention_factor != 1 for r in spec.ropes),
+        "KV caches of another dtype": spec.kv_dtype != spec.dtype,
+    }
+    return next((part for part, there in parts.items() if there), None)
 
 
 def layer_params(spec: DecoderSpec, weights: DecoderWeights) -> list[Layer]:

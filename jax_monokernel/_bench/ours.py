@@ -11,6 +11,7 @@ import numpy as np
 
 from jax_monokernel import DecoderSpec, DecodeState, empty_state
 from jax_monokernel.decode import decode
+from jax_monokernel.plan import Plan
 from jax_monokernel.prefill import prefill
 from jax_monokernel.sampling import GenerationConfig, sampling_params
 from jax_monokernel.tape import pack
@@ -27,9 +28,17 @@ def prefilled(spec: DecoderSpec, weights: DecoderWeights, prompt: np.ndarray, ne
 class Ours:
     """Greedy decoding of `prompt` (int [batch, tokens], equal lengths) with the given weights."""
 
-    def __init__(self, spec: DecoderSpec, weights: DecoderWeights, prompt: np.ndarray, new_tokens: int):
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        weights: DecoderWeights,
+        prompt: np.ndarray,
+        new_tokens: int,
+        *,
+        plan: Plan | None = None,
+    ):
         self._state = prefilled(spec, weights, prompt, new_tokens)
-        self._tape = jax.block_until_ready(jax.jit(functools.partial(pack, spec))(weights))
+        self._tape = jax.block_until_ready(jax.jit(functools.partial(pack, spec, plan=plan))(weights))
         config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens)
         self._sampling = sampling_params(config, batch=len(prompt), vocab_size=spec.vocab_size)
         self._decode = jax.jit(functools.partial(decode, max_new_tokens=new_tokens), donate_argnames="state")

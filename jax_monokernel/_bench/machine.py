@@ -10,9 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-_REPOSITORY = Path(__file__).resolve().parent.parent
 _PACKAGES = ("jax-monokernel", "jax", "jaxlib", "llama-cpp-python", "gguf", "numpy")
 # Made from results, so a change there does not make the measured code another one.
 _GENERATED = ("README.md", "benchmarks/results", "docs/images")
@@ -24,9 +24,9 @@ BUSY = 0.05
 class OtherWork:
     """How much of the CPUs' time went to work that is not ours, since this object was made. Linux only."""
 
-    def __init__(self, processes: Iterable[int]):
-        """Counts as ours what the processes with these ids do, with their threads."""
-        self._processes = list(processes)
+    def __init__(self, processes: Iterable[int] | None = None):
+        """Counts as ours what the processes with these ids (by default this one) do, with their threads."""
+        self._processes = [os.getpid()] if processes is None else list(processes)
         self._start = self._ticks()
 
     def share(self) -> float:
@@ -60,6 +60,28 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def default_device() -> jax.Device:
+    """Where JAX puts arrays."""
+    return next(iter(jax.numpy.zeros(()).devices()))
+
+
+def describe_device(device: jax.Device) -> dict[str, Any]:
+    """A JAX device: its name; of a GPU the driver's version, and clock rates where nvidia-smi is."""
+    if device.platform != "gpu":
+        return {"name": _cpu_model()}
+    amdgpu = _read(Path("/sys/module/amdgpu/version"))
+    found = {} if amdgpu is None else {"driver_version": f"amdgpu {amdgpu}"}
+    query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, check=True
+        )
+        found |= dict(zip(query.split(","), done.stdout.splitlines()[0].split(", "), strict=True))
+    except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
+        pass
+    return {"name": device.device_kind, **found}
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that matter, of those that are installed."""
     found = {}
@@ -71,17 +93,24 @@ def versions() -> dict[str, str]:
     return found
 
 
-def describe_commit() -> dict[str, Any]:
-    """{"commit": hash or None outside git, "dirty": whether tracked files that could matter differ from it}."""
-    commit = _git("rev-parse", "HEAD")
+def describe_commit(repository: Path | None = None) -> dict[str, Any]:
+    """{"commit": hash or None outside git, "dirty": whether tracked files that could matter differ from it}.
+
+    Args:
+      repository: the checkout; by default the one that this module lies in, if it does.
+    """
+    repository = repository or Path(__file__).resolve().parents[2]
+    if not (repository / "ffi").is_dir():  # an installed package, which may lie inside somebody else's repository
+        return {"commit": None, "dirty": False}
+    commit = _git(repository, "rev-parse", "HEAD")
     excluded = [f":(exclude){path}" for path in _GENERATED]
-    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *excluded)
+    changes = _git(repository, "status", "--porcelain", "--untracked-files=no", "--", ".", *excluded)
     return {"commit": commit, "dirty": bool(changes)}
 
 
-def _git(*arguments: str) -> str | None:
+def _git(repository: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=_REPOSITORY, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *arguments], cwd=repository, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

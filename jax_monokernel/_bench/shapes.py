@@ -192,6 +192,7 @@ def weight_bytes(spec: DecoderSpec) -> int:
 
 
 def kv_bytes(spec: DecoderSpec, tokens: float) -> float:
-    """Bytes of keys and values that one row's step reads when `tokens` places are visible to it (full attention)."""
+    """Bytes of keys and values that one row's step reads when `tokens` places are before it; windows cut them short."""
     assert spec.kv_dtype is not None
-    return 2 * spec.num_layers * spec.kv_size * tokens * jnp.dtype(spec.kv_dtype).itemsize
+    places = sum(tokens if layer.window is None else min(tokens, layer.window) for layer in spec.layers)
+    return 2 * places * spec.kv_size * jnp.dtype(spec.kv_dtype).itemsize

@@ -29,10 +29,13 @@ def summarize(found: dict[str, Any]) -> dict[str, Any]:
                 numbers["share_of_probe"] = _rounded(np.median(rates[label] / rates["probe"]))
             if "ours" in rates and label != "ours":
                 numbers["ours_is_faster_by"] = _rounded(np.median(rates["ours"] / rates[label]))
+        if "joules" in peer:
+            joules = np.median(np.array(peer["joules"])) / steps / workload["batch"]
+            numbers["joules_per_token"] = _rounded(joules)
         if "steps" in peer:  # too many to keep one by one
             numbers["ms_of_single_steps"] = _distribution(np.array(peer["steps"]) * 1e3)
         kept = {name: value for name, value in peer.items() if name != "steps"}
-        for name in ("seconds", "best"):
+        for name in ("seconds", "best", "joules"):
             if name in kept:
                 kept[name] = [_rounded(value) for value in kept[name]]
         summary[label] = numbers | kept
@@ -48,3 +51,16 @@ def _distribution(values: np.ndarray) -> dict[str, float]:
 def _rounded(value: float) -> float:
     """Five significant digits: more than the measurement has."""
     return float(f"{value:.5g}")
+
+
+def describe(label: str, peer: dict[str, Any]) -> str:
+    """One line about one peer's summary."""
+    line = f"{label:24} {peer['gb_per_second']:7.1f} GB/s"
+    if "tokens_per_second" in peer:
+        ms = peer["ms_per_step"]
+        line += f" {peer['tokens_per_second']:9.1f} tok/s"
+        line += f"  {ms['median']:.3f} ms/step ({ms['p10']:.3f} to {ms['p90']:.3f})"
+        line += f"  {peer['share_of_probe']:.0%} of the read roof" if "share_of_probe" in peer else ""
+        line += f"  {peer['joules_per_token']:.4g} J/token" if "joules_per_token" in peer else ""
+        line += f"  ours is {peer['ours_is_faster_by']:.2f}x" if "ours_is_faster_by" in peer else ""
+    return line

@@ -1,0 +1,1 @@
+"""What `jax-monokernel bench` and the repository's benchmarks share: shapes, peers, and what is made of their times."""
