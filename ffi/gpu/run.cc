@@ -11,6 +11,7 @@
 #include "cpu/interrupt.h"
 #include "gpu/device.h"
 #include "gpu/failure.h"
+#include "gpu/mail.h"
 #include "gpu/settings.h"
 #include "gpu/trace.h"
 
@@ -63,6 +64,18 @@ Failure reported(const mk::Report& r, int64_t vocab_size, double timeout_s) {
                      "MONOKERNEL_TIMEOUT (seconds); otherwise please report this");
 }
 
+// The results of a call that ends before its launch.
+void give_back(const Driver& api, const Call& call, void* stream) {
+  const mk::Args& a = call.args;
+  const size_t rows = static_cast<size_t>(call.request.batch), tokens = rows * static_cast<size_t>(a.max_new_tokens);
+  api.check(api.set_async(a.tokens, 0xff, tokens * sizeof(int32_t), stream), "write the results");
+  api.check(api.set_async(a.lengths, 0, rows * sizeof(int32_t), stream), "write the results");
+  if (a.log_probs) api.check(api.set_async(a.log_probs, 0, tokens * sizeof(float), stream), "write the results");
+  for (const Copy& copy : call.copies) {
+    api.check(api.copy_async(copy.to, const_cast<void*>(copy.from), copy.bytes, stream), "copy the state");
+  }
+}
+
 // Sleeps a small part of the time waited so far, so that short calls return at once and long ones leave the CPU to others.
 void pause(Clock::time_point start) {
   const auto waited = std::chrono::duration_cast<microseconds>(Clock::now() - start);
@@ -90,11 +103,15 @@ void run(Vendor vendor, int ordinal, void* stream, const Call& call) {
   const std::shared_ptr<const Kernel> kernel = device.kernel(request_key(call.attributes, request), request);
   const WorkspaceSize workspace = workspace_size(request);
 
+  Mail mail(device, call.mailbox, request.batch, call.args.max_new_tokens, stream);
+
   std::unique_lock<std::timed_mutex> lock(device.launching(), std::defer_lock);
-  while (!lock.try_lock_for(std::chrono::milliseconds(1))) {
-    if (is_cancelled()) throw cancelled();
-  }
-  if (is_cancelled()) throw cancelled();
+  do {
+    const bool ends = is_cancelled();
+    if (ends && !mail.listens()) throw cancelled();
+    if (ends) mail.set_cancelled();
+    if (ends || mail.stopped()) return give_back(api, call, stream);
+  } while (!lock.try_lock_for(std::chrono::milliseconds(1)));
   Exchange& exchange = device.exchange();
   std::atomic_ref<uint32_t> cancel(exchange.host->cancel);
   cancel.store(0);
@@ -104,6 +121,7 @@ void run(Vendor vendor, int ordinal, void* stream, const Call& call) {
   mk::Args args = call.args;
   args.report = static_cast<mk::Report*>(exchange.report);
   args.cancel = static_cast<const uint32_t*>(exchange.host_on_device);
+  args.mailbox = reinterpret_cast<mk::u64*>(mail.open(exchange.mail));
   args.trace = trace.buffer();
   args.timeout_ticks = device.ticks(s.timeout_s);
   void* parameters[] = {&args};
@@ -127,11 +145,17 @@ void run(Vendor vendor, int ordinal, void* stream, const Call& call) {
   const Clock::time_point start = Clock::now();
   int state;
   while ((state = api.event_query(exchange.event)) == kNotReady) {
-    if (is_cancelled()) cancel.store(1);
+    if (is_cancelled() || mail.stopped()) cancel.store(1);
+    mail.collect();
     pause(start);
   }
   api.check(state, "run the kernel");
+  mail.collect();
   trace.save(stream);
+  if (exchange.host->report.reason == mk::kCancelled && mail.listens()) {
+    if (is_cancelled()) mail.set_cancelled();
+    return;
+  }
   if (exchange.host->report.reason != mk::kOk) {
     throw reported(exchange.host->report, request.program.vocab_size, s.timeout_s);
   }

@@ -285,6 +285,10 @@ BOTH(cuMemHostAlloc, hipHostMalloc, (void** memory, size_t bytes, unsigned flags
   *memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
   return flags & 2 ? 0 : kInvalidValue;
 })
+BOTH(cuMemFreeHost, hipHostFree, (void* memory), {
+  std::free(memory);
+  return 0;
+})
 BOTH(cuMemHostGetDevicePointer_v2, hipHostGetDevicePointer, (void** on_device, void* memory, unsigned), {
   *on_device = memory;
   return 0;

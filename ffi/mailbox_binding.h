@@ -1,0 +1,62 @@
+// Mailboxes for Python (jax_monokernel/mailbox.py).
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+
+#include "mailbox.h"
+
+namespace monokernel {
+
+inline void bind_mailbox(pybind11::module_& m) {
+  namespace py = pybind11;
+  py::class_<Mailbox, std::shared_ptr<Mailbox>>(m, "Mailbox", "Where a decode leaves its tokens while it runs.")
+      .def(py::init([](int64_t rows, int64_t capacity) {
+             try {
+               return Mailbox::make(rows, capacity);
+             } catch (const std::system_error& e) {
+               errno = e.code().value();
+               PyErr_SetFromErrno(PyExc_OSError);
+               throw py::error_already_set();
+             }
+           }),
+           py::arg("rows"), py::arg("capacity"))
+      .def_property_readonly("id", &Mailbox::id)
+      .def_property_readonly("rows", &Mailbox::rows)
+      .def_property_readonly("capacity", &Mailbox::capacity)
+      .def_property_readonly("stopped", &Mailbox::stopped)
+      .def_property_readonly("cancelled", &Mailbox::cancelled)
+      .def_property_readonly("finished", &Mailbox::finished)
+      .def("claim", [](Mailbox& box, int64_t row) { return row >= 0 && row < box.rows() && box.claim(row); }, py::arg("row"))
+      .def("put",
+           [](Mailbox& box, int64_t row, int32_t token, float log_prob) {
+             if (row < 0 || row >= box.rows() || box.count(row) >= box.capacity()) throw std::invalid_argument("the row has no room");
+             box.put(row, token, log_prob);
+           },
+           py::arg("row"), py::arg("token"), py::arg("log_prob"), "Adds a token to a row; one thread at a time for each row.")
+      .def("finish", &Mailbox::finish, "Nothing more will come.")
+      .def("stop", &Mailbox::stop, "Asks the call that writes here to end after the token that it is about.")
+      .def("take",
+           [](Mailbox& box) {
+             py::list all;
+             for (const Mailbox::Piece& p : box.take()) {
+               all.append(py::make_tuple(p.row, p.index, p.record.token, p.record.log_prob, p.record.time_ns));
+             }
+             return all;
+           },
+           "What has come since the last time: (row, index, token, log_prob, time in ns), in order of time.")
+      .def("arm", &Mailbox::arm, "Lets the next change make fileno() readable; False if there is nothing to wait for.")
+      .def("fileno", &Mailbox::file)
+      .def("drain", &Mailbox::drain, "Makes fileno() unreadable again.")
+      .def("wait", &Mailbox::wait, py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
+           "Waits for news, a signal, or so long.")
+      .def_static("now_ns", &Mailbox::now_ns, "The clock of the times, in ns.");
+  m.def("find_mailbox", &Mailbox::find, py::arg("id"), "The mailbox of this number, or None.");
+}
+
+}  // namespace monokernel
