@@ -46,8 +46,11 @@ class Mailbox {
   int64_t count(int64_t row) const { return row_[row].count.load(std::memory_order_relaxed); }
   // Nothing more will come.
   void finish();
-  // The call was ended by what ends every call (cpu/interrupt.h).
-  void set_cancelled() { cancelled_.store(true); }
+  // The call was ended by what ends every call (cpu/interrupt.h). Those that follow for the same reader are not to begin.
+  void set_cancelled() {
+    cancelled_.store(true);
+    stop();
+  }
 
   // ---- The reader ----
 

@@ -292,6 +292,7 @@ ffi::Error decode(const Operands& in, Results& out, const Attributes& attributes
     return ffi::Error::Success();
   };
 
+  if (mail.stopped()) return ended_early();
   Lease lease(static_cast<int>(std::min<int64_t>(p.units, thread_limit())),
               [&] { return cancelled() || mail.stopped(); });
   if (!lease.team()) return ended_early();
