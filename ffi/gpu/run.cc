@@ -106,12 +106,15 @@ void run(Vendor vendor, int ordinal, void* stream, const Call& call) {
   Mail mail(device, call.mailbox, request.batch, call.args.max_new_tokens, stream);
 
   std::unique_lock<std::timed_mutex> lock(device.launching(), std::defer_lock);
-  do {
-    const bool ends = is_cancelled();
-    if (ends && !mail.listens()) throw cancelled();
-    if (ends) mail.set_cancelled();
-    if (ends || mail.stopped()) return give_back(api, call, stream);
-  } while (!lock.try_lock_for(std::chrono::milliseconds(1)));
+  const auto ends_early = [&] {
+    if (is_cancelled() && !mail.listens()) throw cancelled();
+    if (is_cancelled()) mail.set_cancelled();
+    return mail.stopped();
+  };
+  while (!lock.try_lock_for(std::chrono::milliseconds(1))) {
+    if (ends_early()) return give_back(api, call, stream);
+  }
+  if (ends_early()) return give_back(api, call, stream);
   Exchange& exchange = device.exchange();
   std::atomic_ref<uint32_t> cancel(exchange.host->cancel);
   cancel.store(0);
