@@ -31,24 +31,32 @@ uint64_t* Mail::open(PinnedMemory& memory) {
 void Mail::collect() {
   if (!words_) return;
   const auto load = [](const uint64_t* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); };
-  for (bool found = true; found;) {  // a token of each request, then the next
-    found = false;
+  struct Found {
+    int64_t request;
+    uint64_t word, time;
+  };
+  std::vector<Found> all;
+  for (size_t before = ~size_t{0}; before != all.size();) {  // a token of each request, then the next
+    before = all.size();
     for (int64_t b = 0; b < batch_; b++) {
       int64_t& n = count_[static_cast<size_t>(b)];
       if (n == steps_) continue;
       const uint64_t* at = words_ + (b * steps_ + n) * 2;
       const uint64_t word = load(at), time = load(at + 1);
       if (word == 0 || time == 0) continue;
-      found = true;
       n++;
-      // A token is seen a moment after it was written, so the least difference is the best.
-      offset_ns_ = std::min(offset_ns_, static_cast<int64_t>(Mailbox::now_ns()) - static_cast<int64_t>(time));
-      last_ns_ = std::max(last_ns_, static_cast<uint64_t>(static_cast<int64_t>(time) + offset_ns_));
-      const uint32_t bits = static_cast<uint32_t>(word);
-      float log_prob;
-      std::memcpy(&log_prob, &bits, sizeof(log_prob));
-      rows_.put(b, static_cast<int32_t>(word >> 32 & 0x7fffffffu), log_prob, last_ns_);
+      all.push_back({b, word, time});
     }
+  }
+  // A token is seen a moment after it was written, so the least difference is the best.
+  const auto now = static_cast<int64_t>(Mailbox::now_ns());
+  for (const Found& f : all) offset_ns_ = std::min(offset_ns_, now - static_cast<int64_t>(f.time));
+  for (const Found& f : all) {
+    last_ns_ = std::max(last_ns_, static_cast<uint64_t>(static_cast<int64_t>(f.time) + offset_ns_));
+    const uint32_t bits = static_cast<uint32_t>(f.word);
+    float log_prob;
+    std::memcpy(&log_prob, &bits, sizeof(log_prob));
+    rows_.put(f.request, static_cast<int32_t>(f.word >> 32 & 0x7fffffffu), log_prob, last_ns_);
   }
 }
 
