@@ -1,8 +1,11 @@
 #include "mailbox.h"
 
 #include <fcntl.h>
-#include <poll.h>
 #include <unistd.h>
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#endif
 
 #include <algorithm>
 #include <cerrno>
@@ -15,6 +18,22 @@
 
 namespace monokernel {
 namespace {
+
+// Not std::atomic's own wait, which has no end in time and goes on after a signal, when Python should see it.
+#if defined(__linux__)
+void sleep_while_armed(std::atomic<uint32_t>& armed, double seconds) {
+  timespec limit{static_cast<time_t>(seconds), static_cast<long>((seconds - static_cast<double>(static_cast<time_t>(seconds))) * 1e9)};
+  syscall(SYS_futex, &armed, FUTEX_WAIT_PRIVATE, 1, &limit, nullptr, 0);
+}
+void wake_sleeper(std::atomic<uint32_t>& armed) { syscall(SYS_futex, &armed, FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0); }
+#else
+void sleep_while_armed(std::atomic<uint32_t>& armed, double seconds) {
+  for (int i = 0; i < seconds * 1e4 && armed.load() != 0; i++) {
+    if (usleep(100) != 0) return;
+  }
+}
+void wake_sleeper(std::atomic<uint32_t>&) {}
+#endif
 
 struct Registry {
   std::mutex mutex;
@@ -57,16 +76,12 @@ std::shared_ptr<Mailbox> Mailbox::find(int32_t id) {
 Mailbox::Mailbox(int64_t rows, int64_t capacity)
     // Not initialised: memory that no token comes to is never touched.
     : rows_(rows), capacity_(capacity), records_(new Record[static_cast<size_t>(rows) * static_cast<size_t>(capacity)]),
-      row_(std::make_unique<Row[]>(static_cast<size_t>(rows))) {
-  if (pipe(pipe_) != 0) throw std::system_error(errno, std::generic_category(), "no pipe for a mailbox");
-  for (int end : pipe_) {
-    fcntl(end, F_SETFD, FD_CLOEXEC);
-    fcntl(end, F_SETFL, O_NONBLOCK);
-  }
-}
+      row_(std::make_unique<Row[]>(static_cast<size_t>(rows))) {}
 
 Mailbox::~Mailbox() {
-  for (int end : pipe_) close(end);
+  for (int end : pipe_) {
+    if (end >= 0) close(end);
+  }
   if (id_ == 0) return;
   Registry& r = registry();
   std::lock_guard lock(r.mutex);
@@ -92,7 +107,8 @@ void Mailbox::finish() {
 }
 
 void Mailbox::wake() {
-  if (!armed_.exchange(false)) return;  // another row has
+  if (armed_.exchange(0) == 0) return;  // another row has
+  if (pipe_[1] < 0) return wake_sleeper(armed_);
   const int saved_errno = errno;
   // Does not block: a full pipe is readable.
   while (write(pipe_[1], "", 1) < 0 && errno == EINTR) {
@@ -123,10 +139,21 @@ bool Mailbox::has_news() const {
 
 bool Mailbox::arm() {
   std::lock_guard lock(reading_);
-  armed_.store(true, std::memory_order_seq_cst);
+  armed_.store(1, std::memory_order_seq_cst);
   if (!has_news()) return true;
-  armed_.store(false);
+  armed_.store(0);
   return false;
+}
+
+int Mailbox::file() {
+  if (pipe_[0] < 0) {
+    if (pipe(pipe_) != 0) throw std::system_error(errno, std::generic_category(), "no pipe for a mailbox");
+    for (int end : pipe_) {
+      fcntl(end, F_SETFD, FD_CLOEXEC);
+      fcntl(end, F_SETFL, O_NONBLOCK);
+    }
+  }
+  return pipe_[0];
 }
 
 void Mailbox::drain() {
@@ -137,10 +164,8 @@ void Mailbox::drain() {
 
 void Mailbox::wait(double seconds) {
   if (!arm()) return;
-  pollfd readable{pipe_[0], POLLIN, 0};
-  poll(&readable, 1, static_cast<int>(seconds * 1e3));
-  armed_.store(false);
-  drain();
+  sleep_while_armed(armed_, seconds);
+  armed_.store(0);
 }
 
 std::string open_mail(const int32_t* operand, int64_t batch, int64_t steps, MailRows* mail) {

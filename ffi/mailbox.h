@@ -25,7 +25,7 @@ class Mailbox {
     Record record;
   };
 
-  // Throws std::invalid_argument, std::bad_alloc, std::system_error (no more files).
+  // Throws std::invalid_argument, std::bad_alloc.
   static std::shared_ptr<Mailbox> make(int64_t rows, int64_t capacity);
   // The living mailbox of this number, or nullptr.
   static std::shared_ptr<Mailbox> find(int32_t id);
@@ -63,14 +63,14 @@ class Mailbox {
   bool finished() const { return finished_.load(); }
   // What has come since the last time, in order of time.
   std::vector<Piece> take();
-  // From now on the next change makes file() readable. False if take() would give something, or nothing will come any more:
-  // then there is nothing to wait for.
-  bool arm();
-  int file() const { return pipe_[0]; }
-  // Makes file() unreadable again.
-  void drain();
-  // Waits until arm() would return false, a signal comes, or some time has passed.
+  // Waits until there is something to take, nothing more will come, a signal comes, or some time has passed.
   void wait(double seconds);
+  // The same for event loops: a file that the next change after arm() makes readable, and drain() unreadable. Throws
+  // std::system_error: no more files.
+  int file();
+  // False if there is nothing to wait for.
+  bool arm();
+  void drain();
 
   static uint64_t now_ns();
 
@@ -89,8 +89,8 @@ class Mailbox {
   std::unique_ptr<Record[]> records_;  // [rows, capacity]
   std::unique_ptr<Row[]> row_;
   std::mutex reading_;
-  int pipe_[2] = {-1, -1};
-  alignas(64) std::atomic<bool> armed_{false};
+  int pipe_[2] = {-1, -1};  // made when file() is asked for
+  alignas(64) std::atomic<uint32_t> armed_{0};  // 1: the reader sleeps, or is about to
   alignas(64) uint32_t stop_ = 0;
   std::atomic<bool> cancelled_{false}, finished_{false};
 };

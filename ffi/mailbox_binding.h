@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cerrno>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
@@ -16,16 +17,7 @@ namespace monokernel {
 inline void bind_mailbox(pybind11::module_& m) {
   namespace py = pybind11;
   py::class_<Mailbox, std::shared_ptr<Mailbox>>(m, "Mailbox", "Where a decode leaves its tokens while it runs.")
-      .def(py::init([](int64_t rows, int64_t capacity) {
-             try {
-               return Mailbox::make(rows, capacity);
-             } catch (const std::system_error& e) {
-               errno = e.code().value();
-               PyErr_SetFromErrno(PyExc_OSError);
-               throw py::error_already_set();
-             }
-           }),
-           py::arg("rows"), py::arg("capacity"))
+      .def(py::init(&Mailbox::make), py::arg("rows"), py::arg("capacity"))
       .def_property_readonly("id", &Mailbox::id)
       .def_property_readonly("rows", &Mailbox::rows)
       .def_property_readonly("capacity", &Mailbox::capacity)
@@ -51,7 +43,16 @@ inline void bind_mailbox(pybind11::module_& m) {
            },
            "What has come since the last time: (row, index, token, log_prob, time in ns), in order of time.")
       .def("arm", &Mailbox::arm, "Lets the next change make fileno() readable; False if there is nothing to wait for.")
-      .def("fileno", &Mailbox::file)
+      .def("fileno",
+           [](Mailbox& box) {
+             try {
+               return box.file();
+             } catch (const std::system_error& e) {
+               errno = e.code().value();
+               PyErr_SetFromErrno(PyExc_OSError);
+               throw py::error_already_set();
+             }
+           })
       .def("drain", &Mailbox::drain, "Makes fileno() unreadable again.")
       .def("wait", &Mailbox::wait, py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
            "Waits for news, a signal, or so long.")

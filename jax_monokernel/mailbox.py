@@ -5,8 +5,8 @@
     ... box.wait(0.1); for row, index, token, log_prob, time_ns in box.take(): ...
 
 The call must run beside the reader, in another thread. What a mailbox has: `take`, `wait`, `stop` (the call ends after
-the token that it is about, with a state to go on from), and `arm`, `fileno` and `drain` for event loops. docs/streaming.md
-says more.
+the token that it is about, with a state to go on from), and `arm`, `fileno` and `drain` for event loops.
+docs/streaming.md says more.
 """
 
 from __future__ import annotations

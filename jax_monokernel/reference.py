@@ -89,7 +89,7 @@ def decode_reference(
             params=params,
         )
         go = loop.go
-        if mailbox is not None:
+        if mailbox is not None and go is not None:
             go = post(mailbox, token, log_prob if return_log_probs else jnp.zeros(batch), active, go)
         stop = active & jnp.any(token[:, None] == params.eos_token_id, axis=1)
         # A row that works has worked in every step before, so its next token belongs in column `step`.

@@ -1,16 +1,17 @@
-"""Tokens and text from a decode that is still running: one call, read through a mailbox while the kernel writes to it."""
+"""Tokens and text from a decode that still runs: one call, read through a mailbox while the kernel writes to it."""
 
 from __future__ import annotations
 
 import asyncio
 import atexit
 import contextlib
+import dataclasses
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -25,14 +26,15 @@ from jax_monokernel.protocol import DecoderModel
 from jax_monokernel.state import DecodeResult, DecodeState
 from jax_monokernel.tokenizer import TextStream
 
-# Seconds that pass at least between two times that the reader wakes up. Nobody sees so short a delay, and each time costs
-# a core tens of microseconds.
+# Seconds that pass at least between two times that the reader wakes up. Nobody sees so short a delay, and each time
+# costs a core tens of microseconds.
 _NAP = 1e-3
 # Seconds after which a reader that waits looks around, in case that what should have woken it was lost.
 _LOOK = 0.5
 
 
-class Piece(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
     """One token of one row, with the text that it completes."""
 
     text: str  # often empty: characters come when all of their bytes are there. "" without a tokenizer
@@ -75,7 +77,6 @@ def stream(
 
     Raises:
       ValueError, TypeError: bad input, as for `generate`.
-      OSError: the process may open no more files; a stream needs two.
       MemoryError: there is no room for so many tokens.
     """
     started = time.monotonic()
@@ -106,12 +107,12 @@ class Stream:
         self._started_ns = Mailbox.now_ns() - int((time.monotonic() - started) * 1e9)
         self._box = Mailbox(request.batch, request.steps)
         self._last = request.row_limits() - 1
-        self._eos = frozenset(request.config.eos_token_id or ())
+        self._eos = frozenset(cast(tuple[int, ...], request.config.eos_token_id or ()))  # whatever it was given
         tokenizer = request.ready.tokenizer
         # A tokenizer may be anything that has `decode`.
         self._texts = [TextStream(tokenizer.decode) for _ in range(request.batch)] if tokenizer is not None else None
         self._pieces: deque[Piece] = deque()
-        self._woke = 0.0
+        self._woke, self._gap = 0.0, _NAP  # when pieces came, and how long after those before
         self._result: Generation | None = None
         self._left = False
         numbers = operand(self._box)
@@ -181,7 +182,9 @@ class Stream:
                     index=index,
                 )
             )
-        self._woke = time.monotonic()
+        if self._pieces:
+            now = time.monotonic()
+            self._woke, self._gap = now, now - self._woke
         return bool(self._pieces) or finished
 
     def _text(self, row: int, index: int, token: int) -> str:
@@ -193,7 +196,8 @@ class Stream:
         return text
 
     def _nap(self) -> float:
-        return self._woke + _NAP - time.monotonic()
+        """Seconds to sleep before waiting for a change: more than 0 where changes come faster than is of use."""
+        return self._woke + _NAP - time.monotonic() if self._gap < 2 * _NAP else 0.0
 
     # ---- The end ----
 
@@ -202,8 +206,8 @@ class Stream:
         self._call.result()
         if self._box.cancelled and not self._left:
             raise jax.errors.JaxRuntimeError(
-                "CANCELLED: jax_monokernel: the stream was cancelled, by Ctrl-C or jax_monokernel.cancel(). Its `result` "
-                "has the tokens until then and a state to go on from"
+                "CANCELLED: jax_monokernel: the stream was cancelled, by Ctrl-C or jax_monokernel.cancel(). Its "
+                "`result` has the tokens until then and a state to go on from"
             )
 
     def close(self) -> None:
@@ -318,7 +322,7 @@ def _end_calls() -> None:
 
 def _thread_settings() -> Callable[[], contextlib.AbstractContextManager[object]]:
     """JAX's settings of this thread that decide about values, for another thread."""
-    config = jax.config
+    config: Any = jax.config  # whose attributes mypy does not know
     contexts: list[tuple[Callable[[Any], contextlib.AbstractContextManager[object]], Any]] = [
         (jax.default_device, config.jax_default_device),
         (jax.default_matmul_precision, config.jax_default_matmul_precision),
@@ -337,13 +341,14 @@ def _thread_settings() -> Callable[[], contextlib.AbstractContextManager[object]
 
 async def _news(box: Mailbox) -> None:
     """Waits until there is something to take."""
+    file = box.fileno()  # before arm(), after which it is written to
     if not box.arm():
         return
     loop = asyncio.get_running_loop()
     readable = loop.create_future()
-    loop.add_reader(box.fileno(), lambda: readable.done() or readable.set_result(None))
+    loop.add_reader(file, lambda: None if readable.done() else readable.set_result(None))
     try:
         await readable
     finally:
-        loop.remove_reader(box.fileno())
+        loop.remove_reader(file)
         box.drain()

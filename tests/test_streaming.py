@@ -90,7 +90,9 @@ def test_pieces_are_what_generate_gives(speaker, backend):
         assert "".join(p.text for p in row) == want.text[i]
     got = running.result
     assert (got.text, got.finish_reasons) == (want.text, want.finish_reasons)
-    assert_bit_equal((got.tokens, got.lengths, got.log_probs, got.state), (want.tokens, want.lengths, want.log_probs, want.state))
+    assert_bit_equal(
+        (got.tokens, got.lengths, got.log_probs, got.state), (want.tokens, want.lengths, want.log_probs, want.state)
+    )
 
 
 def test_token_prompts_without_a_tokenizer_or_log_probs(model):
@@ -272,7 +274,7 @@ def beginnings(model):
     tokens = {}
     for backend in BACKENDS:
         with stream(model, rows, max_new_tokens=LONG, return_log_probs=False, backend=backend) as running:
-            tokens[backend] = [p for p in itertools.islice(running, 60)]
+            tokens[backend] = list(itertools.islice(running, 60))
     for row in range(2):
         begin = [[p.token for p in tokens[backend] if p.row == row][:25] for backend in BACKENDS]
         assert begin[0] == begin[1]
@@ -396,9 +398,9 @@ def test_a_mailbox_in_a_function_of_ones_own():
     # Mapped over calls: a row each.
     box = Mailbox(6, 16)
     twice = jax.tree.map(lambda x: jnp.stack([x, x]), (state, params))
-    jax.vmap(
-        lambda state, params, mailbox: decode(tape, state, params, max_new_tokens=16, mailbox=mailbox)
-    )(*twice, operand(box).reshape(2, 3, 2))
+    jax.vmap(lambda state, params, mailbox: decode(tape, state, params, max_new_tokens=16, mailbox=mailbox))(
+        *twice, operand(box).reshape(2, 3, 2)
+    )
     got = [[piece[2] for piece in box_row] for _, box_row in itertools.groupby(sorted(box.take()), lambda p: p[0])]
     assert got == np.tile(np.asarray(want.tokens), (2, 1)).tolist()
 
@@ -493,6 +495,8 @@ def test_a_process_that_ends_while_a_stream_runs():
 
 
 def test_importing_the_package_does_not_import_it():
-    code = "import sys, jax_monokernel; print('jax_monokernel.streaming' in sys.modules, jax_monokernel.Stream.__name__)"
+    code = (
+        "import sys, jax_monokernel; print('jax_monokernel.streaming' in sys.modules, jax_monokernel.Stream.__name__)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False Stream\n"

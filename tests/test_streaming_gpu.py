@@ -95,7 +95,9 @@ def test_the_kernel_leaves_every_token(wave, log_probs):
     assert done.report["reason"] == 0
     np.testing.assert_array_equal(words[1], 0)
     for row in (0, 2):
-        np.testing.assert_array_equal(words[row, :, 0] >> np.uint64(32), np.asarray(got.tokens)[row].astype(np.int64) | 1 << 31)
+        np.testing.assert_array_equal(
+            words[row, :, 0] >> np.uint64(32), np.asarray(got.tokens)[row].astype(np.int64) | 1 << 31
+        )
         bits = (words[row, :, 0] & np.uint64(0xFFFFFFFF)).astype(np.uint32)
         want = np.asarray(got.log_probs)[row] if log_probs else np.zeros(STEPS, np.float32)
         np.testing.assert_array_equal(bits.view(np.float32), want)
@@ -206,10 +208,10 @@ def test_the_run_time_brings_what_the_device_wrote(make_fake, platform):
         if row == 0:  # of the second the stand-in's times begin anew, which no clock does
             assert np.diff([p[4] for p in mine]).tolist() == [1_000_000] * 3
     assert abs(pieces[-1][4] - Mailbox.now_ns()) < 60e9
-    with pytest.raises(DECODE_ERRORS, match="INVALID_ARGUMENT.*row 0 of the mailbox is in use already"):
+    with pytest.raises(DECODE_ERRORS, match=r"INVALID_ARGUMENT.*row 0 of the mailbox is in use already"):
         call.run()
     del box
-    with pytest.raises(DECODE_ERRORS, match="INVALID_ARGUMENT.*does not exist in this process"):
+    with pytest.raises(DECODE_ERRORS, match=r"INVALID_ARGUMENT.*does not exist in this process"):
         call.run()
     call.operands["mailbox"] = np.zeros((2, 3), np.int32)
     with pytest.raises(DECODE_ERRORS, match=r"mailbox is s32\[2,3\]; expected s32\[2,2\]"):
