@@ -34,14 +34,20 @@ inline void bind_mailbox(pybind11::module_& m) {
       .def("finish", &Mailbox::finish, "Nothing more will come.")
       .def("stop", &Mailbox::stop, "Asks the call that writes here to end after the token that it is about.")
       .def("take",
-           [](Mailbox& box) {
+           [](Mailbox& box, double wait_s) {
+             if (wait_s > 0) {
+               py::gil_scoped_release release;
+               box.wait(wait_s);
+             }
              py::list all;
              for (const Mailbox::Piece& p : box.take()) {
                all.append(py::make_tuple(p.row, p.index, p.record.token, p.record.log_prob, p.record.time_ns));
              }
              return all;
            },
-           "What has come since the last time: (row, index, token, log_prob, time in ns), in order of time.")
+           py::arg("wait_s") = 0.0,
+           "What has come since the last time: (row, index, token, log_prob, time in ns), in order of time. Waits so long where "
+           "there is nothing, or until a signal comes.")
       .def("arm", &Mailbox::arm, "Lets the next change make fileno() readable; False if there is nothing to wait for.")
       .def("fileno",
            [](Mailbox& box) {
@@ -54,8 +60,6 @@ inline void bind_mailbox(pybind11::module_& m) {
              }
            })
       .def("drain", &Mailbox::drain, "Makes fileno() unreadable again.")
-      .def("wait", &Mailbox::wait, py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
-           "Waits for news, a signal, or so long.")
       .def_static("now_ns", &Mailbox::now_ns, "The clock of the times, in ns.");
   m.def("find_mailbox", &Mailbox::find, py::arg("id"), "The mailbox of this number, or None.");
 }

@@ -2,9 +2,9 @@
 
     box = Mailbox(rows=state.batch, capacity=n)
     result = jitted_decode(tape, state, sampling, operand(box))  # decode(..., max_new_tokens=n, mailbox=operand)
-    ... box.wait(0.1); for row, index, token, log_prob, time_ns in box.take(): ...
+    for row, index, token, log_prob, time_ns in box.take(wait_s=0.1): ...
 
-The call must run beside the reader, in another thread. What a mailbox has: `take`, `wait`, `stop` (the call ends after
+The call must run beside the reader, in another thread. What a mailbox has: `take`, `stop` (the call ends after
 the token that it is about, with a state to go on from), and `arm`, `fileno` and `drain` for event loops.
 docs/streaming.md says more.
 """

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import dataclasses
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -33,8 +32,7 @@ _NAP = 1e-3
 _LOOK = 0.5
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """One token of one row, with the text that it completes."""
 
     text: str  # often empty: characters come when all of their bytes are there. "" without a tokenizer
@@ -42,7 +40,7 @@ class Piece:
     log_prob: float | None  # log-softmax of the raw logits at the token; None if not asked for
     time: float  # seconds from the call of `stream` until the token was chosen
     row: int  # of the prompts
-    index: int  # of the row's tokens, from 0
+    index: int  # type: ignore[assignment]  # of the row's tokens, from 0
 
 
 def stream(
@@ -111,6 +109,7 @@ class Stream:
         tokenizer = request.ready.tokenizer
         # A tokenizer may be anything that has `decode`.
         self._texts = [TextStream(tokenizer.decode) for _ in range(request.batch)] if tokenizer is not None else None
+        self._log_probs = request.return_log_probs
         self._pieces: deque[Piece] = deque()
         self._woke, self._gap = 0.0, _NAP  # when pieces came, and how long after those before
         self._result: Generation | None = None
@@ -122,11 +121,8 @@ class Stream:
 
     def __next__(self) -> Piece:
         try:
-            while not self._fill():
-                if (nap := self._nap()) > 0:
-                    time.sleep(nap)
-                else:
-                    self._box.wait(_LOOK)
+            while not self._pieces and not self._fill(_LOOK):
+                pass
         except BaseException:
             self.close()
             raise
@@ -152,7 +148,7 @@ class Stream:
 
     async def __anext__(self) -> Piece:
         try:
-            while not self._fill():
+            while not self._pieces and not self._fill(0.0):
                 if (nap := self._nap()) > 0:
                     await asyncio.sleep(nap)
                 else:
@@ -166,22 +162,18 @@ class Stream:
             raise StopAsyncIteration
         return self._pieces.popleft()
 
-    def _fill(self) -> bool:
-        """Takes what there is. False if there is nothing and something may come."""
-        if self._pieces:
-            return True
+    def _fill(self, wait_s: float) -> bool:
+        """Takes what there is, after so long if there is nothing. False if there is nothing and something may come.
+
+        For every token the kernel has thrown this code out of the caches, so what is short here is quick.
+        """
+        if wait_s and (nap := self._nap()) > 0:
+            time.sleep(nap)
         finished = self._box.finished  # before looking
-        for row, index, token, log_prob, time_ns in self._box.take():
-            self._pieces.append(
-                Piece(
-                    text=self._text(row, index, token),
-                    token=token,
-                    log_prob=log_prob if self._request.return_log_probs else None,
-                    time=(time_ns - self._started_ns) * 1e-9,
-                    row=row,
-                    index=index,
-                )
-            )
+        for row, index, token, log_prob, time_ns in self._box.take(wait_s):
+            chance = log_prob if self._log_probs else None
+            text = self._text(row, index, token)
+            self._pieces.append(Piece(text, token, chance, (time_ns - self._started_ns) * 1e-9, row, index))
         if self._pieces:
             now = time.monotonic()
             self._woke, self._gap = now, now - self._woke

@@ -68,8 +68,7 @@ class Background(threading.Thread):
         """Waits for tokens."""
         end, pieces = time.monotonic() + 120, []
         while not pieces and time.monotonic() < end and not self.box.finished:
-            self.box.wait(0.5)
-            pieces = self.box.take()
+            pieces = self.box.take(0.5)
         assert pieces, self.error
         return pieces
 
