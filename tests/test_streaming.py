@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import gc
 import itertools
+import json
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -302,7 +304,8 @@ def test_leaving_stops_the_kernel_within_a_token(model, beginnings, leave, backe
     assert 0 < made[0] < LONG
     if leave is not by_ctrl_c or backend is not None:  # there, the signal itself is quicker
         late = [piece for piece in read_rest(running) if piece.time > asked[0]]
-        assert len(late) <= 2  # a token of each row
+        # The step that the rows were about, and one more where the kernel had already looked in that one.
+        assert len({piece.index for piece in late}) <= 2
     for row in range(2):
         want = [p.token for p in begin if p.row == row][: made[row]]
         assert result.tokens[row, : len(want)].tolist() == want
@@ -461,7 +464,7 @@ def test_a_thousand_streams_leave_nothing(model, beginnings):
                 for _ in running:
                     break
 
-    run(200)
+    run(100)
     gc.collect()
     before = files(), threading.active_count(), resident()
     run(1000)
@@ -500,3 +503,16 @@ def test_importing_the_package_does_not_import_it():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False Stream\n"
+
+
+def test_the_benchmark(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.streaming", "--shapes", "tiny", "--new-tokens", "8", "--repeats", "2"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [*command, "--output", tmp_path], cwd=root, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.iterdir()
+    modes = json.loads(path.read_text())["modes"]
+    assert [len(mode["seconds"]) for mode in modes.values()] == [2, 2, 2]
+    assert modes["stream"]["chosen_ms"]["p50"] > 0
