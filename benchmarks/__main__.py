@@ -5,12 +5,13 @@ gpu       likewise on a GPU, in one process
 report    the README's tables and pictures, from the committed JSON files
 timeline  a picture of what each unit of a GPU did, from a trace
 predictions  what the performance model says of AMD's parts
+streaming  what streaming costs, and when tokens come
 """
 
 import importlib
 import sys
 
-_COMMANDS = ("run", "gpu", "report", "timeline", "predictions")
+_COMMANDS = ("run", "gpu", "report", "timeline", "predictions", "streaming")
 
 
 def main() -> None:

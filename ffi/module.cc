@@ -16,6 +16,7 @@
 #include "cpu/settings.h"
 #include "gpu/binding.h"
 #include "gpu/settings.h"
+#include "mailbox_binding.h"
 
 namespace py = pybind11;
 namespace ffi = xla::ffi;
@@ -29,11 +30,11 @@ using Any = ffi::AnyBuffer;
 ffi::Error decode_on_cpu(Any streams, F32 constants, Any embedding, F32 temperature, S32 top_k, F32 top_p, F32 min_p,
                          F32 repetition_penalty, F32 presence_penalty, S32 max_new_tokens, S32 eos_token_id,
                          F32 logit_bias, U32 key_data, Any k_cache, Any v_cache, S32 position, S32 last_token, S32 status,
-                         U8 seen, ffi::Result<S32> tokens, ffi::Result<S32> lengths, ffi::Result<F32> log_probs,
+                         U8 seen, ffi::RemainingArgs more, ffi::Result<S32> tokens, ffi::Result<S32> lengths, ffi::Result<F32> log_probs,
                          ffi::Result<Any> k_cache_out, ffi::Result<Any> v_cache_out, ffi::Result<S32> position_out,
                          ffi::Result<S32> last_token_out, ffi::Result<S32> status_out, ffi::Result<U8> seen_out,
                          ffi::RemainingRets, ffi::Dictionary attributes) {
-  const cpu::Operands operands{streams,        constants,  embedding,          temperature,      top_k,
+  cpu::Operands operands{streams,        constants,  embedding,          temperature,      top_k,
                                top_p,          min_p,      repetition_penalty, presence_penalty, max_new_tokens,
                                eos_token_id,   logit_bias, key_data,           k_cache,          v_cache,
                                position,       last_token, status,             seen};
@@ -50,6 +51,15 @@ ffi::Error decode_on_cpu(Any streams, F32 constants, Any embedding, F32 temperat
                             ropes.has_value() ? ffi::Error::Success() : ropes.error(),
                             tiles.has_value() ? ffi::Error::Success() : tiles.error()}) {
     if (error.failure()) return error;
+  }
+  if (more.size() > 1) {
+    return ffi::Error::InvalidArgument(
+        "jax_monokernel: the call has more operands than this version knows; trace or export it again");
+  }
+  if (more.size() == 1) {
+    const auto mailbox = more.get<S32>(0);
+    if (!mailbox.has_value()) return mailbox.error();
+    operands.mailbox = *mailbox;
   }
   try {
     return cpu::decode(operands, results, {*ints, *floats, *layers, *ropes, *tiles});
@@ -79,6 +89,7 @@ XLA_FFI_DEFINE_HANDLER(kDecodeOnCpu, decode_on_cpu,
                            .Arg<S32>()  // last_token
                            .Arg<S32>()  // status
                            .Arg<U8>()   // seen
+                           .RemainingArgs()  // mailbox, where somebody listens
                            .Ret<S32>()  // tokens
                            .Ret<S32>()  // lengths
                            .Ret<F32>()  // log_probs
@@ -133,6 +144,7 @@ PYBIND11_MODULE(_native, m) {
     if (std::string error = cpu::set_isa(name); !error.empty()) throw std::invalid_argument(error);
   }, py::arg("name"), "Forces a build of the CPU kernel by name; '' goes back to the best one.");
   cpu::bind_sampling(m);
+  monokernel::bind_mailbox(m);
   monokernel::gpu::bind(m);
   m.def("read_bandwidth", &cpu::read_bandwidth, py::arg("bytes"), py::arg("threads"), py::arg("repeats"),
         py::call_guard<py::gil_scoped_release>(),

@@ -1,5 +1,7 @@
 """The whole decode of an LLM request as one XLA custom call."""
 
+from typing import TYPE_CHECKING, Any
+
 from jax_monokernel import _export as _export  # for what it registers
 from jax_monokernel._version import __version__
 from jax_monokernel.decode import cancel, decode
@@ -14,6 +16,9 @@ from jax_monokernel.state import FULL, RUNNING, STOPPED, DecodeResult, DecodeSta
 from jax_monokernel.tape import Tape, pack, unpack
 from jax_monokernel.weights import DecoderWeights, LayerWeights, weight_shapes
 
+if TYPE_CHECKING:
+    from jax_monokernel.streaming import Piece, Stream, stream
+
 __all__ = [
     "FULL",
     "RUNNING",
@@ -27,10 +32,12 @@ __all__ = [
     "GenerationConfig",
     "LayerSpec",
     "LayerWeights",
+    "Piece",
     "Plan",
     "Prepared",
     "RopeSpec",
     "SamplingParams",
+    "Stream",
     "Tape",
     "__version__",
     "cancel",
@@ -43,6 +50,18 @@ __all__ = [
     "prepare",
     "sample",
     "sampling_params",
+    "stream",
     "unpack",
     "weight_shapes",
 ]
+
+_STREAMING = ("Piece", "Stream", "stream")
+
+
+def __getattr__(name: str) -> Any:
+    # What few programs need, and needs modules of its own.
+    if name in _STREAMING:
+        from jax_monokernel import streaming
+
+        return getattr(streaming, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,9 +22,6 @@ app = typer.Typer(
     help="Decode language models from JAX, a whole request in one XLA custom call.",
 )
 
-# Tokens between two looks of the host at a decode, and so between two pieces of printed text.
-_CHUNK = 16
-
 
 @app.callback(invoke_without_command=True)
 def _root(
@@ -115,17 +112,15 @@ def _generate(
     import numpy as np
 
     from jax_monokernel import _native, models
-    from jax_monokernel.decode import decode
     from jax_monokernel.generation_config import GenerationConfig
     from jax_monokernel.plan import default_platform, make_plan
     from jax_monokernel.prefill import bucket, check_ids
     from jax_monokernel.prepared import prepare
-    from jax_monokernel.prompts import pad
-    from jax_monokernel.sampling import sampling_params
-    from jax_monokernel.state import FULL, RUNNING, empty_state
+    from jax_monokernel.state import empty_state
+    from jax_monokernel.streaming import stream
 
     # What can be checked before the model is loaded.
-    GenerationConfig(max_new_tokens=max_new_tokens, **options)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, **options)
     _native.current_isa()
     loaded = models.from_pretrained(models.SMALL if source is None else source, dtype=dtype)
     tokenizer = loaded.tokenizer
@@ -139,46 +134,31 @@ def _generate(
     if not ids:
         raise ValueError("the prompt is empty; give at least one character")
     check_ids(spec, np.asarray(ids))
-    tokens, lengths = pad([np.asarray(ids, np.int32)])
-
-    def params(count: int) -> Any:
-        chunk = {"max_new_tokens": min(count, _CHUNK), "eos_token_id": ready.eos_token_id}
-        return sampling_params(GenerationConfig(**(options | chunk)), batch=1, vocab_size=spec.vocab_size)
-
     start = time.perf_counter()
+    capacity = bucket(len(ids)) + bucket(max_new_tokens)
     try:
-        state = empty_state(spec, batch=1, capacity=tokens.shape[1] + bucket(max_new_tokens), key=jax.random.key(seed))
+        state = empty_state(spec, batch=1, capacity=capacity, key=jax.random.key(seed))
     except jax.errors.JaxRuntimeError:
         raise ValueError(
             f"there is not enough memory for a KV cache of {bucket(max_new_tokens)} tokens; lower --max-new-tokens"
         ) from None
-    state = jax.jit(ready.prefill, static_argnums=0)(spec, ready.weights, tokens, lengths, state)
-    step = jax.jit(decode, static_argnames="max_new_tokens", donate_argnames="state")
-    compiled = step.lower(ready.tape, state, params(max_new_tokens), max_new_tokens=_CHUNK).compile()
-
-    sys.stdout.write(text)
-    stream = tokenizer.stream()
-    made, seconds, first = 0, [], 0.0
-    while made < max_new_tokens:
-        before = time.perf_counter()
-        result = jax.block_until_ready(compiled(ready.tape, state, params(max_new_tokens - made)))
-        elapsed = time.perf_counter() - before
-        state, count = result.state, int(result.lengths[0])
-        first = first or time.perf_counter() - start
-        made += count
-        if count:
-            seconds.append(elapsed / count)
-        for token in np.asarray(result.tokens[0, :count]).tolist():
-            sys.stdout.write(stream.put(token))
-        sys.stdout.flush()
-        if int(state.status[0]) != RUNNING:
-            break
-    sys.stdout.write(stream.finish() + "\n")
+    made, first, times = 0, 0.0, []
+    with stream(ready, [ids], state=state, config=config, return_log_probs=False) as pieces:
+        for piece in pieces:
+            if not made:
+                first = time.perf_counter() - start
+                sys.stdout.write(text)
+            made += 1
+            times.append(piece.time)
+            if piece.text:
+                sys.stdout.write(piece.text)
+                sys.stdout.flush()
+    sys.stdout.write("\n")
     sys.stdout.flush()
-    if int(state.status[0]) == FULL:
+    if pieces.result.finish_reasons == ["capacity"]:
         typer.echo("the KV cache is full", err=True)
-    if stats and seconds:
-        _print_stats(made, statistics.median(seconds), first, ready.tape)
+    if stats and len(times) > 1:
+        _print_stats(made, statistics.median(np.diff(times).tolist()), first, ready.tape)
 
 
 def _print_stats(made: int, seconds_per_token: float, first: float, tape: Any) -> None:

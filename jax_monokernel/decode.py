@@ -14,6 +14,7 @@ from jax.custom_batching import custom_vmap
 
 from jax_monokernel import _gpu, _native
 from jax_monokernel._program import program
+from jax_monokernel.mailbox import check_mailbox
 from jax_monokernel.reference import decode_reference
 from jax_monokernel.sampling import SamplingParams, check_sampling_params
 from jax_monokernel.spec import DecoderSpec
@@ -38,6 +39,7 @@ def decode(
     return_log_probs: bool = False,
     backend: Backend | None = None,
     spec: DecoderSpec | None = None,
+    mailbox: jax.Array | np.ndarray | None = None,
 ) -> DecodeResult:
     """Generates up to `max_new_tokens` tokens for every request of `state`.
 
@@ -54,6 +56,9 @@ def decode(
       backend: "reference" (plain JAX, the definition), or the platform that the tape's plan is for, which is the
         default.
       spec: not needed; if given, it must be the tape's.
+      mailbox: int32 [batch, 2], where each request leaves its tokens while the call runs, for a reader in this process
+        (`jax_monokernel.mailbox`; `stream` does all of it). An operand: another mailbox does not recompile. The reader
+        can end the call, and so can `cancel`: it then returns the tokens until there and a state to go on from.
 
     Returns:
       Tokens int32 [batch, max_new_tokens], with -1 past the end of a request; their number, int32 [batch]; log-probs
@@ -78,6 +83,9 @@ def decode(
     check_layout(tape)
     check_state(tape.spec, state)
     check_sampling_params(sampling, batch=state.batch, vocab_size=tape.spec.vocab_size)
+    if mailbox is not None:
+        check_mailbox(mailbox, batch=state.batch)
+        mailbox = jnp.asarray(mailbox)
     if backend == "reference":
         return decode_reference(
             tape.spec,
@@ -86,12 +94,15 @@ def decode(
             sampling,
             max_new_tokens=max_new_tokens,
             return_log_probs=return_log_probs,
+            mailbox=mailbox,
         )
-    return _batched(max_new_tokens, return_log_probs)(tape, state, sampling)
+    return _batched(max_new_tokens, return_log_probs)(tape, state, sampling, mailbox)
 
 
 def cancel() -> None:
     """Stops every decode that is running in this process; each raises an error within the time of one token.
+
+    One that streams (`stream`, or a mailbox) returns what it has instead, and the stream raises the error.
 
     Ctrl-C does the same for decodes of a process whose SIGINT handler is Python's own.
     """
@@ -103,21 +114,21 @@ def _batched(max_new_tokens: int, return_log_probs: bool):
     """The custom call for any batch size, with a rule that folds vmap's axis into the batch."""
 
     @custom_vmap
-    def run(tape: Tape, state: DecodeState, sampling: SamplingParams) -> DecodeResult:
+    def run(tape: Tape, state: DecodeState, sampling: SamplingParams, mailbox: jax.Array | None) -> DecodeResult:
         parts = []
         for start in range(0, state.batch, _native.MAX_BATCH):
             rows = slice(start, start + _native.MAX_BATCH)
-            part = (state, sampling)
+            part = (state, sampling, mailbox)
             if state.batch > _native.MAX_BATCH:
                 part = jax.tree.map(lambda x, rows=rows: x[rows], part)
-            parts.append(_call(tape, part[0], part[1], max_new_tokens, return_log_probs))
+            parts.append(_call(tape, *part, max_new_tokens, return_log_probs))
         if len(parts) == 1:
             return parts[0]
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
     @run.def_vmap
-    def fold(axis_size, in_batched, tape, state, sampling):
-        tape_batched, state_batched, sampling_batched = in_batched
+    def fold(axis_size, in_batched, tape, *operands):
+        tape_batched, *batched = in_batched
         if any(jax.tree.leaves(tape_batched)):
             raise ValueError(
                 "decode cannot be vmapped over weights: a tape is read once for all requests. Loop over the tapes "
@@ -129,7 +140,7 @@ def _batched(max_new_tokens: int, return_log_probs: bool):
                 x = jnp.broadcast_to(x, (axis_size, *x.shape))
             return x.reshape(-1, *x.shape[2:])
 
-        folded = jax.tree.map(into_batch, (state, sampling), (state_batched, sampling_batched))
+        folded = jax.tree.map(into_batch, operands, tuple(batched))
         result = run(tape, *folded)
         result = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), result)
         return result, jax.tree.map(lambda _: True, result)
@@ -138,7 +149,12 @@ def _batched(max_new_tokens: int, return_log_probs: bool):
 
 
 def _call(
-    tape: Tape, state: DecodeState, sampling: SamplingParams, max_new_tokens: int, return_log_probs: bool
+    tape: Tape,
+    state: DecodeState,
+    sampling: SamplingParams,
+    mailbox: jax.Array | None,
+    max_new_tokens: int,
+    return_log_probs: bool,
 ) -> DecodeResult:
     spec, batch = tape.spec, state.batch
     operands = {
@@ -174,7 +190,9 @@ def _call(
         results["workspace"] = jax.ShapeDtypeStruct((size,), jnp.uint8)
         attributes |= {name: np.int64(value) for name, value in call_attributes.items()}
     call = jax.ffi.ffi_call(TARGET, list(results.values()), input_output_aliases=aliases)
-    values = call(*itertools.chain(operands.values(), carried.values()), **attributes)
+    # Last, so that calls to which nobody listens are what they would be without it.
+    mail = () if mailbox is None else (mailbox,)
+    values = call(*itertools.chain(operands.values(), carried.values(), mail), **attributes)
     out = dict(zip(results, values, strict=True))
     return DecodeResult(
         tokens=out["tokens"],

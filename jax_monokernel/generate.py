@@ -81,6 +81,108 @@ def generate(
     Raises:
       ValueError, TypeError: bad input, saying what was wrong and what was expected.
     """
+    request = checked_request(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        key=key,
+        lengths=lengths,
+        config=config,
+        state=state,
+        capacity=capacity,
+        return_log_probs=return_log_probs,
+        backend=backend,
+        options=options,
+    )
+    return request.generation(request.run())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """What `generate` and `stream` were asked for, checked. Good for one call, as that uses up the state."""
+
+    ready: Prepared
+    tokens: np.ndarray  # int32 [batch, width], the prompts
+    counts: np.ndarray  # int32 [batch], their lengths
+    params: SamplingParams
+    key: jax.Array | None  # None with a state, which has keys
+    state: DecodeState | None
+    capacity: int | None  # None with a state
+    config: GenerationConfig
+    return_log_probs: bool
+    backend: Backend | None
+
+    @property
+    def batch(self) -> int:
+        """Number of prompts."""
+        return len(self.counts)
+
+    @property
+    def limit(self) -> int:
+        """Tokens that a row may make, the most of all rows."""
+        return int(np.max(self.config.max_new_tokens))
+
+    @property
+    def steps(self) -> int:
+        """Width of the compiled call."""
+        return bucket(self.limit)
+
+    def row_limits(self) -> np.ndarray:
+        """int [batch], tokens after which each row ends at the latest. To be asked before `run`."""
+        if self.state is None:
+            assert self.capacity is not None
+            room = self.capacity - self.counts + 1
+        else:
+            position = np.asarray(self.state.position)
+            held = position + np.asarray(_is_continued(self.state))
+            # The last token of a prompt is not in the cache when decode begins.
+            room = self.state.capacity - np.where(self.counts > 0, held + self.counts - 1, position)
+        return np.minimum(np.broadcast_to(self.config.max_new_tokens, room.shape), room)
+
+    def run(self, mailbox: np.ndarray | None = None) -> DecodeResult:
+        """Prefill and decode. mailbox: as `decode` takes it."""
+        reference = self.backend == "reference"
+        return _run(
+            self.ready.weights,
+            None if reference else self.ready.tape,
+            self.tokens,
+            self.counts,
+            self.params,
+            self.key,
+            self.state,
+            mailbox,
+            spec=self.ready.spec,
+            prefill=self.ready.prefill,
+            capacity=self.capacity,
+            max_new_tokens=self.steps,
+            return_log_probs=self.return_log_probs,
+            backend=self.backend,
+        )
+
+    def generation(self, result: DecodeResult) -> Generation:
+        """The result for people."""
+        return _generation(result, self.limit, self.ready)
+
+
+def checked_request(
+    model: DecoderModel | Prepared,
+    prompt: Prompt | None,
+    *,
+    max_new_tokens: int | Sequence[int] | None,
+    key: jax.Array | None,
+    lengths: Sequence[int] | np.ndarray | jax.Array | None,
+    config: GenerationConfig | None,
+    state: DecodeState | None,
+    capacity: int | None,
+    return_log_probs: bool,
+    backend: Backend | None,
+    options: dict[str, Any],
+) -> Request:
+    """The arguments of `generate`, checked and in the form in which the compiled function takes them.
+
+    Raises:
+      ValueError, TypeError: bad input, saying what was wrong and what was expected.
+    """
     config = _merged(config, max_new_tokens, options)
     ready = prepared_for(model)
     spec = ready.spec
@@ -112,23 +214,18 @@ def generate(
         if key is not None:
             state = dataclasses.replace(state, key_data=request_keys(_checked_key(key, config), batch))
 
-    reference = backend == "reference"
-    result = _run(
-        ready.weights,
-        None if reference else ready.tape,
-        tokens,
-        counts,
-        params,
-        key if state is None else None,
-        state,
-        spec=spec,
-        prefill=ready.prefill,
+    return Request(
+        ready=ready,
+        tokens=tokens,
+        counts=counts,
+        params=params,
+        key=key if state is None else None,
+        state=state,
         capacity=capacity,
-        max_new_tokens=bucket(limit),
+        config=config,
         return_log_probs=return_log_probs,
         backend=backend,
     )
-    return _generation(result, limit, ready)
 
 
 @functools.partial(
@@ -144,6 +241,7 @@ def _run(
     params: SamplingParams,
     key: jax.Array | None,
     state: DecodeState | None,
+    mailbox: jax.Array | None,
     *,
     spec: DecoderSpec,
     prefill: PrefillFunction,
@@ -157,7 +255,11 @@ def _run(
         assert capacity is not None
         state = empty_state(spec, batch=tokens.shape[0], capacity=capacity, key=key)
     state = prefill(spec, weights, tokens, lengths, state)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "return_log_probs": return_log_probs}
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "return_log_probs": return_log_probs,
+        "mailbox": mailbox,
+    }
     if tape is None:
         # What decode would do after unpacking a tape.
         return decode_reference(spec, weights, state, params, **options)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jax_monokernel.attention import cache_bits, cache_values
 from jax_monokernel.forward import forward_cached, logits
+from jax_monokernel.mailbox import open_mail, post
 from jax_monokernel.sampling import SamplingParams, sample
 from jax_monokernel.spec import DecoderSpec
 from jax_monokernel.state import FULL, RUNNING, STOPPED, DecodeResult, DecodeState, check_state
@@ -21,6 +22,7 @@ class _Loop(NamedTuple):
     tokens: jax.Array
     lengths: jax.Array
     log_probs: jax.Array | None
+    go: jax.Array | None  # bool scalar: whoever listens wants more; None: nobody listens
     state: DecodeState  # its caches as cache_bits
 
 
@@ -32,6 +34,7 @@ def decode_reference(
     *,
     max_new_tokens: int,
     return_log_probs: bool = False,
+    mailbox: jax.Array | None = None,
 ) -> DecodeResult:
     """Generates up to `max_new_tokens` tokens per row; works under jit and vmap.
 
@@ -48,6 +51,8 @@ def decode_reference(
       params: sampling options, one per row.
       max_new_tokens: static width of the result, at least 1.
       return_log_probs: whether the result has log-probabilities: log-softmax of the raw logits at the chosen tokens.
+      mailbox: int32 [batch, 2], where to leave each token as soon as it is known (`jax_monokernel.mailbox`), through a
+        callback to Python for each step; the loop ends early when the reader says so.
 
     Raises:
       ValueError: max_new_tokens is below 1, or the state is another model's.
@@ -84,6 +89,9 @@ def decode_reference(
             position=old.position,
             params=params,
         )
+        go = loop.go
+        if mailbox is not None and go is not None:
+            go = post(mailbox, token, log_prob if return_log_probs else jnp.zeros(batch), active, go)
         stop = active & jnp.any(token[:, None] == params.eos_token_id, axis=1)
         # A row that works has worked in every step before, so its next token belongs in column `step`.
         column = loop.step
@@ -106,6 +114,7 @@ def decode_reference(
                 loop.tokens.at[:, column].set(jnp.where(active, token, -1)),
                 loop.lengths + active,
                 log_probs,
+                go,
                 state,
             )
         )
@@ -115,9 +124,15 @@ def decode_reference(
         tokens=jnp.full((batch, max_new_tokens), -1, jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
         log_probs=jnp.zeros((batch, max_new_tokens), jnp.float32) if return_log_probs else None,
+        go=None if mailbox is None else open_mail(mailbox, steps=max_new_tokens),
         state=dataclasses.replace(state, k_cache=cache_bits(state.k_cache), v_cache=cache_bits(state.v_cache)),
     )
-    end = jax.lax.while_loop(lambda loop: jnp.any(has_work(loop)), body, mark_full(start))
+
+    def goes_on(loop: _Loop) -> jax.Array:
+        work = jnp.any(has_work(loop))
+        return work if loop.go is None else work & loop.go
+
+    end = jax.lax.while_loop(goes_on, body, mark_full(start))
     k_cache, v_cache = (cache_values(spec, cache) for cache in (end.state.k_cache, end.state.v_cache))
     return DecodeResult(
         tokens=end.tokens,

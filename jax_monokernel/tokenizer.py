@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -94,19 +94,21 @@ class Tokenizer:
 
     def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
         """Decodes tokens as they come."""
-        return TextStream(self, skip_special_tokens=skip_special_tokens)
+        return TextStream(lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens))
 
 
 class TextStream:
     """Turns tokens into text one by one, holding back what may be an unfinished character.
 
-    The pieces of text, the last from `finish`, join to what `Tokenizer.decode` gives for all tokens at once, as far as
-    the tokens are valid UTF-8.
+    The pieces of text, the last from `finish`, join to what `decode` gives for all tokens at once, as far as the tokens
+    are valid UTF-8.
+
+    Args:
+      decode: the text of token ids, such as `Tokenizer.decode`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self._decode = decode
         # The tokens of the last piece, then those that have no text yet. Some decoders treat the first token of a text
         # in their own way (drop its space), so new tokens are decoded together with those before them.
         self._tokens: list[int] = []
@@ -137,9 +139,6 @@ class TextStream:
         piece = text[len(self._done_text) :] if text.startswith(self._done_text) else self._decode(new)
         self._tokens, self._done, self._done_text = new, len(new), self._decode(new)
         return piece
-
-    def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=self._skip_special_tokens)
 
 
 def special_ids(folder: Path, kind: str, backend: tokenizers.Tokenizer | None = None) -> tuple[int, ...]:

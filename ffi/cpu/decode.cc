@@ -11,6 +11,7 @@
 #include "cpu/isa.h"
 #include "cpu/settings.h"
 #include "cpu/team.h"
+#include "mailbox.h"
 #include "read_fields.h"
 
 namespace monokernel::cpu {
@@ -156,6 +157,7 @@ ffi::Error check_operands(const Operands& in, Results& out, const Program& p, in
               same_type(in.position, out.position) && same_type(in.last_token, out.last_token) &&
               same_type(in.status, out.status) && same_type(in.seen, out.seen),
           "a result has another type than the operand that it continues");
+  if (in.mailbox) REQUIRE(has_shape(*in.mailbox, {batch, 2}), "mailbox has the wrong shape; expected [batch, 2]");
   const int32_t *token = in.last_token.typed_data(), *position = in.position.typed_data();
   for (int64_t b = 0; b < batch; b++) {
     if (in.status.typed_data()[b] != kRunning) continue;
@@ -273,10 +275,27 @@ ffi::Error decode(const Operands& in, Results& out, const Attributes& attributes
   InterruptScope interrupts;
   job.cancel_epoch = cancel_epoch();
   job.cancel_at_start = cancel_at_start;
+  MailRows mail;
+  if (in.mailbox) {
+    std::string error = open_mail(in.mailbox->typed_data(), job.batch, job.max_new_tokens, &mail);
+    if (!error.empty()) return invalid(error);
+  }
+  if (mail.box) {
+    job.mail = &mail;
+    job.stop = mail.box->stop_word();
+  }
   auto cancelled = [&] { return __atomic_load_n(job.cancel_epoch, __ATOMIC_RELAXED) != cancel_at_start; };
+  // Whoever listens has all tokens so far, and gets the state that goes with them: for them a call that ends early is no failure.
+  auto ended_early = [&] {
+    if (!mail.box) return cancelled_error();
+    if (cancelled()) mail.box->set_cancelled();
+    return ffi::Error::Success();
+  };
 
-  Lease lease(static_cast<int>(std::min<int64_t>(p.units, thread_limit())), cancelled);
-  if (!lease.team()) return cancelled_error();
+  if (mail.stopped()) return ended_early();
+  Lease lease(static_cast<int>(std::min<int64_t>(p.units, thread_limit())),
+              [&] { return cancelled() || mail.stopped(); });
+  if (!lease.team()) return ended_early();
   job.threads = lease.team()->threads();
   for (int64_t b = 0; b < job.batch; b++) {
     if (job.status[b] != kRunning) continue;
@@ -296,7 +315,9 @@ ffi::Error decode(const Operands& in, Results& out, const Attributes& attributes
   job.barrier.reset(job.threads);
   lease.team()->run([&](int thread) { kernel->run(job, thread); });
 
-  if (job.cancelled) return cancelled_error();
+  if (job.cancelled) {
+    if (ffi::Error error = ended_early(); error.failure()) return error;
+  }
   for (int64_t b = 0; b < job.batch; b++) {
     const int64_t limit = std::min<int64_t>(job.max_new_tokens, job.sampling.max_new_tokens[b]);
     if (job.status[b] == kRunning && job.position[b] >= job.capacity && job.lengths[b] < limit) job.status[b] = kFull;

@@ -1,6 +1,8 @@
 // Operands, results and attributes of the decode custom call, in the order in which jax_monokernel/decode.py passes them.
 #pragma once
 
+#include <optional>
+
 #include "cpu/job.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -31,6 +33,7 @@ struct Operands {
   S32 last_token;                 // [batch]
   S32 status;                     // [batch]
   U8 seen;                        // [batch, vocab]
+  std::optional<S32> mailbox = std::nullopt;   // [batch, 2], see open_mail()
 };
 
 struct Results {

@@ -7,6 +7,10 @@
 #include "cpu/sampling.h"
 #include "program.h"
 
+namespace monokernel {
+struct MailRows;
+}
+
 namespace monokernel::cpu {
 
 // DecodeState.status (jax_monokernel/state.py)
@@ -63,6 +67,7 @@ struct Job {
   int32_t* tokens;   // [batch, max_new_tokens]
   int32_t* lengths;  // [batch]
   float* log_probs;  // [batch, max_new_tokens] or nullptr
+  const MailRows* mail;  // who listens; nullptr: nobody
 
   Shared shared;
   float* scratch;  // [threads, scratch_floats] private to each thread
@@ -71,6 +76,7 @@ struct Job {
   Barrier barrier;
   const uint64_t* cancel_epoch;  // differs from cancel_at_start once the call is to be cancelled (cpu/interrupt.h)
   uint64_t cancel_at_start;
+  const uint32_t* stop;  // not 0 once whoever listens has heard enough; nullptr where nobody does
   bool cancelled;  // written by thread 0 before a hand-off, so that all threads leave together
 };
 

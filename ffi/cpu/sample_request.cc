@@ -1,6 +1,7 @@
 // The last phase of a token for one request: choose, record, advance.
 #include "cpu/job.h"
 #include "cpu/sampling.h"
+#include "mailbox.h"
 
 namespace monokernel::cpu {
 
@@ -27,6 +28,7 @@ void sample_request(Job& job, int64_t row) {
   job.last_token[row] = chosen.token;
   job.position[row]++;
   seen[chosen.token] |= 2;
+  if (job.mail) job.mail->put(row, chosen.token, chosen.log_prob);
   for (int64_t i = 0; i < s.eos_count; i++) {
     if (s.eos_token_id[row * s.eos_count + i] == chosen.token) job.status[row] = kStopped;
   }

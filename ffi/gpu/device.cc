@@ -83,6 +83,15 @@ void Device::open() {
   open_ = true;
 }
 
+void PinnedMemory::reserve(const Driver& api, size_t wanted) {
+  if (wanted <= bytes) return;
+  if (host) api.check(api.host_free(std::exchange(host, nullptr)), "free host memory");
+  bytes = 0;
+  api.check(api.host_alloc(&host, wanted, api.host_alloc_flags), "allocate host memory");
+  api.check(api.host_address(&on_device, host, 0), "map host memory");
+  bytes = wanted;
+}
+
 Device::Current::Current(const Device& device) : device_(device) {
   const Driver& api = device.api_;
   if (api.push_context) {

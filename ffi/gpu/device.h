@@ -24,7 +24,17 @@ struct Kernel {
   int registers = 0, local_bytes = 0;  // of a thread
 };
 
-// Host memory that the device reads and writes too, and its counterpart on the device. Used by one launch at a time.
+// Host memory that the device reads and writes too.
+struct PinnedMemory {
+  void* host = nullptr;
+  void* on_device = nullptr;  // the same memory, as the device addresses it
+  size_t bytes = 0;
+
+  // Makes it at least so large. The device must be current, and nothing may use what it was. Throws Failure.
+  void reserve(const Driver& api, size_t wanted);
+};
+
+// What a launch reports through. Used by one launch at a time.
 struct Exchange {
   struct Host {
     uint32_t cancel;  // the kernel looks at it once per token
@@ -34,6 +44,7 @@ struct Exchange {
   void* host_on_device = nullptr;  // the same memory, as the device addresses it
   void* report = nullptr;          // mk::Report in device memory, because all units may write it
   void* event = nullptr;
+  PinnedMemory mail;               // of the launches that somebody listens to
 };
 static_assert(offsetof(Exchange::Host, cancel) == 0, "the kernel is given the address of the whole");
 

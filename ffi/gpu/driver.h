@@ -48,6 +48,7 @@ inline const char* platform_name(Vendor vendor) { return vendor == Vendor::kCuda
   X(device_alloc, int(void**, size_t), cuMemAlloc_v2, hipMalloc)                                                       \
   X(device_free, int(void*), cuMemFree_v2, hipFree)                                                                    \
   X(host_alloc, int(void**, size_t, unsigned), cuMemHostAlloc, hipHostMalloc)                                          \
+  X(host_free, int(void*), cuMemFreeHost, hipHostFree)                                                                 \
   X(host_address, int(void**, void*, unsigned), cuMemHostGetDevicePointer_v2, hipHostGetDevicePointer)                 \
   X(set_async, int(void*, unsigned char, size_t, void*), cuMemsetD8Async, hipMemsetD8Async)                            \
   X(copy_async, int(void*, void*, size_t, void*), cuMemcpyDtoDAsync_v2, hipMemcpyDtoDAsync)                            \

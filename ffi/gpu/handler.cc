@@ -75,7 +75,7 @@ Call make_call(const std::vector<AnyBuffer>& in, const std::vector<AnyBuffer>& o
   const int64_t batch = in[kKCache].dimensions()[0], capacity = in[kKCache].dimensions()[3];
   const int64_t steps = out[kTokens].dimensions()[1], eos_count = in[kEosTokenId].dimensions()[1];
   const int64_t bias = in[kLogitBias].dimensions()[1], log_probs = out[kLogProbs].dimensions()[1];
-  Call call{.attributes = attributes, .request = read_request(attributes, batch, splits, task_heads), .args = {}, .copies = {}};
+  Call call{.attributes = attributes, .request = read_request(attributes, batch, splits, task_heads), .args = {}, .mailbox = nullptr, .copies = {}};
   const Program& p = call.request.program;
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   if (capacity >= kMost || steps > kMost / kMaxBatch || eos_count > kMost / kMaxBatch) {
@@ -124,6 +124,10 @@ Call make_call(const std::vector<AnyBuffer>& in, const std::vector<AnyBuffer>& o
   };
   for (int i = 0; i < kOperands; i++) check_field(in[i], operands[i]);
   for (int i = 0; i < kOutcomes; i++) check_field(out[i], outcomes[i]);
+  if (in.size() > kOperands) {
+    check_field(in[kOperands], {"mailbox", DataType::S32, {batch, 2}});
+    call.mailbox = pointer<void>(in[kOperands]);
+  }
   // XLA gives an aliased result its operand's memory. Where it could not, the operand's contents are brought along.
   for (int i = kKCache; i < kOperands; i++) {
     const AnyBuffer &from = in[i], &to = out[i - kKCache + kKCacheOut];
@@ -182,7 +186,8 @@ using Doubles = ffi::Span<const double>;
 ffi::Error decode(Vendor vendor, void* stream, int32_t ordinal, ffi::RemainingArgs args, ffi::RemainingRets rets, Ints ints,
                   Floats floats, Ints layers, Doubles ropes, Ints tiles, int64_t splits, int64_t task_heads) {
   try {
-    if (args.size() != kOperands || rets.size() != kOutcomes) {
+    const bool mailbox = args.size() == kOperands + 1;  // where somebody listens: the last operand
+    if ((args.size() != kOperands && !mailbox) || rets.size() != kOutcomes) {
       throw Failure(Code::kInvalid, "the call has " + std::to_string(args.size()) + " operands and " +
                                         std::to_string(rets.size()) + " results; it was made by another version of "
                                         "jax_monokernel: trace or export it again");

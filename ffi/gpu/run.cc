@@ -11,6 +11,7 @@
 #include "cpu/interrupt.h"
 #include "gpu/device.h"
 #include "gpu/failure.h"
+#include "gpu/mail.h"
 #include "gpu/settings.h"
 #include "gpu/trace.h"
 
@@ -64,6 +65,18 @@ Failure reported(const mk::Report& r, int64_t vocab_size, double timeout_s) {
                      "MONOKERNEL_TIMEOUT (seconds); otherwise please report this");
 }
 
+// The results of a call that ends before its launch.
+void give_back(const Driver& api, const Call& call, void* stream) {
+  const mk::Args& a = call.args;
+  const size_t rows = static_cast<size_t>(call.request.batch), tokens = rows * static_cast<size_t>(a.max_new_tokens);
+  api.check(api.set_async(a.tokens, 0xff, tokens * sizeof(int32_t), stream), "write the results");
+  api.check(api.set_async(a.lengths, 0, rows * sizeof(int32_t), stream), "write the results");
+  if (a.log_probs) api.check(api.set_async(a.log_probs, 0, tokens * sizeof(float), stream), "write the results");
+  for (const Copy& copy : call.copies) {
+    api.check(api.copy_async(copy.to, const_cast<void*>(copy.from), copy.bytes, stream), "copy the state");
+  }
+}
+
 // Sleeps a small part of the time waited so far, so that short calls return at once and long ones leave the CPU to others.
 void pause(Clock::time_point start) {
   const auto waited = std::chrono::duration_cast<microseconds>(Clock::now() - start);
@@ -77,7 +90,7 @@ void pause(Clock::time_point start) {
 // Launches and waits for the end. The device is locked and current.
 template <typename IsCancelled>
 mk::Report launch(Device& device, const Call& call, const Request& request, const Kernel& kernel, void* stream, const Settings& s,
-                  const IsCancelled& is_cancelled) {
+                  Mail& mail, const IsCancelled& is_cancelled) {
   const Driver& api = device.api();
   const WorkspaceSize workspace = workspace_size(request);
   Exchange& exchange = device.exchange();
@@ -89,6 +102,7 @@ mk::Report launch(Device& device, const Call& call, const Request& request, cons
   mk::Args args = call.args;
   args.report = static_cast<mk::Report*>(exchange.report);
   args.cancel = static_cast<const uint32_t*>(exchange.host_on_device);
+  args.mailbox = reinterpret_cast<mk::u64*>(mail.open(exchange.mail));
   args.trace = trace.buffer();
   args.timeout_ticks = device.ticks(s.timeout_s);
   void* parameters[] = {&args};
@@ -112,10 +126,12 @@ mk::Report launch(Device& device, const Call& call, const Request& request, cons
   const Clock::time_point start = Clock::now();
   int state;
   while ((state = api.event_query(exchange.event)) == kNotReady) {
-    if (is_cancelled()) cancel.store(1);
+    if (is_cancelled() || mail.stopped()) cancel.store(1);
+    mail.collect();
     pause(start);
   }
   api.check(state, "run the kernel");
+  mail.collect();
   trace.save(stream);
   return exchange.host->report;
 }
@@ -131,22 +147,29 @@ void run(Vendor vendor, int ordinal, void* stream, const Call& call) {
   device.open();
   const Device::Current current(device);
   const Settings s = settings();
-  std::unique_lock<std::timed_mutex> lock(device.launching(), std::defer_lock);
-  const auto lock_device = [&] {
-    while (!lock.try_lock_for(std::chrono::milliseconds(1))) {
-      if (is_cancelled()) throw cancelled();
-    }
-  };
   Request request = call.request;
   request.trace = !s.trace.empty();
   request.near = request.program.groups > 1 && device.api().vendor == Vendor::kRocm && !s.chip_wide && !device.misplaced();
+  Mail mail(device, call.mailbox, request.batch, call.args.max_new_tokens, stream);
+  const auto ends_early = [&] {
+    if (is_cancelled() && !mail.listens()) throw cancelled();
+    if (is_cancelled()) mail.set_cancelled();
+    return mail.stopped();
+  };
+  std::unique_lock<std::timed_mutex> lock(device.launching(), std::defer_lock);
   for (;;) {
     const std::shared_ptr<const Kernel> kernel = device.kernel(request_key(call.attributes, request), request);
-    lock_device();
-    if (is_cancelled()) throw cancelled();
-    const mk::Report report = launch(device, call, request, *kernel, stream, s, is_cancelled);
+    while (!lock.try_lock_for(std::chrono::milliseconds(1))) {
+      if (ends_early()) return give_back(device.api(), call, stream);
+    }
+    if (ends_early()) return give_back(device.api(), call, stream);
+    const mk::Report report = launch(device, call, request, *kernel, stream, s, mail, is_cancelled);
     lock.unlock();
     if (report.reason == mk::kOk) return;
+    if (report.reason == mk::kCancelled && mail.listens()) {
+      if (is_cancelled()) mail.set_cancelled();
+      return;
+    }
     if (report.reason != mk::kMisplaced || !request.near) throw reported(report, request.program.vocab_size, s.timeout_s);
     // Groups are elsewhere than they should be, and nothing has been done yet: the other kernel does not mind.
     device.set_misplaced();

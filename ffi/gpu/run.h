@@ -18,8 +18,9 @@ struct Copy {
 struct Call {
   Attributes attributes;
   Request request;
-  // Device pointers and sizes; report, cancel, trace and timeout_ticks are filled in here.
+  // Device pointers and sizes; report, cancel, mailbox, trace and timeout_ticks are filled in here.
   mk::Args args;
+  const void* mailbox;  // int32 [batch, 2] on the device, see open_mail(); nullptr: nobody listens
   std::vector<Copy> copies;  // made before the launch: operands whose results are not in place
 };
 

@@ -68,6 +68,11 @@ int enqueue(std::function<void()> work) {
 void write_tokens(const mk::Args& a, int64_t batch) {
   for (int64_t b = 0; b < batch; b++) {
     const int n = a.status[b] == 0 ? std::min(a.max_new_tokens, a.row_max_new_tokens[b]) : 0;
+    for (int i = 0; a.mailbox && i < n; i++) {  // the kernel's words (phases/head.h), a millisecond apart
+      uint64_t* to = reinterpret_cast<uint64_t*>(a.mailbox) + (b * a.max_new_tokens + i) * 2;
+      to[0] = uint64_t{0x80000000u | static_cast<uint32_t>(a.last_token[b] + i + 1)} << 32;
+      to[1] = static_cast<uint64_t>(i + 1) * 1000000;
+    }
     for (int i = 0; i < a.max_new_tokens; i++) a.tokens[b * a.max_new_tokens + i] = i < n ? a.last_token[b] + i + 1 : -1;
     a.lengths[b] = n;
     a.position[b] += n;
@@ -284,6 +289,10 @@ BOTH(cuMemFree_v2, hipFree, (void* memory), {
 BOTH(cuMemHostAlloc, hipHostMalloc, (void** memory, size_t bytes, unsigned flags), {
   *memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
   return flags & 2 ? 0 : kInvalidValue;
+})
+BOTH(cuMemFreeHost, hipHostFree, (void* memory), {
+  std::free(memory);
+  return 0;
 })
 BOTH(cuMemHostGetDevicePointer_v2, hipHostGetDevicePointer, (void** on_device, void* memory, unsigned), {
   *on_device = memory;

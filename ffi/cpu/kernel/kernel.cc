@@ -336,7 +336,9 @@ class Thread {
 
   void p7_sample() {
     for (int64_t i = thread_; i < live_; i += job_.threads) sample_request(job_, rows_[i]);
-    if (thread_ == 0) job_.cancelled = __atomic_load_n(job_.cancel_epoch, __ATOMIC_RELAXED) != job_.cancel_at_start;
+    if (thread_ != 0) return;
+    job_.cancelled = __atomic_load_n(job_.cancel_epoch, __ATOMIC_RELAXED) != job_.cancel_at_start ||
+                     (job_.stop && __atomic_load_n(job_.stop, __ATOMIC_RELAXED) != 0);
   }
 
   Job& job_;

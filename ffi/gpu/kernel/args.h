@@ -57,6 +57,8 @@ struct Args {
   void* workspace;  // layout/workspace.h; its exchange part zeroed before every launch
   Report* report;   // zeroed before every launch
   const u32* cancel;  // host memory that the device can read; not 0: stop
+  u64* mailbox;       // host memory that the device can write, zeroed before the launch: [batch][max_new_tokens][2], a token
+                      // with its log-probability, and when it was chosen (docs/kernel.md); or null
   void* trace;        // MK_TRACE builds: [units][trace events]; else null
   i64 capacity;        // positions
   i32 max_new_tokens;

@@ -123,6 +123,12 @@ u32 load_host(const u32* p, Where where) {
   return value;
 }
 
+void store_host(u64* p, u64 value, Where where) {
+  watch(p, 8, Kind::kWrite, __builtin_return_address(0), where);
+  __atomic_store_n(p, value, __ATOMIC_RELEASE);
+  machine->pass(where, false);
+}
+
 u32 shared_add(u32* p, u32 value, Where where) {
   const char* begin = shared_memory();
   const char* at = reinterpret_cast<const char*>(p);

@@ -38,6 +38,7 @@ mk::u64 regions(const mk::Args& a, mk::host::Region* out) {
   add("log_probs", a.log_probs, a.log_probs ? kVectors * tokens : 0, true);
   add("report", a.report, sizeof(mk::Report), true);
   add("cancel", a.cancel, 4, false);
+  add("mailbox", a.mailbox, a.mailbox ? kVectors * tokens * 4 : 0, true);
   const mk::u64 words = static_cast<mk::u64>(mk::kWorkspace.exchange_bytes);
   add("workspace", a.workspace, words, true);
   add("workspace behind the words", a.workspace == nullptr ? nullptr : static_cast<char*>(a.workspace) + words,

@@ -237,12 +237,12 @@ int check_regions(const std::vector<host::Region>& regions, int device) {
     if (r.bytes == 0) continue;
     REQUIRE(reinterpret_cast<uintptr_t>(r.begin) % 16 == 0, kInvalidValue, "launch: %s is at %p, not aligned to 16 bytes", r.name,
             r.begin);
-    const bool is_cancel = std::strcmp(r.name, "cancel") == 0;
+    const bool of_host = std::strcmp(r.name, "cancel") == 0 || std::strcmp(r.name, "mailbox") == 0;
     const std::string wrong = not_on_device(r.begin, r.bytes, device);
     REQUIRE(wrong.empty(), kInvalidValue, "launch: %s is %s", r.name, wrong.c_str());
     const Memory* m = memory_at(r.begin);
-    REQUIRE(!is_cancel || (m && m->device < 0), kInvalidValue, "launch: cancel is not in host memory");
-    REQUIRE(is_cancel || !m || m->device >= 0, kInvalidValue, "launch: %s is in host memory", r.name);
+    REQUIRE(!of_host || (m && m->device < 0), kInvalidValue, "launch: %s is not in host memory", r.name);
+    REQUIRE(of_host || !m || m->device >= 0, kInvalidValue, "launch: %s is in host memory", r.name);
     for (const host::Region& other : regions) {
       const bool apart = r.begin + r.bytes <= other.begin || other.begin + other.bytes <= r.begin;
       REQUIRE(&other == &r || other.bytes == 0 || !r.writable || apart, kInvalidValue, "launch: %s and %s overlap", r.name,
@@ -259,7 +259,7 @@ int execute(const Module& module, const mk::Args& args) {
   for (const host::Region& r : regions) {
     const std::string name = r.name;
     // The run time clears these on the stream, before the launch.
-    const bool cleared = name == "report" || name == "workspace" || name == "trace";
+    const bool cleared = name == "report" || name == "workspace" || name == "trace" || name == "mailbox";
     if (cleared) REQUIRE(is_zero(r.begin, r.bytes), kLaunchFailure, "launch: %s is not cleared", r.name);
     if (name == "workspace") workspace = r.begin, words = r.bytes;
     if (r.blank || name == "tokens" || name == "lengths" || name == "log_probs") fill(r.begin, r.bytes);
@@ -517,6 +517,19 @@ EXPORT int hipHostMalloc(void** p, size_t bytes, unsigned flags) {
   std::lock_guard lock(g_memory_mutex);
   for (char* view : views) g_memory[view] = {views[0], bytes, -1, views[1]};
   *p = views[0];
+  return 0;
+}
+
+EXPORT int hipHostFree(void* p) {
+  NEEDS_INIT("hipHostFree");
+  const Memory* m = memory_at(p);
+  REQUIRE(m && m->begin == p && m->device < 0, kInvalidValue, "hipHostFree: %p is not from hipHostMalloc", p);
+  const Memory memory = *m;
+  std::lock_guard lock(g_memory_mutex);
+  for (char* view : {memory.begin, memory.alias}) {
+    g_memory.erase(view);
+    munmap(view, memory.bytes);
+  }
   return 0;
 }
 

@@ -232,6 +232,9 @@ MK_DEVICE void acquire() { __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "agent"); }
 MK_DEVICE u32 load_host(const u32* p) {
   return __hip_atomic_load((const Global<u32>*)p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_SYSTEM);
 }
+MK_DEVICE void store_host(u64* p, u64 v) {
+  __hip_atomic_store((Global<u64>*)p, v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_SYSTEM);
+}
 MK_DEVICE bool claim(u32* p) {
   u32 expected = 0;
   return __hip_atomic_compare_exchange_strong((Global<u32>*)p, &expected, 1u, __ATOMIC_RELAXED, __ATOMIC_RELAXED,

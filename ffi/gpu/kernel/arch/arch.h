@@ -44,10 +44,11 @@
 //   prefetch(p, bytes)          brings device memory nearer, if the machine can; both are multiples of 16
 //   release(), acquire()        device-scope fences
 //   load_host(p)                u32 of host memory, not cached
+//   store_host(p, v)            u64 of host memory, which sees it soon
 //   claim(p)                    true for the first caller of a launch (atomic compare and swap of 0 by 1)
 //   shared_add(p, v)            adds to a u32 of shared memory and returns what it was; no order with other accesses
 //   ticks()                     u64 clock for timeouts and traces, monotonic on one unit
-//   wall_clock()                u64 nanoseconds, the same on all units; for traces only
+//   wall_clock()                u64 nanoseconds, the same on all units; for traces and mailboxes
 //   as_u32(f), as_f32(u)        bit casts
 //   fma(a, b, c), sqrt(x)       f32, correctly rounded (f64 overloads likewise)
 //   fast_rsqrt(x), fast_divide(a, b), fast_exp2(x)   f32, within a few units in the last place; results of exp2 that are

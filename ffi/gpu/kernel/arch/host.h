@@ -55,6 +55,7 @@ u32 die();
 u32 add(u32*, u32, Where);
 Vec4 load_data(const void*, bool once, Where);
 u32 load_host(const u32*, Where);
+void store_host(u64*, u64, Where);
 bool claim(u32*, Where);
 u32 shared_add(u32*, u32, Where);
 void release(Where);
@@ -181,6 +182,7 @@ MK_DEVICE void prefetch(const void*, int) {}
 MK_DEVICE void release(host::Where at = host::here()) { host::release(at); }
 MK_DEVICE void acquire(host::Where at = host::here()) { host::acquire(at); }
 MK_DEVICE u32 load_host(const u32* p, host::Where at = host::here()) { return host::load_host(p, at); }
+MK_DEVICE void store_host(u64* p, u64 v, host::Where at = host::here()) { host::store_host(p, v, at); }
 MK_DEVICE bool claim(u32* p, host::Where at = host::here()) { return host::claim(p, at); }
 MK_DEVICE u32 shared_add(u32* p, u32 v, host::Where at = host::here()) { return host::shared_add(p, v, at); }
 MK_DEVICE u64 ticks(host::Where at = host::here()) { return host::ticks(at); }

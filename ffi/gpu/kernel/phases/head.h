@@ -151,6 +151,15 @@ MK_DEVICE Candidate gather_candidates(Service& s, int request, u32* flags) {
   return best;
 }
 
+// Lets the host know, if it wants to, after all units do. Two words that say themselves that they are there, so that nothing waits
+// for their order: the token above its log-probability, with a bit that is always set, and the time, which is never 0.
+MK_DEVICE void mail(const Service& s, int request, int emitted, i32 token, float log_prob) {
+  if (s.args.mailbox == nullptr) return;
+  u64* to = s.args.mailbox + ((i64)request * s.args.max_new_tokens + emitted) * 2;
+  arch::store_host(to, (u64)(1u << 31 | (u32)token) << 32 | arch::as_u32(log_prob));
+  arch::store_host(to + 1, arch::wall_clock() | 1u);
+}
+
 // By the service waves of the owner.
 MK_DEVICE void choose(Service& s, int request) {
   const Control& control = s.control();
@@ -183,13 +192,15 @@ MK_DEVICE void choose(Service& s, int request) {
     const bool emits = live && !s.waiter.aborted && (flags & kAborted) == 0;
     if (emits) flags |= kEmitted;
     if (arch::any(emits && is_eos(s.args, request, token, eos, s.lane))) flags |= kStop;
+    float chance = 0.0f;
     if (emits && s.lane == 0) {
       const i64 place = (i64)request * s.args.max_new_tokens + control.emitted[request];
       s.args.tokens[place] = token;
-      if (s.args.log_probs != nullptr) s.args.log_probs[place] = log_prob(best.raw, best.top, best.sum);
+      if (s.args.log_probs != nullptr) s.args.log_probs[place] = chance = log_prob(best.raw, best.top, best.sum);
     }
     u32* to = s.at<u32>(kWorkspace.token) + request * line(kTokenWords);
     if (s.lane < kTokenWords) arch::store_word(to + s.lane, encode_int(s.lane == 0 ? (u32)token : s.lane == 1 ? flags : 0, parity));
+    if (emits && s.lane == 0) mail(s, request, control.emitted[request], token, chance);
   }
   s.sync();
 }

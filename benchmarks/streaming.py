@@ -1,0 +1,198 @@
+"""What streaming costs: `stream` against `generate`, interleaved in one process, and how tokens come.
+
+    python -m benchmarks.streaming --shapes smollm2-135m,10m --output benchmarks/results/streaming
+
+One JSON file for each shape: seconds of both for the same request, the time to the first token, and percentiles of the
+time between tokens, as the kernel chose them and as the reader got them. Both make text of the tokens. Rounds take
+turns; a first one, in which everything is compiled, is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import datetime
+import json
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_monokernel import generate, make_plan, models, prepare, stream
+from jax_monokernel._bench.machine import OtherWork, describe_commit, describe_machine, versions
+from jax_monokernel._bench.runner import make_prompt
+from jax_monokernel._bench.shapes import SHAPES, random_weights, weight_bytes
+from jax_monokernel.models import Decoder
+from jax_monokernel.tokenizer import Tokenizer
+
+_PERCENTILES = (50, 90, 99, 100)
+
+
+class Wrapped:
+    """A tokenizer for any vocabulary: random weights say nothing, but making text of it costs what text costs."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:  # noqa: D102
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, ids: Iterable[int]) -> str:  # noqa: D102
+        size = self._tokenizer.vocab_size
+        return self._tokenizer.decode([i % size for i in ids])
+
+
+class Speaker(Decoder):
+    """Random weights with a tokenizer."""
+
+    tokenizer: Any = None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="smollm2-135m", help=f"of {', '.join(SHAPES)}; separated by commas")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=32, help="tokens")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, help="of the kernel, on a CPU; by default all")
+    parser.add_argument("--no-log-probs", action="store_true", help="tokens and text only, of both")
+    parser.add_argument("--output", type=Path, help="folder for the results")
+    arguments = parser.parse_args()
+    for name in arguments.shapes.split(","):
+        result = measure(name, arguments)
+        print(summary(result))
+        if arguments.output is not None:
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            threads = f"-t{result['plan_units']}" if result["platform"] == "cpu" else ""
+            path = arguments.output / f"{name}-p{arguments.prompt}-b{arguments.batch}{threads}.json"
+            path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One result: times of every round, and what follows from them."""
+    spec = SHAPES[name].spec()
+    model = Speaker.from_weights(spec, random_weights(spec))
+    Speaker.tokenizer = Wrapped(models.from_pretrained(models.SMALL).tokenizer)
+    ready = prepare(model, make_plan(spec, units=arguments.threads))
+    prompt = make_prompt(arguments.batch, arguments.prompt, spec.vocab_size)
+    options: dict[str, Any] = {
+        "max_new_tokens": arguments.new_tokens,
+        "eos_token_id": (),
+        "return_log_probs": not arguments.no_log_probs,
+    }
+
+    def plain() -> dict[str, Any]:
+        generate(ready, prompt, **options)
+        return {}
+
+    def streamed() -> dict[str, Any]:
+        return follow(lambda got: [got(piece) for piece in stream(ready, prompt, **options)])
+
+    def streamed_async() -> dict[str, Any]:
+        async def read(got: Callable[[Any], None]) -> None:
+            async for piece in stream(ready, prompt, **options):
+                got(piece)
+
+        return follow(lambda got: asyncio.run(read(got)))
+
+    modes = {"generate": plain, "stream": streamed, "async": streamed_async}
+    rounds: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
+    others = OtherWork([])
+    for i in range(arguments.repeats + 1):
+        for mode in list(modes)[i % 3 :] + list(modes)[: i % 3]:
+            start, used = time.perf_counter(), time.process_time()
+            found = modes[mode]()
+            found |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - used}
+            if i > 0:
+                rounds[mode].append(found)
+        if i == 0:
+            others = OtherWork([os.getpid()])
+    plan = ready.tape.plan
+    return {
+        "shape": name,
+        "title": SHAPES[name].title,
+        "weight_bytes": weight_bytes(spec),
+        "batch": arguments.batch,
+        "prompt": arguments.prompt,
+        "new_tokens": arguments.new_tokens,
+        "log_probs": options["return_log_probs"],
+        "platform": plan.platform,
+        "device": jax.devices()[0].device_kind,
+        "plan_units": plan.units,
+        "command": shlex.join(["python", "-m", "benchmarks.streaming", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "other_work": others.share(),
+        "machine": describe_machine(),
+        "versions": versions(),
+        **describe_commit(),
+        "modes": {mode: digest(mode, rounds[mode], rounds["generate"]) for mode in modes},
+    }
+
+
+def follow(read: Callable[[Callable[[Any], None]], Any]) -> dict[str, Any]:
+    """Reads a stream and notes when its first row's pieces were chosen and when they came, in seconds."""
+    start = time.perf_counter()
+    chosen: list[float] = []
+    came: list[float] = []
+    used: list[float] = []
+
+    def got(piece: Any) -> None:
+        if piece.row == 0:
+            chosen.append(piece.time)
+            came.append(time.perf_counter() - start)
+            used.append(time.thread_time())
+
+    read(got)
+    return {
+        "first": came[0],
+        "reader": (used[-1] - used[0]) / (len(used) - 1),
+        "chosen": np.diff(chosen),
+        "came": np.diff(came),
+    } | {"late": np.subtract(came, chosen)}
+
+
+def digest(mode: str, rounds: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over rounds and percentiles over all tokens of all rounds."""
+    seconds = [found["seconds"] for found in rounds]
+    result: dict[str, Any] = {
+        "seconds": seconds,
+        "median_s": statistics.median(seconds),
+        "least_s": min(seconds),
+        "cpu_median_s": statistics.median(found["cpu_seconds"] for found in rounds),
+    }
+    if mode == "generate":
+        return result
+    # Rounds are paired, so that what slows both of a pair does not count.
+    result["of_generate"] = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(rounds, plain, strict=True))
+    result["first_token_median_s"] = statistics.median(found["first"] for found in rounds)
+    # Of the thread that reads: what it takes from a kernel that has all cores, whatever else the machine does.
+    result["reader_cpu_s_per_token"] = statistics.median(found["reader"] for found in rounds)
+    for key in ("chosen", "came", "late"):
+        values = np.concatenate([found[key] for found in rounds]) * 1e3
+        result[f"{key}_ms"] = {f"p{p}": round(float(np.percentile(values, p)), 4) for p in _PERCENTILES}
+    return result
+
+
+def summary(result: dict[str, Any]) -> str:
+    """A few lines for people."""
+    lines = [f"{result['title']}, batch {result['batch']}, {result['plan_units']} units:"]
+    for mode, m in result["modes"].items():
+        line = f"  {mode:9} median {m['median_s'] * 1e3:8.2f} ms, least {m['least_s'] * 1e3:8.2f} ms"
+        if "of_generate" in m:
+            line += f", {m['of_generate'] - 1:+.1%}; first token {m['first_token_median_s'] * 1e3:.2f} ms"
+            line += f"; reader {m['reader_cpu_s_per_token'] * 1e6:.1f} us a token; "
+            line += f"chosen {m['chosen_ms']}, came {m['came_ms']}; late {m['late_ms']}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

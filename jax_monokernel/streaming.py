@@ -1,0 +1,346 @@
+"""Tokens and text from a decode that still runs: one call, read through a mailbox while the kernel writes to it."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import jax
+import numpy as np
+
+from jax_monokernel.decode import Backend
+from jax_monokernel.generate import Generation, Request, checked_request
+from jax_monokernel.generation_config import GenerationConfig
+from jax_monokernel.mailbox import Mailbox, operand
+from jax_monokernel.prepared import Prepared
+from jax_monokernel.prompts import Prompt
+from jax_monokernel.protocol import DecoderModel
+from jax_monokernel.state import DecodeResult, DecodeState
+from jax_monokernel.tokenizer import TextStream
+
+# Seconds that pass at least between two times that the reader wakes up. Nobody sees so short a delay, and each time
+# costs a core tens of microseconds.
+_NAP = 1e-3
+# Seconds after which a reader that waits looks around, in case that what should have woken it was lost.
+_LOOK = 0.5
+
+
+class Piece(NamedTuple):
+    """One token of one row, with the text that it completes."""
+
+    text: str  # often empty: characters come when all of their bytes are there. "" without a tokenizer
+    token: int
+    log_prob: float | None  # log-softmax of the raw logits at the token; None if not asked for
+    time: float  # seconds from the call of `stream` until the token was chosen
+    row: int  # of the prompts
+    index: int  # type: ignore[assignment]  # of the row's tokens, from 0
+
+
+def stream(
+    model: DecoderModel | Prepared,
+    prompt: Prompt | None = None,
+    *,
+    max_new_tokens: int | Sequence[int] | None = None,
+    key: jax.Array | None = None,
+    lengths: Sequence[int] | np.ndarray | jax.Array | None = None,
+    config: GenerationConfig | None = None,
+    state: DecodeState | None = None,
+    capacity: int | None = None,
+    return_log_probs: bool = True,
+    backend: Backend | None = None,
+    **options: Any,
+) -> Stream:
+    """Continues prompts as `generate` does, and yields each token while the rest is being made.
+
+        for piece in stream(model, "def fibonacci(n):", max_new_tokens=64):
+            print(piece.text, end="", flush=True)
+
+    The whole request is still one call, which runs beside the reader and never waits for it. Leaving the loop early, by
+    break, an exception or Ctrl-C, ends the call after the token that it is about. `async for` works as well.
+
+    Tokens, text and log-probabilities are those of `generate`; the pieces of a row join to its text. Pieces come in
+    order of time. It is another compiled function than `generate`'s, so the first stream of a shape compiles.
+
+    Args: those of `generate`.
+
+    Returns:
+      A `Stream`; its `result` is what `generate` would have returned, or as much of it as was made.
+
+    Raises:
+      ValueError, TypeError: bad input, as for `generate`.
+      MemoryError: there is no room for so many tokens.
+    """
+    started = time.monotonic()
+    request = checked_request(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        key=key,
+        lengths=lengths,
+        config=config,
+        state=state,
+        capacity=capacity,
+        return_log_probs=return_log_probs,
+        backend=backend,
+        options=options,
+    )
+    return Stream(request, started)
+
+
+class Stream:
+    """The pieces of a call that runs, from `stream`. An iterator for one reader, in sync or async code.
+
+    A `for` or `async for` loop over it that ends early ends the call; so do `close`, `with`, and dropping the object.
+    """
+
+    def __init__(self, request: Request, started: float):
+        self._request = request
+        self._started_ns = Mailbox.now_ns() - int((time.monotonic() - started) * 1e9)
+        self._box = Mailbox(request.batch, request.steps)
+        self._last = request.row_limits() - 1
+        self._eos = frozenset(cast(tuple[int, ...], request.config.eos_token_id or ()))  # whatever it was given
+        tokenizer = request.ready.tokenizer
+        # A tokenizer may be anything that has `decode`.
+        self._texts = [TextStream(tokenizer.decode) for _ in range(request.batch)] if tokenizer is not None else None
+        self._log_probs = request.return_log_probs
+        self._pieces: deque[Piece] = deque()
+        self._woke, self._gap = 0.0, _NAP  # when pieces came, and how long after those before
+        self._result: Generation | None = None
+        self._left = False
+        numbers = operand(self._box)
+        self._call = _Call(self._box, lambda: request.run(numbers))
+
+    # ---- Reading ----
+
+    def __next__(self) -> Piece:
+        try:
+            while not self._pieces and not self._fill(_LOOK):
+                pass
+        except BaseException:
+            self.close()
+            raise
+        if not self._pieces:
+            self._end()
+            raise StopIteration
+        return self._pieces.popleft()
+
+    def __iter__(self) -> Iterator[Piece]:
+        # Not the object itself: this iterator goes when its loop ends, however it does, though the stream has a name.
+        try:
+            while True:
+                try:
+                    piece = next(self)
+                except StopIteration:
+                    return
+                yield piece
+        finally:
+            self.close()
+
+    def __aiter__(self) -> AsyncIterator[Piece]:
+        return _AsyncPieces(self)
+
+    async def __anext__(self) -> Piece:
+        try:
+            while not self._pieces and not self._fill(0.0):
+                if (nap := self._nap()) > 0:
+                    await asyncio.sleep(nap)
+                else:
+                    await _news(self._box)
+        except BaseException:
+            await self.aclose()
+            raise
+        if not self._pieces:
+            await asyncio.to_thread(self._call.join)
+            self._end()
+            raise StopAsyncIteration
+        return self._pieces.popleft()
+
+    def _fill(self, wait_s: float) -> bool:
+        """Takes what there is, after so long if there is nothing. False if there is nothing and something may come.
+
+        For every token the kernel has thrown this code out of the caches, so what is short here is quick.
+        """
+        if wait_s and (nap := self._nap()) > 0:
+            time.sleep(nap)
+        finished = self._box.finished  # before looking
+        for row, index, token, log_prob, time_ns in self._box.take(wait_s):
+            chance = log_prob if self._log_probs else None
+            text = self._text(row, index, token)
+            self._pieces.append(Piece(text, token, chance, (time_ns - self._started_ns) * 1e-9, row, index))
+        if self._pieces:
+            now = time.monotonic()
+            self._woke, self._gap = now, now - self._woke
+        return bool(self._pieces) or finished
+
+    def _text(self, row: int, index: int, token: int) -> str:
+        if self._texts is None:
+            return ""
+        text = self._texts[row].put(token)
+        if index == self._last[row] or token in self._eos:
+            text += self._texts[row].finish()
+        return text
+
+    def _nap(self) -> float:
+        """Seconds to sleep before waiting for a change: more than 0 where changes come faster than is of use."""
+        return self._woke + _NAP - time.monotonic() if self._gap < 2 * _NAP else 0.0
+
+    # ---- The end ----
+
+    def _end(self) -> None:
+        """Raises what ended the call, unless it ended by itself or as asked."""
+        self._call.result()
+        if self._box.cancelled and not self._left:
+            raise jax.errors.JaxRuntimeError(
+                "CANCELLED: jax_monokernel: the stream was cancelled, by Ctrl-C or jax_monokernel.cancel(). Its "
+                "`result` has the tokens until then and a state to go on from"
+            )
+
+    def close(self) -> None:
+        """Ends the call after the token that it is about, and waits for that. What was read so far is kept."""
+        self._stop()
+        self._call.join()
+
+    async def aclose(self) -> None:
+        """As `close`; other tasks run meanwhile."""
+        self._stop()
+        await asyncio.to_thread(self._call.join)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Stream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        # Not close(): nobody expects to wait where the last reference goes.
+        if hasattr(self, "_call"):
+            self._stop()
+
+    def _stop(self) -> None:
+        self._left = True
+        self._box.stop()
+
+    @property
+    def result(self) -> Generation:
+        """What `generate` returns, of the tokens made until the end. Waits for the end of the call; see `close`.
+
+        Its state can be gone on from, also after a stream that was left early.
+
+        Raises:
+          Exception: whatever ended the call, such as what `generate` raises.
+        """
+        if self._result is None:
+            self._result = self._request.generation(self._call.result())
+        return self._result
+
+
+class _AsyncPieces:
+    """The iterator of one `async for` loop: ends the call when the loop drops it."""
+
+    def __init__(self, stream: Stream):
+        self._stream = stream
+
+    def __aiter__(self) -> AsyncIterator[Piece]:
+        return self
+
+    async def __anext__(self) -> Piece:
+        return await self._stream.__anext__()
+
+    def __del__(self) -> None:
+        self._stream._stop()
+
+
+class _Call:
+    """A call in a thread of its own. It holds no reference to its stream, so that a stream nobody has can go."""
+
+    def __init__(self, box: Mailbox, run: Callable[[], DecodeResult]):
+        self._box = box
+        self._value: DecodeResult | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(
+            target=self._work, args=(run, _thread_settings()), name="jax_monokernel.stream", daemon=True
+        )
+        _calls.add(self)
+        self._thread.start()
+
+    def _work(
+        self, run: Callable[[], DecodeResult], settings: Callable[[], contextlib.AbstractContextManager[object]]
+    ) -> None:
+        try:
+            with settings():
+                self._value = jax.block_until_ready(run())
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._box.finish()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def result(self) -> DecodeResult:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._value is not None
+        return self._value
+
+    def abandon(self) -> None:
+        self._box.stop()
+        self._thread.join()
+
+
+_calls: weakref.WeakSet[_Call] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_calls() -> None:
+    # A thread that returns from XLA to an interpreter that is gone would bring the process down.
+    for call in list(_calls):
+        call.abandon()
+
+
+def _thread_settings() -> Callable[[], contextlib.AbstractContextManager[object]]:
+    """JAX's settings of this thread that decide about values, for another thread."""
+    config: Any = jax.config  # whose attributes mypy does not know
+    contexts: list[tuple[Callable[[Any], contextlib.AbstractContextManager[object]], Any]] = [
+        (jax.default_device, config.jax_default_device),
+        (jax.default_matmul_precision, config.jax_default_matmul_precision),
+        (jax.numpy_dtype_promotion, config.jax_numpy_dtype_promotion),
+        (jax.enable_x64, config.jax_enable_x64),
+    ]
+
+    def enter() -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        for context, value in contexts:
+            stack.enter_context(context(value))
+        return stack
+
+    return enter
+
+
+async def _news(box: Mailbox) -> None:
+    """Waits until there is something to take."""
+    file = box.fileno()  # before arm(), after which it is written to
+    if not box.arm():
+        return
+    loop = asyncio.get_running_loop()
+    readable = loop.create_future()
+    loop.add_reader(file, lambda: None if readable.done() else readable.set_result(None))
+    try:
+        await readable
+    finally:
+        loop.remove_reader(file)
+        box.drain()
