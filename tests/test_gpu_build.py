@@ -424,7 +424,8 @@ def test_compile_ahead_of_groups_makes_both_kernels(make_fake):
     _gpu.compile_ahead(spec_of(), _gpu.Target("rocm", "gfx942", 6), **arguments)
     assert fake.compiles == 2
     assert "#define MK_NEAR 1\n" in fake.source
-    assert _gpu.compile_ahead(spec_of(), _gpu.Target("rocm", "gfx942", 6), **arguments).seconds == 0
+    _gpu.compile_ahead(spec_of(), _gpu.Target("rocm", "gfx942", 6), **arguments)
+    assert fake.compiles == 2
 
 
 def stub_of(spec):

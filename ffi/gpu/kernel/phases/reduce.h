@@ -34,7 +34,7 @@ MK_DEVICE void reduce_sums(Service& s, int layer) {
   const Site from = sums_site<phase>(s, layer);
   const Site to = phase == kO ? s.site(h4_projected, s.part<kGroups>(kWorkspace.projected, kHidden), layer) : s.residual_site(layer);
   static_assert(is_near(h4_projected) == is_near(h6_residual) && is_near(h6_residual) == is_near(h9_final));
-  static_assert(kOwnTileRows == 4);
+  static_assert(kGroups == 1 || kOwnTileRows == 4);
   const Tiles own = own_rows(s);
   const int vectors = own.count;
   // Whole waves wait together.
