@@ -264,8 +264,10 @@ struct Choice<false, A, B> {
 };
 using CacheLoads = Choice<kMatrixAttention, MatrixLoads, LaneLoads>::Type;
 
-// h2 of the unit's group.
-MK_DEVICE i64 attended_part(const Service& s) { return s.part<kAttentionGroups>(kWorkspace.attended, kGroupQSize); }
+// h2 of a request, of the heads of the unit's group.
+MK_DEVICE u32* attended_words(const Service& s, int request) {
+  return s.at<u32>(s.part<kAttentionGroups>(kWorkspace.attended, kGroupQSize)) + request * line(kGroupQSize);
+}
 // A head of the unit's group among those of all requests.
 MK_DEVICE int number_of_head(const Service& s, int request, int head) {
   return request * kHeads + s.group<kAttentionGroups>() * kGroupHeads + head;
@@ -355,7 +357,7 @@ MK_DEVICE void attend(Service& s, int layer, const Task& task, CacheLoads& loads
     }
     if constexpr (kSplits == 1) {
       const float y = task.live ? sum / weights : 0.0f;
-      store_word_of<h2_attended>(s.at<u32>(attended_part(s)) + request * line(kGroupQSize) + head * kHeadDim + d, encode(y, parity));
+      store_word_of<h2_attended>(attended_words(s, request) + head * kHeadDim + d, encode(y, parity));
     } else {
       u32* to = s.at<u32>(kWorkspace.partial) + (number_of_head(s, request, head) * kSplits + split) * line(kHeadDim + 2);
       store_word_of<h3_partial>(to + d, encode(sum, parity));
@@ -411,7 +413,7 @@ MK_DEVICE void p2_combine(Service& s, int layer) {
       const int request = head / kGroupHeads;
       const float y = s.control().live[request] != 0 ? sum / weights : 0.0f;
       if (d < kHeadDim) {
-        store_word_of<h2_attended>(s.at<u32>(attended_part(s)) + request * line(kGroupQSize) + head % kGroupHeads * kHeadDim + d, encode(y, site.parity));
+        store_word_of<h2_attended>(attended_words(s, request) + head % kGroupHeads * kHeadDim + d, encode(y, site.parity));
       }
     }
   }
