@@ -127,8 +127,7 @@ def compile_ahead(
     """
     _native.gpu_library_dirs(library_dirs())
     plan = make_plan(spec, platform=target.platform, units=target.units, groups=groups)
-    attributes: dict[str, Any] = program(spec, plan)
-    attributes |= call_attributes(spec, plan, batch, capacity)
+    attributes: dict[str, Any] = program(spec, plan) | call_attributes(spec, plan, batch, capacity)
     near = plan.platform == "rocm" and plan.groups > 1
     if near:  # what it falls back on where work-groups are not as expected
         _native.gpu_compile(**attributes, batch=batch, arch=target.arch)

@@ -135,12 +135,13 @@ def test_groups_on_several_dies_are_noticed_by_the_check():
     assert any("has not released" in violation for violation in run.violations)
 
 
-def test_whole_chip():
-    """As many work-groups as an MI300X has compute units, one on each."""
+@pytest.mark.parametrize("groups", [1, 8])
+def test_whole_chip(groups):
+    """As many work-groups as an MI300X has compute units, one on each; in groups, those that it has."""
     spec = spec_of("nope", "bfloat16")
-    kernel = Kernel(spec, gpu_plan(spec, 64, 304), batch=3)
+    kernel = Kernel(spec, gpu_plan(spec, 64, 304, groups=groups), batch=3, near=groups > 1)
     state, params = state_of(spec, POSITIONS), mixed_params(spec, 3)
-    got, run = gfx942.decode_on_emulator(kernel, state, params, 16, seed=1)
+    got, run = gfx942.decode_on_emulator(kernel, state, params, 16, seed=1, xcc=lambda unit: (unit + 6) % 8)
     assert run.violations == []
     assert_same_decode(got, reference_of_mixed(spec), spec, state)
 

@@ -66,6 +66,39 @@ def test_stub_arguments(changes, message):
         _native.gpu_stub(**tables | arguments | changes)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("groups", 4, "the groups are out of range"),
+        ("groups", 0, "the groups are out of range"),
+        ("attention_groups", 3, "the groups are out of range"),
+        ("mlp_groups", 1, "the inner width is not that of the groups"),
+        ("attention_groups", 1, "the tile table"),
+        ("inner_cols", 16, "the inner width is not that of the groups"),
+        ("inner_cols", 24, "the tile table"),
+        ("qk_norm", 2, "the groups do not hold whole heads"),
+    ],
+)
+def test_groups_that_cannot_be(field, value, message):
+    tables = program(spec_of(), Plan(platform="rocm", units=6, groups=2))
+    arguments = {"batch": 1, "splits": 1, "task_heads": 1, "shared_bytes": 65536}
+    assert "#define MK_GROUPS 2\n" in _native.gpu_stub(**tables, **arguments)
+    ints = tables["ints"].copy()
+    ints[_native.INT_FIELDS.index(field)] = value
+    with pytest.raises(ValueError, match=message):
+        _native.gpu_stub(**tables | {"ints": ints}, **arguments)
+
+
+def test_groups_do_not_share_tiles():
+    tables = program(spec_of(), Plan(platform="rocm", units=6, groups=2))
+    arguments = {"batch": 1, "splits": 1, "task_heads": 1, "shared_bytes": 65536}
+    tiles = tables["tiles"].reshape(5, 6, 3).copy()
+    tiles[1, 2, 1] -= 1  # of o, from the last unit of one group to the first one of the other
+    tiles[1, 3, :2] += -1, 1
+    with pytest.raises(ValueError, match="the tile table mixes groups"):
+        _native.gpu_stub(**tables | {"tiles": tiles.reshape(-1)}, **arguments)
+
+
 def test_a_cpu_program_is_no_gpu_program():
     tables = program(spec_of(), Plan(platform="cpu", units=3))
     with pytest.raises(ValueError, match="packed for the CPU"):
@@ -97,7 +130,14 @@ def test_the_stub_says_what_the_program_says(platform):
     np.testing.assert_array_equal(np.array(rows(defines.pop("LAYER_TABLE")), np.int64).reshape(-1), tables["layers"])
     ropes = [[float.fromhex(v.rstrip("f")) for v in row] for row in rows(defines.pop("ROPE_TABLE"))]
     np.testing.assert_allclose(np.reshape(ropes, -1), tables["ropes"], rtol=1e-7)
-    assert defines == {"BATCH": "3", "SPLITS": "5", "TASK_HEADS": "2", "SHARED_BYTES": "65536", "TRACE": "1"}
+    assert defines == {
+        "BATCH": "3",
+        "SPLITS": "5",
+        "TASK_HEADS": "2",
+        "SHARED_BYTES": "65536",
+        "TRACE": "1",
+        "NEAR": "0",
+    }
 
 
 def test_a_model_without_positions_has_a_rope_row():
@@ -377,6 +417,17 @@ def test_compile_ahead_gives_the_kernel_that_decode_asks_for(make_fake, environm
     assert fake.launches == 1
 
 
+def test_compile_ahead_of_groups_makes_both_kernels(make_fake):
+    """The one whose words stay on dies, and the one for work-groups that are elsewhere."""
+    fake = make_fake("rocm")
+    arguments = {"batch": 1, "capacity": 16, "groups": 2}
+    _gpu.compile_ahead(spec_of(), _gpu.Target("rocm", "gfx942", 6), **arguments)
+    assert fake.compiles == 2
+    assert "#define MK_NEAR 1\n" in fake.source
+    _gpu.compile_ahead(spec_of(), _gpu.Target("rocm", "gfx942", 6), **arguments)
+    assert fake.compiles == 2
+
+
 def stub_of(spec):
     from jax_monokernel.plan import attention_tasks
 
@@ -421,11 +472,14 @@ def nvrtc_version() -> str | None:
         ({"hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 151936}, 1),  # its streams are even
         ({"hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 151936}, 16),
         ({"hidden_size": 576, "intermediate_size": 1536, "post_norm": True}, 2),
+        ({"hidden_size": 576, "intermediate_size": 1536, "groups": 2}, 2),
     ],
 )
 def test_nvrtc_compiles_the_kernel(environment, tmp_path, options, batch):
     environment("MONOKERNEL_CACHE_DIR", str(tmp_path))
-    compiled = _gpu.compile_ahead(spec_of(**options), _gpu.Target("cuda", "sm_90", 132), batch=batch, capacity=64)
+    spec, groups = spec_of(**{k: v for k, v in options.items() if k != "groups"}), options.get("groups")
+    target = _gpu.Target("cuda", "sm_90", 132)
+    compiled = _gpu.compile_ahead(spec, target, batch=batch, capacity=64, groups=groups)
     assert compiled.code[:4] == b"\x7fELF"
     assert b"monokernel" in compiled.code
     assert 0 < compiled.seconds < 120

@@ -7,18 +7,15 @@ namespace mk {
 
 // ---- Residual stream ----
 
-struct OwnRows {
-  int begin, count;
-};
-
-// That the unit adds to, without post-norms.
-MK_DEVICE OwnRows own_rows(const Service& s) {
+// The rows that the unit adds to, without post-norms, in tiles of kOwnTileRows.
+constexpr int kOwnTileRows = kGroups == 1 ? kTileRows : 4;
+MK_DEVICE Tiles own_rows(const Service& s) {
   if constexpr (kGroups == 1) {
-    const Tiles own = kTiles[kO * MK_UNITS + s.unit];
-    return {own.begin * kTileRows, own.count * kTileRows};
+    return kTiles[kO * MK_UNITS + s.unit];
+  } else {
+    const int member = s.member<kGroups>(), begin = kHiddenVectors * member / kMembers;
+    return {begin, kHiddenVectors * (member + 1) / kMembers - begin};
   }
-  const int member = s.member<kGroups>(), begin = kHiddenVectors * member / kMembers;
-  return {begin * 4, (kHiddenVectors * (member + 1) / kMembers - begin) * 4};
 }
 
 // Before the first layer.
@@ -36,10 +33,10 @@ MK_DEVICE void start_residual(Service& s) {
       }
     });
   } else {
-    const OwnRows own = own_rows(s);
-    const int rows = own.count;
+    const Tiles own = own_rows(s);
+    const int rows = own.count * kOwnTileRows;
     for (int i = s.index; i < kBatch * (rows / 4); i += kServiceLanes) {
-      const int request = i / (rows / 4), row = i % (rows / 4) * 4, column = own.begin + row;
+      const int request = i / (rows / 4), row = i % (rows / 4) * 4, column = own.begin * kOwnTileRows + row;
       const int token = s.control().token[request];
       Float4 x = kZero4;
       if (column < kHidden) x = embedding4(s, token, find_head_row(s.args, token), column);

@@ -34,11 +34,12 @@ MK_DEVICE void reduce_sums(Service& s, int layer) {
   const Site from = sums_site<phase>(s, layer);
   const Site to = phase == kO ? s.site(h4_projected, s.part<kGroups>(kWorkspace.projected, kHidden), layer) : s.residual_site(layer);
   static_assert(is_near(h4_projected) == is_near(h6_residual) && is_near(h6_residual) == is_near(h9_final));
-  const OwnRows own = own_rows(s);
-  const int vectors = own.count / 4;
+  static_assert(kGroups == 1 || kOwnTileRows == 4);
+  const Tiles own = own_rows(s);
+  const int vectors = own.count;
   // Whole waves wait together.
   for (int first = s.wave * arch::kWave; first < kBatch * vectors; first += kServiceLanes) {
-    const int i = first + s.lane, request = i / vectors, row = i % vectors * 4, column = own.begin + row;
+    const int i = first + s.lane, request = i / vectors, row = i % vectors * 4, column = own.begin * 4 + row;
     const int words = i < kBatch * vectors ? smaller(4, kHidden - column) : 0;
     float biases[4];
     MK_UNROLL
