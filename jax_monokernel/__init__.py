@@ -4,6 +4,7 @@ from jax_monokernel import _export as _export  # for what it registers
 from jax_monokernel._version import __version__
 from jax_monokernel.decode import cancel, decode
 from jax_monokernel.generate import Generation, generate
+from jax_monokernel.memory import MemoryReport, memory_report
 from jax_monokernel.plan import Plan, make_plan
 from jax_monokernel.prefill import prefill
 from jax_monokernel.prepared import Prepared, prepare
@@ -27,6 +28,7 @@ __all__ = [
     "GenerationConfig",
     "LayerSpec",
     "LayerWeights",
+    "MemoryReport",
     "Plan",
     "Prepared",
     "RopeSpec",
@@ -38,6 +40,7 @@ __all__ = [
     "empty_state",
     "generate",
     "make_plan",
+    "memory_report",
     "pack",
     "prefill",
     "prepare",

@@ -151,7 +151,7 @@ def _generate(
         raise ValueError(
             f"there is not enough memory for a KV cache of {bucket(max_new_tokens)} tokens; lower --max-new-tokens"
         ) from None
-    state = jax.jit(ready.prefill, static_argnums=0)(spec, ready.weights, tokens, lengths, state)
+    state = jax.jit(ready.prefill, static_argnums=0)(spec, ready.source, tokens, lengths, state)
     step = jax.jit(decode, static_argnames="max_new_tokens", donate_argnames="state")
     compiled = step.lower(ready.tape, state, params(max_new_tokens), max_new_tokens=_CHUNK).compile()
 

@@ -13,14 +13,14 @@ import numpy as np
 from jax_monokernel.decode import Backend, decode
 from jax_monokernel.generation_config import GenerationConfig
 from jax_monokernel.prefill import bucket, check_ids, check_room, is_continued
-from jax_monokernel.prepared import Prepared, prepared_for
+from jax_monokernel.prepared import Prepared, SourcePrefill, prepared_for
 from jax_monokernel.prompts import Prompt, pad, token_rows
-from jax_monokernel.protocol import DecoderModel, PrefillFunction
+from jax_monokernel.protocol import DecoderModel
 from jax_monokernel.reference import decode_reference
 from jax_monokernel.sampling import SamplingParams, sampling_params
 from jax_monokernel.spec import DecoderSpec
 from jax_monokernel.state import FULL, STOPPED, DecodeResult, DecodeState, check_state, empty_state, request_keys
-from jax_monokernel.tape import Tape
+from jax_monokernel.tape import Tape, unpack
 from jax_monokernel.weights import DecoderWeights
 
 FinishReason = Literal["eos", "length", "capacity"]
@@ -114,7 +114,7 @@ def generate(
 
     reference = backend == "reference"
     result = _run(
-        ready.weights,
+        ready.source,
         None if reference else ready.tape,
         tokens,
         counts,
@@ -137,7 +137,7 @@ def generate(
     donate_argnames="state",
 )
 def _run(
-    weights: DecoderWeights,
+    weights: DecoderWeights | Tape,
     tape: Tape | None,
     tokens: jax.Array,
     lengths: jax.Array,
@@ -146,7 +146,7 @@ def _run(
     state: DecodeState | None,
     *,
     spec: DecoderSpec,
-    prefill: PrefillFunction,
+    prefill: SourcePrefill,
     capacity: int | None,
     max_new_tokens: int,
     return_log_probs: bool,
@@ -160,6 +160,8 @@ def _run(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "return_log_probs": return_log_probs}
     if tape is None:
         # What decode would do after unpacking a tape.
+        if isinstance(weights, Tape):
+            weights = unpack(weights)
         return decode_reference(spec, weights, state, params, **options)
     return decode(tape, state, params, backend=backend, **options)
 
