@@ -2,6 +2,8 @@
 
 from jax_monokernel import _export as _export  # for what it registers
 from jax_monokernel._version import __version__
+from jax_monokernel.chat import Chat, Piece, Turn
+from jax_monokernel.chat_template import ChatTemplate
 from jax_monokernel.decode import cancel, decode
 from jax_monokernel.generate import Generation, generate
 from jax_monokernel.memory import MemoryReport, memory_report
@@ -19,6 +21,8 @@ __all__ = [
     "FULL",
     "RUNNING",
     "STOPPED",
+    "Chat",
+    "ChatTemplate",
     "DecodeResult",
     "DecodeState",
     "DecoderModel",
@@ -29,11 +33,13 @@ __all__ = [
     "LayerSpec",
     "LayerWeights",
     "MemoryReport",
+    "Piece",
     "Plan",
     "Prepared",
     "RopeSpec",
     "SamplingParams",
     "Tape",
+    "Turn",
     "__version__",
     "cancel",
     "decode",

@@ -81,7 +81,7 @@ def generate(
     Raises:
       ValueError, TypeError: bad input, saying what was wrong and what was expected.
     """
-    config = _merged(config, max_new_tokens, options)
+    config = merged_config(config, max_new_tokens, options)
     ready = prepared_for(model)
     spec = ready.spec
     if config.eos_token_id is None and "eos_token_id" not in options:
@@ -103,14 +103,14 @@ def generate(
     params = sampling_params(config, batch=batch, vocab_size=spec.vocab_size)
     limit = int(np.max(config.max_new_tokens))
     if state is None:
-        key = _checked_key(key, config)
+        key = checked_key(key, config)
         jax.eval_shape(lambda: request_keys(key, batch))  # raises where the key is not usable
         capacity = tokens.shape[1] + bucket(limit) if capacity is None else capacity
         _check_capacity(capacity, counts)
     else:
         check_room(state, counts)
         if key is not None:
-            state = dataclasses.replace(state, key_data=request_keys(_checked_key(key, config), batch))
+            state = dataclasses.replace(state, key_data=request_keys(checked_key(key, config), batch))
 
     reference = backend == "reference"
     result = _run(
@@ -185,8 +185,8 @@ def _generation(result: DecodeResult, limit: int, ready: Prepared) -> Generation
     )
 
 
-def _merged(config: GenerationConfig | None, max_new_tokens: Any, options: dict[str, Any]) -> GenerationConfig:
-    """The config with a call's own options."""
+def merged_config(config: GenerationConfig | None, max_new_tokens: Any, options: dict[str, Any]) -> GenerationConfig:
+    """The config with a call's own options, checked."""
     if config is None:
         config = GenerationConfig()
     if not isinstance(config, GenerationConfig):
@@ -207,7 +207,8 @@ def _merged(config: GenerationConfig | None, max_new_tokens: Any, options: dict[
     return config
 
 
-def _checked_key(key: Any, config: GenerationConfig) -> jax.Array:
+def checked_key(key: Any, config: GenerationConfig) -> jax.Array:
+    """The key, or any where the config samples nothing. Raises ValueError for one that is missing or no key."""
     if key is None:
         if np.any(np.asarray(config.do_sample) & (np.asarray(config.temperature) > 0)):
             raise ValueError("sampling needs a key; pass key=jax.random.key(seed)")

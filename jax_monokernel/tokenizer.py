@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import tokenizers
 
+from jax_monokernel.protocol import TextTokenizer
 from jax_monokernel.safetensors_file import CheckpointError, read_json, read_text, short
+
+if TYPE_CHECKING:
+    from jax_monokernel.chat_template import ChatTemplate
 
 TOKENIZER = "tokenizer.json"
 # What undecodable bytes become; at the end of a text it may be the beginning of a character.
@@ -34,6 +39,7 @@ class Tokenizer:
         self.backend = backend
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
+        self._folder: Path | None = None  # of the checkpoint
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
@@ -59,7 +65,21 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing more special
             raise CheckpointError(f"{path} is not a tokenizer that `tokenizers` can read: {error}") from error
         bos = special_ids(folder, "bos", backend)
-        return cls(backend, bos_token_id=bos[0] if bos else None, eos_token_id=special_ids(folder, "eos", backend))
+        made = cls(backend, bos_token_id=bos[0] if bos else None, eos_token_id=special_ids(folder, "eos", backend))
+        made._folder = folder
+        return made
+
+    @functools.cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The checkpoint's chat template, read at first use; None where it has none.
+
+        Raises:
+          CheckpointError: its files are damaged.
+        """
+        # Here rather than above: most uses of a tokenizer need no Jinja.
+        from jax_monokernel.chat_template import ChatTemplate
+
+        return None if self._folder is None else ChatTemplate.from_folder(self._folder)
 
     @property
     def vocab_size(self) -> int:
@@ -104,7 +124,7 @@ class TextStream:
     the tokens are valid UTF-8.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
+    def __init__(self, tokenizer: Tokenizer | TextTokenizer, *, skip_special_tokens: bool = True):
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         # The tokens of the last piece, then those that have no text yet. Some decoders treat the first token of a text
@@ -139,7 +159,10 @@ class TextStream:
         return piece
 
     def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=self._skip_special_tokens)
+        if self._skip_special_tokens:
+            return self._tokenizer.decode(tokens)
+        assert isinstance(self._tokenizer, Tokenizer)
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)
 
 
 def special_ids(folder: Path, kind: str, backend: tokenizers.Tokenizer | None = None) -> tuple[int, ...]:
