@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jax_monokernel.safetensors_file import CheckpointError, read_json, read_text
@@ -126,6 +128,26 @@ class _GenerationBlocks(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Namespace(jinja2.utils.Namespace):
+    """What `namespace` makes, without names that Python gives a meaning, as in transformers."""
+
+    def __init__(*args: Any, **values: Any) -> None:  # so that namespace(self=...) is possible
+        self, *rest = args
+        values = dict(*rest, **values)
+        for name in values:
+            _check_name(name)
+        jinja2.utils.Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot have {name!r}; names must not begin with _")
+
+
 @functools.cache
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
@@ -139,6 +161,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment.filters["tojson"] = tojson
+    environment.globals["namespace"] = _Namespace
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     return environment

@@ -112,7 +112,9 @@ def test_what_goes_wrong_is_said(source, messages, message):
     "source",
     [
         "{{ messages.__class__.__base__.__subclasses__() }}",
-        "{{ raise_exception.__globals__ }}",
+        "{{ raise_exception.__globals__['os'] }}",
+        "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
+        "{{ namespace(_x=1) }}",
         "{% set _ = messages.append(1) %}{{ messages }}",
         "{{ ''.__class__.mro() }}",
         "{{ cycler.__init__.__globals__.os.system('true') }}",
