@@ -264,9 +264,9 @@ def _show_live(console: Console, pieces: Iterable[Piece], status: Callable[[int,
             first = first or piece.time
             count += piece.token is not None
             *done, line = (line + piece.text).split("\n")
+            live.update(Group(Text(line), Text(status(count - 1, piece.time - first), style="dim")))
             for text in done:
                 console.print(Text(text))
-            live.update(Group(Text(line), Text(status(count - 1, piece.time - first), style="dim")))
     console.print(Text(line))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -377,3 +379,10 @@ def test_a_template_that_refuses_leaves_the_history(model):
     with pytest.raises(ValueError, match="refuses this conversation: no"):
         made.send("b")
     assert len(made.history) == 2
+
+
+def test_the_documentation_runs(capsys):
+    text = (Path(__file__).parents[1] / "docs" / "chat.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(code, "docs/chat.md", "exec"), {"__name__": "docs"})
+    assert re.search(r"\d+ of \d+ tokens were new", capsys.readouterr().out)
