@@ -2,7 +2,7 @@
 
 from jax_monokernel import _export as _export  # for what it registers
 from jax_monokernel._version import __version__
-from jax_monokernel.chat import Chat, Piece, Turn
+from jax_monokernel.chat import Chat, Turn
 from jax_monokernel.chat_template import ChatTemplate
 from jax_monokernel.decode import cancel, decode
 from jax_monokernel.generate import Generation, generate
@@ -33,7 +33,6 @@ __all__ = [
     "LayerSpec",
     "LayerWeights",
     "MemoryReport",
-    "Piece",
     "Plan",
     "Prepared",
     "RopeSpec",

@@ -229,7 +229,7 @@ class Chat:
 
     def _answer(self, message: dict[str, Any], ids: list[int]) -> Generator[Piece, None, None]:
         asked = time.perf_counter()
-        stream = TextStream(self._tokenizer)
+        stream = TextStream(self._tokenizer.decode)
         scan = self._stop.scan()
         said, ends = "", []  # the answer so far, and for each of its tokens the length of text up to it
         count, reason, prefilled, prefill_seconds, decoding = 0, "interrupted", 0, 0.0, _Stopwatch()

@@ -5,17 +5,14 @@ from __future__ import annotations
 import functools
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import Any, SupportsIndex
 
 import tokenizers
 
-from jax_monokernel.protocol import TextTokenizer
+from jax_monokernel.chat_template import ChatTemplate
 from jax_monokernel.safetensors_file import CheckpointError, read_json, read_text, short
-
-if TYPE_CHECKING:
-    from jax_monokernel.chat_template import ChatTemplate
 
 TOKENIZER = "tokenizer.json"
 # What undecodable bytes become; at the end of a text it may be the beginning of a character.
@@ -76,9 +73,6 @@ class Tokenizer:
         Raises:
           CheckpointError: its files are damaged.
         """
-        # Here rather than above: most uses of a tokenizer need no Jinja.
-        from jax_monokernel.chat_template import ChatTemplate
-
         return None if self._folder is None else ChatTemplate.from_folder(self._folder)
 
     @property
@@ -114,19 +108,21 @@ class Tokenizer:
 
     def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
         """Decodes tokens as they come."""
-        return TextStream(self, skip_special_tokens=skip_special_tokens)
+        return TextStream(lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens))
 
 
 class TextStream:
     """Turns tokens into text one by one, holding back what may be an unfinished character.
 
-    The pieces of text, the last from `finish`, join to what `Tokenizer.decode` gives for all tokens at once, as far as
-    the tokens are valid UTF-8.
+    The pieces of text, the last from `finish`, join to what `decode` gives for all tokens at once, as far as the tokens
+    are valid UTF-8.
+
+    Args:
+      decode: the text of token ids, such as `Tokenizer.decode`.
     """
 
-    def __init__(self, tokenizer: Tokenizer | TextTokenizer, *, skip_special_tokens: bool = True):
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self._decode = decode
         # The tokens of the last piece, then those that have no text yet. Some decoders treat the first token of a text
         # in their own way (drop its space), so new tokens are decoded together with those before them.
         self._tokens: list[int] = []
@@ -157,12 +153,6 @@ class TextStream:
         piece = text[len(self._done_text) :] if text.startswith(self._done_text) else self._decode(new)
         self._tokens, self._done, self._done_text = new, len(new), self._decode(new)
         return piece
-
-    def _decode(self, tokens: list[int]) -> str:
-        if self._skip_special_tokens:
-            return self._tokenizer.decode(tokens)
-        assert isinstance(self._tokenizer, Tokenizer)
-        return self._tokenizer.decode(tokens, skip_special_tokens=False)
 
 
 def special_ids(folder: Path, kind: str, backend: tokenizers.Tokenizer | None = None) -> tuple[int, ...]:

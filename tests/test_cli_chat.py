@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
+from jax_monokernel import generate, models
 from jax_monokernel.cli import app
 
 PLAIN = ["chat", "--template", "plain", "-t", "0"]
@@ -44,6 +46,19 @@ def test_a_conversation_through_a_pipe(tmp_path):
     resumed = run("-n", "24", "--no-stats", "--history", str(saved), text="class A:\n/quit\nnever read\n")
     assert resumed.stdout == more.stdout.removeprefix(result.stdout)
     assert resumed.stderr == ""
+
+
+def test_a_checkpoint_with_a_template_of_its_own(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(models.SMALL, folder)
+    path = folder / "tokenizer_config.json"
+    own = "{{ bos_token }}{% for m in messages %}{{ m.role | upper }}\n{{ m.content }}{{ eos_token }}{% endfor %}# A"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": own}))
+    result = run("-n", "12", "--no-stats", text="hello\n", command=["chat", "-t", "0", "--model", str(folder)])
+    assert result.exit_code == 0, result.output
+    model = models.from_pretrained(models.SMALL)
+    ids = [0, *model.tokenizer.encode("USER\nhello<|endoftext|># A", add_special_tokens=False)]
+    assert result.stdout == generate(model, [ids], max_new_tokens=12).text[0] + "\n"
 
 
 def test_templates_stops_and_commands(tmp_path):

@@ -53,7 +53,7 @@ def say(model, seed: int = 0, n: int = 10) -> list[int]:
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.platform)
-@pytest.mark.parametrize(("name", "dtype"), [("nope", "float32"), ("windows", "bfloat16"), ("post_norm", "float16")])
+@pytest.mark.parametrize(("name", "dtype"), [("nope", "float32"), ("post_norm", "bfloat16")])
 def test_single_layers_and_rows_of_a_tape_are_the_weights_bit_for_bit(name, dtype, plan):
     spec = SPECS[name].replace(dtype=dtype)
     weights = random_weights(spec)
@@ -69,9 +69,8 @@ def test_single_layers_and_rows_of_a_tape_are_the_weights_bit_for_bit(name, dtyp
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.platform)
-@pytest.mark.parametrize("name", ["windows", "nope"])
-def test_prefill_reads_a_tape_as_it_reads_weights(name, plan):
-    spec, weights = SPECS[name], random_weights(SPECS[name])
+def test_prefill_reads_a_tape_as_it_reads_weights(plan):
+    spec, weights = SPECS["windows"], random_weights(SPECS["windows"])
     tokens, lengths = jnp.array([prompt(20), prompt(20, 1)]), jnp.array([20, 9])
     state = empty_state(spec, batch=2, capacity=32, key=jax.random.key(0))
     want = _prefill(spec, weights, tokens, lengths, state)
@@ -89,9 +88,8 @@ def test_a_tape_of_another_model_is_refused():
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.platform)
-@pytest.mark.parametrize("tied", [True, False])
-def test_prefill_unpacks_one_layer_at_a_time(plan, tied):
-    spec = LARGER.replace(layers=(LayerSpec(),) * 24, dtype="bfloat16", tied_head=tied)
+def test_prefill_unpacks_one_layer_at_a_time(plan):
+    spec = LARGER.replace(layers=(LayerSpec(),) * 24, dtype="bfloat16", tied_head=True)
     tape = jax.eval_shape(lambda w: pack(spec, w, plan), weight_shapes(spec))
     state = jax.eval_shape(lambda: empty_state(spec, batch=1, capacity=64, key=jax.random.key(0)))
     ints = jax.ShapeDtypeStruct((1, 16), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -112,8 +110,7 @@ class OwnPrefill(Decoder):
         return prefill(spec, weights, tokens, lengths + 1, state)
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
-@pytest.mark.parametrize("kind", [Decoder, OwnPrefill])
+@pytest.mark.parametrize(("kind", "backend"), [(Decoder, None), (Decoder, "reference"), (OwnPrefill, None)])
 def test_without_weights_by_role_the_tokens_are_the_same(kind, backend):
     model = make(1, kind=kind)
     lean = prepare(model, keep_weights=False)
@@ -129,7 +126,8 @@ def test_without_weights_by_role_the_tokens_are_the_same(kind, backend):
 def test_one_copy_of_the_weights_stays(tied):
     spec = LARGER.replace(tied_head=tied)
     gc.collect()
-    before = {id(x) for x in jax.live_arrays()}
+    others = jax.live_arrays()  # kept, so that none of their ids is used again
+    before = {id(x) for x in others}
     model = Decoder(spec, rngs=nnx.Rngs(0))
     report = memory_report(model)
     assert (report.weights, report.tape, report.parameters) == (report.checkpoint, 0, 0)
