@@ -210,9 +210,9 @@ class _Session:
             try:
                 show = _show_live if self.terminal else _show_plain
                 show(self.console, ctrl_c.until_pressed(answer), self.status)
-            except (jax.errors.JaxRuntimeError, ValueError):
+            except (jax.errors.JaxRuntimeError, ValueError) as error:
                 if not ctrl_c.pressed:  # a decode that is stopped raises one of these
-                    raise
+                    raise ValueError(error) from error
             finally:
                 answer.close()  # type: ignore[attr-defined]
         if ctrl_c.pressed:
