@@ -136,7 +136,7 @@ class Terminal:
             self.seen += data.decode(errors="replace")
 
     def press(self, key: str, pattern: str) -> None:
-        """Presses a key until what matches comes: Python loses a Ctrl-C just between a prompt and its waiting for keys."""
+        """Presses a key until what matches comes: Python loses a Ctrl-C between a prompt and its waiting for keys."""
         for _ in range(20):
             self.type(key)
             try:

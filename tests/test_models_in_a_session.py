@@ -161,6 +161,28 @@ def test_a_report_counts_what_is_there():
         memory_report(ready, capacity=0)
 
 
+class Transposing(nnx.Module):
+    """Holds its parameters in a form of its own."""
+
+    spec = SPEC
+
+    def __init__(self):
+        self.inner = jax.tree.map(lambda x: nnx.Param(x.T), nnx.List(jax.tree.leaves(random_weights(SPEC))))
+
+    def decoder_weights(self):
+        leaves = [p[...].T for p in self.inner]
+        return jax.tree.unflatten(jax.tree.structure(random_weights(SPEC)), leaves)
+
+
+def test_parameters_in_another_form_count_beside_the_weights():
+    model = Transposing()
+    assert say(model) == say(make(0))
+    report = memory_report(model)
+    assert report.weights == report.checkpoint
+    assert report.parameters == report.checkpoint - SPEC.hidden_size * 4  # a vector is its own transpose, and one array
+    assert report.copies > 2.99
+
+
 def test_other_weights_of_one_spec_compile_nothing(compilations):
     models = [make(seed) for seed in range(3)]
     want = [say(prepare(model)) for model in models]
