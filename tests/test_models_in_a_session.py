@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import re
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,8 +22,14 @@ from naive import prompt, random_weights
 from jax_monokernel import DecoderSpec, LayerSpec, Plan, RopeSpec, empty_state, memory_report, pack, prefill, prepare
 from jax_monokernel.generate import generate
 from jax_monokernel.models import Decoder
+from jax_monokernel.plan import geometry
 from jax_monokernel.tape_parts import embedding_rows, unpack_layer
 from jax_monokernel.weights import weight_shapes
+
+# Last, so that an installed jax_monokernel is not hidden by its sources.
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.shapes import SHAPES  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -146,6 +153,25 @@ def test_one_copy_of_the_weights_stays(tied):
     assert after.kv_cache == 2 * 2 * spec.num_layers * spec.kv_size * 100 * 2
     assert after.total == after.tape + after.kv_cache
     assert "weights are held 1.0" in str(after)
+
+
+@pytest.mark.parametrize(
+    ("platform", "units", "ratios"),
+    [
+        ("cpu", 2, (1.00, 1.00, 1.00, 1.00, 1.00)),
+        ("cuda", 132, (1.54, 1.21, 1.02, 1.02, 1.01)),
+        ("rocm", 304, (1.93, 1.23, 1.09, 1.05, 1.04)),
+    ],
+)
+def test_tapes_of_larger_models_are_one_copy(platform, units, ratios):
+    """The table in docs/models-in-a-session.md."""
+    names = ("smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b", "llama3.2-1b", "llama3.1-8b")
+    for name, ratio in zip(names, ratios, strict=True):
+        spec = SHAPES[name].spec()
+        geo = geometry(spec, Plan(platform=platform, units=units))
+        tape = 2 * units * geo.unit_elems + 4 * geo.constants
+        tape += 0 if spec.tied_head else 2 * spec.vocab_size * spec.hidden_size
+        assert tape / sum(2 * x.size for x in jax.tree.leaves(weight_shapes(spec))) == pytest.approx(ratio, abs=0.006)
 
 
 def test_a_report_counts_what_is_there():
