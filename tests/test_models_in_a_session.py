@@ -29,7 +29,7 @@ from jax_monokernel.weights import weight_shapes
 # Last, so that an installed jax_monokernel is not hidden by its sources.
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks.shapes import SHAPES  # noqa: E402
+from benchmarks.shapes import SHAPES
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
