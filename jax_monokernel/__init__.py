@@ -1,11 +1,13 @@
 """The whole decode of an LLM request as one XLA custom call."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from jax_monokernel import _export as _export  # for what it registers
 from jax_monokernel._version import __version__
 from jax_monokernel.decode import cancel, decode
 from jax_monokernel.generate import Generation, generate
+from jax_monokernel.memory import MemoryReport, memory_report
 from jax_monokernel.plan import Plan, make_plan
 from jax_monokernel.prefill import prefill
 from jax_monokernel.prepared import Prepared, prepare
@@ -17,12 +19,16 @@ from jax_monokernel.tape import Tape, pack, unpack
 from jax_monokernel.weights import DecoderWeights, LayerWeights, weight_shapes
 
 if TYPE_CHECKING:
+    from jax_monokernel.chat import Chat, Turn
+    from jax_monokernel.chat_template import ChatTemplate
     from jax_monokernel.streaming import Piece, Stream, stream
 
 __all__ = [
     "FULL",
     "RUNNING",
     "STOPPED",
+    "Chat",
+    "ChatTemplate",
     "DecodeResult",
     "DecodeState",
     "DecoderModel",
@@ -32,6 +38,7 @@ __all__ = [
     "GenerationConfig",
     "LayerSpec",
     "LayerWeights",
+    "MemoryReport",
     "Piece",
     "Plan",
     "Prepared",
@@ -39,12 +46,14 @@ __all__ = [
     "SamplingParams",
     "Stream",
     "Tape",
+    "Turn",
     "__version__",
     "cancel",
     "decode",
     "empty_state",
     "generate",
     "make_plan",
+    "memory_report",
     "pack",
     "prefill",
     "prepare",
@@ -55,13 +64,18 @@ __all__ = [
     "weight_shapes",
 ]
 
-_STREAMING = ("Piece", "Stream", "stream")
+# What few programs need, and needs modules of its own.
+_LATER = {
+    "Chat": "chat",
+    "ChatTemplate": "chat_template",
+    "Piece": "streaming",
+    "Stream": "streaming",
+    "Turn": "chat",
+    "stream": "streaming",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # What few programs need, and needs modules of its own.
-    if name in _STREAMING:
-        from jax_monokernel import streaming
-
-        return getattr(streaming, name)
+    if name in _LATER:
+        return getattr(importlib.import_module(f"jax_monokernel.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

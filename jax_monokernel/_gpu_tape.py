@@ -46,23 +46,55 @@ def pack_atoms(spec: DecoderSpec, plan: Plan, weights: DecoderWeights) -> jax.Ar
 
 def unpack_atoms(spec: DecoderSpec, plan: Plan, streams: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
     """The matrices of the layers by role, and the head: the inverse of `pack_atoms`. Jittable."""
-    geo = geometry(spec, plan)
     per_layer, last = _atom_counts(spec, plan)
     places = _places(spec, plan)
     total = per_layer * spec.num_layers + last
     bits = to_bits(streams).reshape(*places.shape, -1)
     atoms = jnp.zeros((total + 1, bits.shape[-1]), bits.dtype).at[places].set(bits)
     layers = atoms[: per_layer * spec.num_layers].reshape(spec.num_layers, per_layer, -1)
+    head = _from_atoms(atoms[None, per_layer * spec.num_layers : total], spec, plan, "head")[0]
+    return _by_role(layers, spec, plan), from_bits(head[: spec.vocab_size, : spec.hidden_size], spec.dtype)
+
+
+def unpack_layer_atoms(spec: DecoderSpec, plan: Plan, streams: jax.Array, index: jax.Array) -> dict[str, jax.Array]:
+    """The matrices of one layer by role, [1, out, in]. Jittable; nothing else of the streams is moved."""
+    first, step, _ = _atom_places(spec, plan)
+    at = jnp.asarray(first) + index * jnp.asarray(step)
+    atoms = _as_atoms(streams, spec, plan)[at]
+    return _by_role(atoms[None], spec, plan)
+
+
+def head_rows(spec: DecoderSpec, plan: Plan, streams: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows of the head, spec.dtype [n, hidden], for int [n]. Jittable."""
+    geo, v, m = geometry(spec, plan), _vector(spec), geometry(spec, plan).matrices["head"]
+    per_tile = m.cols // geo.atom_cols
+    atoms = (rows // plan.tile_rows)[:, None] * per_tile + jnp.arange(per_tile)
+    at = jnp.asarray(_atom_places(spec, plan)[2])[atoms]
+    k_blocks = geo.atom_cols // v
+    inner = (plan.tile_rows, k_blocks, v) if row_major(plan) else (k_blocks, plan.tile_rows, v)
+    found = _as_atoms(streams, spec, plan)[at].reshape(*at.shape, *inner)
+    row = (rows % plan.tile_rows).reshape(-1, 1, 1, 1, 1)
+    found = jnp.take_along_axis(found, row, axis=2 if row_major(plan) else 3)
+    return from_bits(found.reshape(rows.shape[0], m.cols)[:, : spec.hidden_size], spec.dtype)
+
+
+def _as_atoms(streams: jax.Array, spec: DecoderSpec, plan: Plan) -> jax.Array:
+    """[units * waves * atoms of a stream, elements of an atom], as bits."""
+    return to_bits(streams).reshape(-1, plan.wave_size * _vector(spec))
+
+
+def _by_role(layers: jax.Array, spec: DecoderSpec, plan: Plan) -> dict[str, jax.Array]:
+    """Matrices [layers, out, in] from the atoms of layers in the order of `_to_atoms`, bits [layers, atoms, elems]."""
+    geo = geometry(spec, plan)
     found, start = {}, 0
     for p in PHASES[:-1]:
         count = _phase_atoms(spec, plan, p)
         found[p] = _from_atoms(layers[:, start : start + count], spec, plan, p)
         start += count
-    head = _from_atoms(atoms[None, per_layer * spec.num_layers : total], spec, plan, "head")[0]
     shapes = layer_shapes(spec)
     attention, mlp, inner = geo.attention_groups, geo.mlp_groups, geo.inner_cols
     for p, groups in (("qkv", attention), ("o", attention), ("gate_up", mlp), ("down", mlp)):
-        found[p] = found[p].reshape(spec.num_layers, groups, -1, found[p].shape[2])
+        found[p] = found[p].reshape(found[p].shape[0], groups, -1, found[p].shape[2])
     q, kv = spec.q_size // attention, spec.kv_size // attention
     out = {}
     out["q"], out["k"], out["v"] = map(_rows, jnp.split(found["qkv"][:, :, : q + 2 * kv], (q, q + kv), axis=2))
@@ -73,8 +105,7 @@ def unpack_atoms(spec: DecoderSpec, plan: Plan, streams: jax.Array) -> tuple[dic
         out["gate"], out["up"] = _rows(gate[:, :, :inner]), _rows(up[:, :, :inner])
     else:
         out["up"] = _rows(found["gate_up"][:, :, :inner])
-    out = {role: from_bits(x[:, : shapes[role][0], : shapes[role][1]], spec.dtype) for role, x in out.items()}
-    return out, from_bits(head[: spec.vocab_size, : spec.hidden_size], spec.dtype)
+    return {role: from_bits(x[:, : shapes[role][0], : shapes[role][1]], spec.dtype) for role, x in out.items()}
 
 
 def _in_groups(x: jax.Array, groups: int, rows: int) -> jax.Array:
@@ -180,6 +211,24 @@ def _stream_orders(spec: DecoderSpec, plan: Plan) -> tuple[list[np.ndarray], lis
         start += m.tiles * per_row
     none = np.zeros(0, np.int64)
     return [np.concatenate([none, *p]) for p in layer_parts], [np.concatenate([none, *p]) for p in head_parts]
+
+
+@functools.lru_cache(maxsize=8)
+def _atom_places(spec: DecoderSpec, plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The inverse of `_places`, int32, as rows of `_as_atoms`.
+
+    Returns:
+      Where each atom of the first layer is, [atoms of a layer]; how far it moves from layer to layer, likewise; and
+      where each atom of the head is, [atoms of the head].
+    """
+    per_layer, last = _atom_counts(spec, plan)
+    length = geometry(spec, plan).wave_elems // (plan.wave_size * _vector(spec))
+    first, step, head = (np.zeros(n, np.int32) for n in (per_layer, per_layer, last))
+    for stream, (layer, after) in enumerate(zip(*_stream_orders(spec, plan), strict=True)):
+        first[layer] = stream * length + np.arange(len(layer))
+        step[layer] = len(layer)
+        head[after] = stream * length + len(layer) * spec.num_layers + np.arange(len(after))
+    return first, step, head
 
 
 def _places(spec: DecoderSpec, plan: Plan) -> jax.Array:

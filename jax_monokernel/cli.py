@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from jax_monokernel._cli_bench import bench
+from jax_monokernel._cli_chat import chat
 from jax_monokernel._version import __version__
 
 app = typer.Typer(
@@ -162,10 +163,11 @@ def _generate(
 
 
 def _print_stats(made: int, seconds_per_token: float, first: float, tape: Any) -> None:
+    from jax_monokernel._roof import read_roof
+
     rate = tape.bytes_per_token / seconds_per_token
-    share = ""
-    if tape.plan.platform == "cpu":
-        share = f", {_share_of_roof(tape, rate)}"
+    roof = read_roof(tape)
+    share = "" if roof is None else f", {roof.share(rate)}"
     typer.echo(
         f"\n{made} tokens, {1 / seconds_per_token:,.0f} tok/s; weights read at {rate / 1e9:.1f} GB/s{share}; "
         f"first text after {first:.1f} s, compilation included",
@@ -173,15 +175,7 @@ def _print_stats(made: int, seconds_per_token: float, first: float, tape: Any) -
     )
 
 
-def _share_of_roof(tape: Any, rate: float) -> str:
-    from jax_monokernel import _native
-
-    # The roof: how fast as many threads read as many bytes and do nothing else with them, at best. Of larger models a
-    # part is enough: no cache holds 2 GiB either.
-    threads = min(tape.plan.units, _native.available_cpus())
-    size = min(max(tape.bytes_per_token, 1 << 16), 2 << 30)
-    roof = max(_native.read_bandwidth(size, threads, min(max(2 * 10**9 // size, 7), 1000)))
-    return f"{rate / roof:.0%} of the {roof / 1e9:.1f} GB/s that {threads} threads can read"
+app.command(name="chat")(chat)
 
 
 @app.command(name="compile")

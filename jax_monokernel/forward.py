@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax_monokernel.attention import attention, cache_bits, cache_values, cached_attention, softcap
 from jax_monokernel.rope import cos_sin, rotate
 from jax_monokernel.spec import DecoderSpec
+from jax_monokernel.tape import Tape
+from jax_monokernel.tape_parts import embedding_rows, unpack_layer
 from jax_monokernel.weights import DecoderWeights, LayerWeights
 
 # (query f32 [b, t, heads, d], key f32 [b, t, kv_heads, d], value likewise, layer) -> f32 [b, t, heads, d]
@@ -49,9 +51,10 @@ def rms_norm(x: jax.Array, weight: jax.Array | None, spec: DecoderSpec) -> jax.A
     return x * scale * (spec.norm_offset + weight.astype(jnp.float32))
 
 
-def embed(spec: DecoderSpec, weights: DecoderWeights, tokens: jax.Array) -> jax.Array:
+def embed(spec: DecoderSpec, weights: DecoderWeights | Tape, tokens: jax.Array) -> jax.Array:
     """f32 [..., hidden]."""
-    return weights.embedding[tokens].astype(jnp.float32) * spec.embedding_multiplier
+    rows = embedding_rows(weights, tokens) if isinstance(weights, Tape) else weights.embedding[tokens]
+    return rows.astype(jnp.float32) * spec.embedding_multiplier
 
 
 def logits(spec: DecoderSpec, weights: DecoderWeights, x: jax.Array) -> jax.Array:
@@ -97,19 +100,21 @@ def layer(
     return x + spec.residual_multiplier * m
 
 
-def _layer_at(layers: LayerWeights, index: jax.Array) -> LayerWeights:
+def _layer_at(weights: DecoderWeights | Tape, index: jax.Array) -> LayerWeights:
     """One layer's weights, cut out where they are used.
 
     XLA's CPU compiler slices 16-bit floats by way of f32, and then moves the conversion of the whole stack out of the
     loop: three times the memory of the weights. A barrier on the changing index holds it inside, where it is fused.
     """
-    layers, index = jax.lax.optimization_barrier((layers, index))
-    return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, 0, keepdims=False), layers)
+    weights, index = jax.lax.optimization_barrier((weights, index))
+    if isinstance(weights, Tape):
+        return unpack_layer(weights, index)
+    return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, 0, keepdims=False), weights.layers)
 
 
 def _scan_layers(
     spec: DecoderSpec,
-    weights: DecoderWeights,
+    weights: DecoderWeights | Tape,
     x: jax.Array,
     position: jax.Array,
     rope_length: jax.Array,
@@ -120,7 +125,8 @@ def _scan_layers(
 ) -> tuple[jax.Array, Any]:
     """Runs all layers. attend(q, k, v, layer, window, cache) -> (f32 [b, t, heads, d], cache).
 
-    lean: keep XLA from making converted copies of all weights at once, at the price of a slow gradient.
+    lean: keep XLA from making converted copies of all weights at once, at the price of a slow gradient. Needed where
+      the weights are a tape.
     """
     cos, sin = cos_sin(spec, position, rope_length)
     windows = jnp.array([la.window or _NO_WINDOW for la in spec.layers], jnp.int32)
@@ -130,7 +136,7 @@ def _scan_layers(
         x, cache = carry
         index, w, window, rope = this
         if lean:
-            w = _layer_at(weights.layers, index)
+            w = _layer_at(weights, index)
         box = [cache]
 
         def attend_here(q, k, v):
@@ -140,8 +146,8 @@ def _scan_layers(
         x = layer(spec, w, x, cos[rope], sin[rope], attend_here)
         return (x, box[0]), None
 
-    indices = jnp.arange(spec.num_layers)
-    (x, cache), _ = jax.lax.scan(step, (x, cache), (indices, None if lean else weights.layers, windows, ropes))
+    stacked = None if lean or isinstance(weights, Tape) else weights.layers
+    (x, cache), _ = jax.lax.scan(step, (x, cache), (jnp.arange(spec.num_layers), stacked, windows, ropes))
     return x, cache
 
 
@@ -160,7 +166,7 @@ def forward(spec: DecoderSpec, weights: DecoderWeights, tokens: jax.Array) -> ja
 
 def forward_cached(
     spec: DecoderSpec,
-    weights: DecoderWeights,
+    weights: DecoderWeights | Tape,
     k_cache: jax.Array,
     v_cache: jax.Array,
     tokens: jax.Array,
@@ -171,6 +177,7 @@ def forward_cached(
     """Runs tokens that follow what is in the cache, and appends their keys and values.
 
     Args:
+      weights: the model's, by role, or a tape, of which one layer at a time is unpacked.
       k_cache, v_cache: as in DecodeState, or as `cache_bits` of it, which a loop around this should carry.
       tokens: int32 [batch, tokens]; of row b the first count[b] are real, the rest padding.
       position: int32 [batch], place of the first token of each row.

@@ -13,14 +13,14 @@ import numpy as np
 from jax_monokernel.decode import Backend, decode
 from jax_monokernel.generation_config import GenerationConfig
 from jax_monokernel.prefill import bucket, check_ids, check_room, is_continued
-from jax_monokernel.prepared import Prepared, prepared_for
+from jax_monokernel.prepared import Prepared, SourcePrefill, prepared_for
 from jax_monokernel.prompts import Prompt, pad, token_rows
-from jax_monokernel.protocol import DecoderModel, PrefillFunction
+from jax_monokernel.protocol import DecoderModel
 from jax_monokernel.reference import decode_reference
 from jax_monokernel.sampling import SamplingParams, sampling_params
 from jax_monokernel.spec import DecoderSpec
 from jax_monokernel.state import FULL, STOPPED, DecodeResult, DecodeState, check_state, empty_state, request_keys
-from jax_monokernel.tape import Tape
+from jax_monokernel.tape import Tape, unpack
 from jax_monokernel.weights import DecoderWeights
 
 FinishReason = Literal["eos", "length", "capacity"]
@@ -143,7 +143,7 @@ class Request:
         """Prefill and decode. mailbox: as `decode` takes it."""
         reference = self.backend == "reference"
         return _run(
-            self.ready.weights,
+            self.ready.source,
             None if reference else self.ready.tape,
             self.tokens,
             self.counts,
@@ -183,7 +183,7 @@ def checked_request(
     Raises:
       ValueError, TypeError: bad input, saying what was wrong and what was expected.
     """
-    config = _merged(config, max_new_tokens, options)
+    config = merged_config(config, max_new_tokens, options)
     ready = prepared_for(model)
     spec = ready.spec
     if config.eos_token_id is None and "eos_token_id" not in options:
@@ -205,14 +205,14 @@ def checked_request(
     params = sampling_params(config, batch=batch, vocab_size=spec.vocab_size)
     limit = int(np.max(config.max_new_tokens))
     if state is None:
-        key = _checked_key(key, config)
+        key = checked_key(key, config)
         jax.eval_shape(lambda: request_keys(key, batch))  # raises where the key is not usable
         capacity = tokens.shape[1] + bucket(limit) if capacity is None else capacity
         _check_capacity(capacity, counts)
     else:
         check_room(state, counts)
         if key is not None:
-            state = dataclasses.replace(state, key_data=request_keys(_checked_key(key, config), batch))
+            state = dataclasses.replace(state, key_data=request_keys(checked_key(key, config), batch))
 
     return Request(
         ready=ready,
@@ -234,7 +234,7 @@ def checked_request(
     donate_argnames="state",
 )
 def _run(
-    weights: DecoderWeights,
+    weights: DecoderWeights | Tape,
     tape: Tape | None,
     tokens: jax.Array,
     lengths: jax.Array,
@@ -244,7 +244,7 @@ def _run(
     mailbox: jax.Array | None,
     *,
     spec: DecoderSpec,
-    prefill: PrefillFunction,
+    prefill: SourcePrefill,
     capacity: int | None,
     max_new_tokens: int,
     return_log_probs: bool,
@@ -262,6 +262,8 @@ def _run(
     }
     if tape is None:
         # What decode would do after unpacking a tape.
+        if isinstance(weights, Tape):
+            weights = unpack(weights)
         return decode_reference(spec, weights, state, params, **options)
     return decode(tape, state, params, backend=backend, **options)
 
@@ -285,8 +287,8 @@ def _generation(result: DecodeResult, limit: int, ready: Prepared) -> Generation
     )
 
 
-def _merged(config: GenerationConfig | None, max_new_tokens: Any, options: dict[str, Any]) -> GenerationConfig:
-    """The config with a call's own options."""
+def merged_config(config: GenerationConfig | None, max_new_tokens: Any, options: dict[str, Any]) -> GenerationConfig:
+    """The config with a call's own options, checked."""
     if config is None:
         config = GenerationConfig()
     if not isinstance(config, GenerationConfig):
@@ -307,7 +309,8 @@ def _merged(config: GenerationConfig | None, max_new_tokens: Any, options: dict[
     return config
 
 
-def _checked_key(key: Any, config: GenerationConfig) -> jax.Array:
+def checked_key(key: Any, config: GenerationConfig) -> jax.Array:
+    """The key, or any where the config samples nothing. Raises ValueError for one that is missing or no key."""
     if key is None:
         if np.any(np.asarray(config.do_sample) & (np.asarray(config.temperature) > 0)):
             raise ValueError("sampling needs a key; pass key=jax.random.key(seed)")

@@ -13,6 +13,7 @@ from jax_monokernel.attention import cache_bits, cache_values
 from jax_monokernel.forward import forward_cached
 from jax_monokernel.spec import DecoderSpec
 from jax_monokernel.state import FULL, RUNNING, STOPPED, DecodeState, check_state
+from jax_monokernel.tape import Tape, check_layout
 from jax_monokernel.weights import DecoderWeights
 
 # Prompt tokens that go through the model together. Longer chunks hold more activations at once and are hardly faster.
@@ -30,7 +31,7 @@ def bucket(n: int) -> int:
 
 def prefill(
     spec: DecoderSpec,
-    weights: DecoderWeights,
+    weights: DecoderWeights | Tape,
     tokens: jax.Array,
     lengths: jax.Array,
     state: DecodeState,
@@ -53,7 +54,8 @@ def prefill(
 
     Args:
       spec: the model.
-      weights: its weights, as `weight_shapes(spec)` lists them.
+      weights: its weights, as `weight_shapes(spec)` lists them. A tape stands for the weights it was packed from: its
+        layers are unpacked one at a time.
       tokens: int32 [batch, width]; of row b the first lengths[b] are its prompt, the rest may be anything.
       lengths: int32 [batch], 0 to width.
       state: where each row stands.
@@ -65,6 +67,10 @@ def prefill(
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; expected at least 1")
+    if isinstance(weights, Tape):
+        check_layout(weights)
+        if weights.spec != spec:
+            raise ValueError("spec is not the one that the tape was packed for; pass tape.spec")
     _check(spec, tokens, lengths, state)
     return _prefill(spec, weights, tokens, lengths, state, chunk)
 
@@ -77,7 +83,12 @@ def is_continued(state: DecodeState) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def _prefill(
-    spec: DecoderSpec, weights: DecoderWeights, tokens: jax.Array, lengths: jax.Array, state: DecodeState, chunk: int
+    spec: DecoderSpec,
+    weights: DecoderWeights | Tape,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    state: DecodeState,
+    chunk: int,
 ) -> DecodeState:
     batch, width = tokens.shape
     tokens, lengths = tokens.astype(jnp.int32), jnp.clip(lengths, 0, width).astype(jnp.int32)

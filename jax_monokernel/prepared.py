@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,32 +17,67 @@ from jax_monokernel.plan import Plan, make_plan
 from jax_monokernel.prefill import prefill
 from jax_monokernel.protocol import DecoderModel, PrefillFunction, TextTokenizer
 from jax_monokernel.spec import DecoderSpec
-from jax_monokernel.tape import Tape, pack
+from jax_monokernel.state import DecodeState
+from jax_monokernel.tape import Tape, pack, unpack
 from jax_monokernel.weights import DecoderWeights, check_weights
 
+# As `PrefillFunction`, from weights by role or from a tape.
+SourcePrefill = Callable[[DecoderSpec, DecoderWeights | Tape, jax.Array, jax.Array, DecodeState], DecodeState]
+
 _pack = jax.jit(pack, static_argnums=(0, 2))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2), donate_argnums=3, keep_unused=True)
+def _pack_over(spec: DecoderSpec, weights: DecoderWeights, plan: Plan, old: tuple[jax.Array, jax.Array]) -> Tape:
+    """As `_pack`, into the memory of another tape's streams and constants."""
+    return pack(spec, weights, plan)
 
 
 class PackedWeights:
     """A model's weights as they were at one time, by role (for prefill) and as a tape (for decode).
 
-    The tape is packed when it is first asked for.
+    The tape is packed when it is first asked for. Either may be all that there is.
     """
 
-    def __init__(self, spec: DecoderSpec, weights: DecoderWeights, plan: Plan | None = None):
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        weights: DecoderWeights | None,
+        plan: Plan | None = None,
+        tape: Tape | None = None,
+    ):
         self.spec = spec
         self.weights = weights
-        self._plan = plan
-        self._tape: Tape | None = None
+        self.plan = plan
+        self._tape = tape
+        self._gone = False
         self._lock = threading.Lock()
 
     @property
     def tape(self) -> Tape:
         """The packed weights; another copy of them."""
         with self._lock:
+            if self._gone:
+                raise ValueError("these weights were used up by repack(donate=True); use what it returned")
             if self._tape is None:
-                self._tape = _pack(self.spec, self.weights, self._plan or make_plan(self.spec))
+                assert self.weights is not None
+                self._tape = _pack(self.spec, self.weights, self.plan or make_plan(self.spec))
             return self._tape
+
+    @property
+    def tape_if_packed(self) -> Tape | None:
+        """The tape, or None where nothing has asked for it yet."""
+        with self._lock:
+            return self._tape
+
+    def use_up(self) -> Tape:
+        """The tape, for good: it cannot be had again."""
+        tape = self.tape
+        with self._lock:
+            if self._gone:  # by another thread, just now
+                raise ValueError("these weights were used up by repack(donate=True); use what it returned")
+            self._gone, self._tape, self.weights = True, None, None
+        return tape
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +85,7 @@ class Prepared:
     """All that `generate` needs of a model, with its weights as they were when this was made."""
 
     packed: PackedWeights
-    prefill: PrefillFunction
+    prefill: SourcePrefill
     tokenizer: TextTokenizer | None
     eos_token_id: tuple[int, ...]
 
@@ -59,16 +96,63 @@ class Prepared:
 
     @property
     def weights(self) -> DecoderWeights:
-        """The weights by role."""
+        """The weights by role.
+
+        Raises:
+          ValueError: they were not kept.
+        """
+        if self.packed.weights is None:
+            raise ValueError("the weights by role were not kept; use `source`, or prepare(model, keep_weights=True)")
         return self.packed.weights
+
+    @property
+    def source(self) -> DecoderWeights | Tape:
+        """What `prefill` reads: the weights by role where they are kept, else the tape."""
+        weights = self.packed.weights
+        return self.packed.tape if weights is None else weights
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether the weights are held by role as well."""
+        return self.packed.weights is not None
 
     @property
     def tape(self) -> Tape:
         """The weights as decode reads them."""
         return self.packed.tape
 
+    def repack(self, model: DecoderModel | DecoderWeights, *, donate: bool = False) -> Prepared:
+        """The same with other weights: after a training step, with a LoRA merged, or another model of equal spec.
 
-def prepare(model: DecoderModel | Prepared, plan: Plan | None = None) -> Prepared:
+        Packing, prefill and decode are the same compiled programs with other operands.
+
+        Args:
+          model: the new weights, or a model that has them. A model's tokenizer and eos_token_id are used as well.
+          donate: write the new tape over this one's memory. This one cannot be used afterwards; decodes that are
+            running finish first.
+
+        Raises:
+          ValueError: another spec, weights that do not fit it, or something that was used up before.
+        """
+        spec, plan = self.spec, self.tape.plan
+        if isinstance(model, DecoderWeights):
+            check_weights(spec, model)
+            weights, described = model, self
+        else:
+            if _checked_spec(model) != spec:
+                raise ValueError("the model has another spec than the one that was packed; use prepare(model)")
+            weights, described = _checked_weights(model, spec), _describe(model, self.packed)
+        keep = self.keeps_weights
+        if donate:
+            old = self.packed.use_up()
+            tape = _pack_over(spec, weights, plan, (old.streams, old.constants))
+        else:
+            tape = _pack(spec, weights, plan)
+        packed = PackedWeights(spec, weights if keep else None, plan, tape)
+        return dataclasses.replace(described, packed=packed)
+
+
+def prepare(model: DecoderModel | Prepared, plan: Plan | None = None, *, keep_weights: bool = True) -> Prepared:
     """Packs a model's weights; `generate` takes the result in place of the model.
 
     `generate(model, ...)` does this by itself and keeps the tape while the model lives and its parameters stay the same
@@ -77,17 +161,22 @@ def prepare(model: DecoderModel | Prepared, plan: Plan | None = None) -> Prepare
 
     Args:
       model: see `DecoderModel`.
-      plan: device geometry; by default that of this machine's CPU.
+      plan: device geometry; by default that of where JAX puts arrays.
+      keep_weights: whether to hold the weights by role as well. If not, prefill unpacks one layer after the other from
+        the tape, and once the model itself is dropped, memory holds one copy of the weights. A `prefill` that the model
+        brings gets them unpacked all at once, for the time of a call.
 
     Raises:
       ValueError: not such a model, or weights that do not fit its spec.
     """
     if isinstance(model, Prepared):
-        return model
+        if keep_weights or not model.keeps_weights:
+            return model
+        return dataclasses.replace(model, packed=PackedWeights(model.spec, None, model.tape.plan, model.tape))
     spec = _checked_spec(model)
-    prepared = _describe(model, PackedWeights(spec, _checked_weights(model, spec), plan))
-    _ = prepared.tape
-    return prepared
+    packed = PackedWeights(spec, _checked_weights(model, spec), plan)
+    tape = jax.block_until_ready(packed.tape)
+    return _describe(model, packed if keep_weights else PackedWeights(spec, None, tape.plan, tape))
 
 
 def prepared_for(model: DecoderModel | Prepared) -> Prepared:
@@ -151,12 +240,27 @@ def _describe(model: DecoderModel, packed: PackedWeights) -> Prepared:
             f"{type(model).__name__}.prefill must be a staticmethod (spec, weights, tokens, lengths, state) -> state: "
             "what it needs of the model comes in as weights, so that it compiles once"
         )
+    if function is not prefill:
+        function = _from_tapes_too(function)
     tokenizer = getattr(model, "tokenizer", None)
     eos = getattr(model, "eos_token_id", None)
     if eos is None:
         eos = getattr(tokenizer, "eos_token_id", None)
     ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     return Prepared(packed, function, tokenizer, ids)
+
+
+@functools.lru_cache(maxsize=64)
+def _from_tapes_too(function: PrefillFunction) -> SourcePrefill:
+    """A model's own prefill, which knows weights by role, given either. The same function each time, as jit needs."""
+
+    def prefill_unpacked(
+        spec: DecoderSpec, weights: DecoderWeights | Tape, tokens: jax.Array, lengths: jax.Array, state: DecodeState
+    ) -> DecodeState:
+        by_role = unpack(weights) if isinstance(weights, Tape) else weights
+        return function(spec, by_role, tokens, lengths, state)
+
+    return prefill_unpacked
 
 
 def _checked_spec(model: DecoderModel) -> DecoderSpec:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -114,60 +116,66 @@ def unpack(tape: Tape) -> DecoderWeights:
     """
     check_layout(tape)
     spec, plan, geo = tape.spec, tape.plan, geometry(tape.spec, tape.plan)
-    shapes = layer_shapes(spec)
-    streams = to_bits(tape.streams)
     if plan.platform != "cpu":
-        return _unpacked(tape, *unpack_atoms(spec, plan, tape.streams))
-
-    def matrix(phase: str) -> jax.Array:
-        """[layers, tiles, rows of a tile, cols], padding included."""
-        m = geo.matrices[phase]
-        runs = []
-        for u in range(plan.units):
-            count = (m.begin[u + 1] - m.begin[u]) * m.tile_elems
-            stream = streams[u]
-            if phase == "head":
-                run = stream[None, m.offset[u] : m.offset[u] + count]
-            else:
-                per_layer = stream[: geo.layer_elems * spec.num_layers].reshape(spec.num_layers, geo.layer_elems)
-                run = per_layer[:, m.offset[u] : m.offset[u] + count]
-            runs.append(run.reshape(run.shape[0], -1, m.cols // geo.k_group, plan.tile_rows, geo.k_group))
-        tiles = jnp.concatenate(runs, axis=1)
-        return tiles.transpose(0, 1, 3, 2, 4).reshape(*tiles.shape[:2], plan.tile_rows, m.cols)
-
-    def rows(tiles: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        return tiles.reshape(tiles.shape[0], -1, tiles.shape[-1])[:, : shape[0], : shape[1]]
-
-    layers: dict[str, jax.Array] = {}
-    q, kv, hidden = spec.q_size, spec.kv_size, spec.hidden_size
-    qkv = rows(matrix("qkv"), (q + 2 * kv, hidden))
-    layers["q"], layers["k"], layers["v"] = jnp.split(qkv, (q, q + kv), axis=1)
-    layers["o"] = rows(matrix("o"), shapes["o"])
-    layers["down"] = rows(matrix("down"), shapes["down"])
-    gate_up = matrix("gate_up")
-    if spec.gated:
-        layers["gate"], layers["up"] = (rows(gate_up[:, half::2], shapes["up"]) for half in (0, 1))
+        layers, head = unpack_atoms(spec, plan, tape.streams)
     else:
-        layers["up"] = rows(gate_up, shapes["up"])
-    layers = {role: from_bits(value, spec.dtype) for role, value in layers.items()}
-    head = from_bits(rows(matrix("head"), (spec.vocab_size, hidden))[0], spec.dtype)
-    return _unpacked(tape, layers, head)
-
-
-def _unpacked(tape: Tape, layers: dict[str, jax.Array], head: jax.Array) -> DecoderWeights:
-    spec, geo = tape.spec, geometry(tape.spec, tape.plan)
-    shapes = layer_shapes(spec)
+        bits, m = to_bits(tape.streams), geo.matrices["head"]
+        size = geo.layer_elems * spec.num_layers
+        layers = layer_matrices(spec, plan, [stream[:size].reshape(spec.num_layers, -1) for stream in bits])
+        ends = [size + (b - a) * m.tile_elems for a, b in itertools.pairwise(m.begin)]
+        heads = [stream[None, size:end] for stream, end in zip(bits, ends, strict=True)]
+        head = from_bits(_rows(heads, m, plan, geo)[0, : spec.vocab_size, : spec.hidden_size], spec.dtype)
     constants = tape.constants[geo.layer_constants_offset :].reshape(spec.num_layers, geo.layer_constants)
-    for role in VECTOR_ROLES:
-        if role in shapes:
-            start = geo.vector_offset[role]
-            layers[role] = constants[:, start : start + shapes[role][0]].astype(spec.dtype)
     return DecoderWeights(
         embedding=head if tape.embedding is None else tape.embedding,
-        layers=LayerWeights(**layers),
+        layers=LayerWeights(**layers, **layer_vectors(spec, plan, constants)),
         final_norm=tape.constants[: spec.hidden_size].astype(spec.dtype),
         head=None if spec.tied_head else head,
     )
+
+
+def layer_matrices(spec: DecoderSpec, plan: Plan, streams: Sequence[jax.Array] | jax.Array) -> dict[str, jax.Array]:
+    """Matrices of some layers by role, [layers, out, in], from a CPU tape.
+
+    Args:
+      spec: the model.
+      plan: what the tape is packed for.
+      streams: each unit's part of these layers, as bits [layers, layer_elems].
+    """
+    geo, shapes = geometry(spec, plan), layer_shapes(spec)
+
+    def rows(phase: str) -> jax.Array:
+        m = geo.matrices[phase]
+        sizes = [(b - a) * m.tile_elems for a, b in itertools.pairwise(m.begin)]
+        runs = [s[:, start : start + n] for s, start, n in zip(streams, m.offset, sizes, strict=True)]
+        return _rows(runs, m, plan, geo)
+
+    q, kv = spec.q_size, spec.kv_size
+    qkv = rows("qkv")[:, : q + 2 * kv]
+    layers = {"o": rows("o"), "down": rows("down"), "up": rows("gate_up")}
+    layers["q"], layers["k"], layers["v"] = jnp.split(qkv, (q, q + kv), axis=1)
+    if spec.gated:
+        up = layers["up"]
+        pairs = up.reshape(up.shape[0], -1, 2, plan.tile_rows, up.shape[2])
+        layers["gate"], layers["up"] = (pairs[:, :, i].reshape(up.shape[0], -1, up.shape[2]) for i in (0, 1))
+    return {role: from_bits(x[:, : shapes[role][0], : shapes[role][1]], spec.dtype) for role, x in layers.items()}
+
+
+def _rows(runs: Sequence[jax.Array], m: Matrix, plan: Plan, geo: Geometry) -> jax.Array:
+    """Units' runs of tiles, each [layers, elems], as a matrix [layers, rows, cols], padding included."""
+    tiles = [run.reshape(run.shape[0], -1, m.cols // geo.k_group, plan.tile_rows, geo.k_group) for run in runs]
+    return jnp.concatenate(tiles, axis=1).transpose(0, 1, 3, 2, 4).reshape(runs[0].shape[0], m.rows, m.cols)
+
+
+def layer_vectors(spec: DecoderSpec, plan: Plan, constants: jax.Array) -> dict[str, jax.Array]:
+    """Norms and biases of some layers by role, [layers, size], from their constants f32 [layers, layer_constants]."""
+    geo, shapes = geometry(spec, plan), layer_shapes(spec)
+    start = geo.vector_offset
+    return {
+        role: constants[:, start[role] : start[role] + shapes[role][0]].astype(spec.dtype)
+        for role in VECTOR_ROLES
+        if role in shapes
+    }
 
 
 def check_layout(tape: Tape) -> None:

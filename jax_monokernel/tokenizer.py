@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +11,7 @@ from typing import Any, SupportsIndex
 
 import tokenizers
 
+from jax_monokernel.chat_template import ChatTemplate
 from jax_monokernel.safetensors_file import CheckpointError, read_json, read_text, short
 
 TOKENIZER = "tokenizer.json"
@@ -34,6 +36,7 @@ class Tokenizer:
         self.backend = backend
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
+        self._folder: Path | None = None  # of the checkpoint
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
@@ -59,7 +62,18 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing more special
             raise CheckpointError(f"{path} is not a tokenizer that `tokenizers` can read: {error}") from error
         bos = special_ids(folder, "bos", backend)
-        return cls(backend, bos_token_id=bos[0] if bos else None, eos_token_id=special_ids(folder, "eos", backend))
+        made = cls(backend, bos_token_id=bos[0] if bos else None, eos_token_id=special_ids(folder, "eos", backend))
+        made._folder = folder
+        return made
+
+    @functools.cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The checkpoint's chat template, read at first use; None where it has none.
+
+        Raises:
+          CheckpointError: its files are damaged.
+        """
+        return None if self._folder is None else ChatTemplate.from_folder(self._folder)
 
     @property
     def vocab_size(self) -> int:

@@ -67,6 +67,21 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture
+def compilations():
+    """Names of what XLA compiles during a test."""
+    seen: list[str] = []
+    active = [True]
+
+    def listen(event, _duration, **_):
+        if active[0] and event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    active[0] = False
+
+
 @pytest.fixture(scope="session")
 def fake_gpu_library(tmp_path_factory: pytest.TempPathFactory):
     """A stand-in for GPU drivers and compilers (gpu_fakes.py)."""

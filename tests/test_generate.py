@@ -57,21 +57,6 @@ def speaker():
     return make(Speaker)
 
 
-@pytest.fixture
-def compilations():
-    """Names of what XLA compiles during a test."""
-    seen: list[str] = []
-    active = [True]
-
-    def listen(event, _duration, **_):
-        if active[0] and event == "/jax/core/compile/backend_compile_duration":
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    active[0] = False
-
-
 def naive_tokens(ids, steps, row=0, batch=1, key=KEY, **options) -> list[int]:
     key_data = jax.random.key_data(jax.random.fold_in(key, row))
     naive = NaiveRow(SPEC, random_weights(SPEC), np.asarray(key_data))
