@@ -139,8 +139,9 @@ def test_groups_on_dies_and_elsewhere(rocm):
     spec = spec_of("windows")
     tape = jax.tree.map(jnp.asarray, gpu_tape_of(spec, gpu_plan(spec, 64, 4, groups=2)))
     state, params, want = state_of(spec), mixed_params(spec, 3), reference_of_mixed(spec)
-    # Not the device of the other tests: it remembers what was found.
-    operands = jax.device_put((tape, state, params), jax.devices()[1])
+    # No other test's device: it remembers what was found.
+    rocm.devices = 3
+    operands = jax.device_put((tape, state, params), jax.devices()[2])
     for dies, launches in ((2, 1), (3, 2), (2, 1)):
         rocm.dies = dies
         before = rocm.launches
@@ -151,6 +152,7 @@ def test_groups_on_dies_and_elsewhere(rocm):
 def test_a_timeline(rocm, environment, tmp_path):
     environment("MONOKERNEL_TRACE", str(tmp_path / "timeline"))
     spec = spec_of("windows")
+    jax.block_until_ready(run(*mixed(spec)))  # opens the device
     before = rocm.allocations
     got = jax.block_until_ready(run(*mixed(spec), steps=20))
     np.testing.assert_array_equal(got.tokens[:, :STEPS], reference_of_mixed(spec).tokens)
