@@ -68,8 +68,9 @@ def stream(
     Tokens, text and log-probabilities are those of `generate`; the pieces of a row join to its text. Pieces come in
     order of time. It is another compiled function than `generate`'s, so the first stream of a shape compiles.
 
+    The other arguments are those of `generate`.
+
     Args:
-      model, prompt, max_new_tokens, config, capacity, backend, **options: as in `generate`.
       key: `jax.random.key(seed)`, for sampling.
       lengths: int [batch], of the prompts, if they are an array.
       state: a state to go on from, which is used up; arrays [batch, ...].
