@@ -176,7 +176,7 @@ def test_lost_word_is_noticed():
     """The check of visibility works: without sc1, words are not seen by others, or are reported."""
     kernel = one_chunk("plain", "float32", 1)
     text = kernel.assembly.read_text()
-    broken = kernel.assembly.with_name("broken.s")
+    broken = kernel.assembly.with_name(f"{kernel.assembly.stem}-broken.s")
     broken.write_text(gfx942.without_scope(text))
     object.__setattr__(kernel, "assembly", broken)  # a cached property
     state = state_of(kernel.spec, (3,))
