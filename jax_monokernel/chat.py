@@ -281,8 +281,8 @@ class Chat:
     def _take_state(self) -> DecodeState:
         """The state, to be used up.
 
-        Whoever takes it puts a new one in its place as the very last thing. Where that fails or is interrupted, nothing
-        is left of the cache, and the next turn prefills everything.
+        Whoever takes it puts a new one in its place as the very last thing. Where that fails, nothing is left of the
+        cache, and the next turn prefills everything.
         """
         state, self._state = self._state, None
         if state is None:
