@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import math
 import threading
 import time
 import weakref
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import numpy as np
 
+from jax_monokernel import _native
 from jax_monokernel.decode import Backend
 from jax_monokernel.generate import Generation, Request, checked_request
 from jax_monokernel.generation_config import GenerationConfig
@@ -25,8 +27,8 @@ from jax_monokernel.protocol import DecoderModel
 from jax_monokernel.state import DecodeResult, DecodeState
 from jax_monokernel.tokenizer import TextStream
 
-# Seconds that pass at least between two times that the reader wakes up. Nobody sees so short a delay, and each time
-# costs a core tens of microseconds.
+# Seconds that pass at least between two times that a reader takes what has come, if it takes no core from the kernel:
+# nobody sees so short a delay, and each time costs both of them tens of microseconds.
 _NAP = 1e-3
 # Seconds after which a reader that waits looks around, in case that what should have woken it was lost.
 _LOOK = 0.5
@@ -55,6 +57,7 @@ def stream(
     capacity: int | None = None,
     return_log_probs: bool = True,
     backend: Backend | None = None,
+    max_delay: float = 0.02,
     **options: Any,
 ) -> Stream:
     """Continues prompts as `generate` does, and yields each token while the rest is being made.
@@ -75,6 +78,8 @@ def stream(
       lengths: int [batch], of the prompts, if they are an array.
       state: a state to go on from, which is used up; arrays [batch, ...].
       return_log_probs: whether pieces have them.
+      max_delay: seconds that pieces after the first may wait to be taken together, as each time that the reader wakes
+        up takes a core from a kernel that has all of them. Where it takes none, 1 ms is the most. 0: each at once.
 
     Returns:
       A `Stream`; its `result` is what `generate` would have returned, or as much of it as was made.
@@ -84,6 +89,8 @@ def stream(
       MemoryError: there is no room for so many tokens.
     """
     started = time.monotonic()
+    if not isinstance(max_delay, int | float) or not 0 <= max_delay < math.inf:
+        raise ValueError(f"max_delay is {max_delay!r}; expected seconds, 0 or more")
     request = checked_request(
         model,
         prompt,
@@ -97,7 +104,7 @@ def stream(
         backend=backend,
         options=options,
     )
-    return Stream(request, started)
+    return Stream(request, started, max_delay)
 
 
 class Stream:
@@ -106,7 +113,7 @@ class Stream:
     A `for` or `async for` loop over it that ends early ends the call; so do `close`, `with`, and dropping the object.
     """
 
-    def __init__(self, request: Request, started: float):
+    def __init__(self, request: Request, started: float, max_delay: float):
         self._request = request
         self._started_ns = Mailbox.now_ns() - int((time.monotonic() - started) * 1e9)
         self._box = Mailbox(request.batch, request.steps)
@@ -117,7 +124,8 @@ class Stream:
         self._texts = [TextStream(tokenizer.decode) for _ in range(request.batch)] if tokenizer is not None else None
         self._log_probs = request.return_log_probs
         self._pieces: deque[Piece] = deque()
-        self._woke, self._gap = 0.0, _NAP  # when pieces came, and how long after those before
+        self._max_delay = max_delay
+        self._woke, self._gap = 0.0, 0.0  # when pieces were taken, and how long after those before
         self._result: Generation | None = None
         self._left = False
         numbers = operand(self._box)
@@ -155,15 +163,11 @@ class Stream:
     async def __anext__(self) -> Piece:
         try:
             while not self._pieces and not self._fill(0.0):
-                if (nap := self._nap()) > 0:
-                    await asyncio.sleep(nap)
-                else:
-                    await _news(self._box)
+                await _news(self._box, self._nap())
         except BaseException:
             await self.aclose()
             raise
         if not self._pieces:
-            await asyncio.to_thread(self._call.join)
             self._end()
             raise StopAsyncIteration
         return self._pieces.popleft()
@@ -173,16 +177,14 @@ class Stream:
 
         For every token the kernel has thrown this code out of the caches, so what is short here is quick.
         """
-        if wait_s and (nap := self._nap()) > 0:
-            time.sleep(nap)
         finished = self._box.finished  # before looking
-        for row, index, token, log_prob, time_ns in self._box.take(wait_s):
+        for row, index, token, log_prob, time_ns in self._box.take(wait_s, self._nap() if wait_s else 0.0):
             chance = log_prob if self._log_probs else None
             text = self._text(row, index, token)
             self._pieces.append(Piece(text, token, chance, (time_ns - self._started_ns) * 1e-9, row, index))
         if self._pieces:
             now = time.monotonic()
-            self._woke, self._gap = now, now - self._woke
+            self._woke, self._gap = now, now - self._woke if self._woke else 0.0
         return bool(self._pieces) or finished
 
     def _text(self, row: int, index: int, token: int) -> str:
@@ -194,8 +196,9 @@ class Stream:
         return text
 
     def _nap(self) -> float:
-        """Seconds to sleep before waiting for a change: more than 0 where changes come faster than is of use."""
-        return self._woke + _NAP - time.monotonic() if self._gap < 2 * _NAP else 0.0
+        """Seconds to sleep before waiting for tokens: more than 0 where they come faster than is of use."""
+        nap = self._max_delay if _native.all_cpus_decode() else min(self._max_delay, _NAP)
+        return self._woke + nap - time.monotonic() if self._gap < 2 * nap else 0.0
 
     # ---- The end ----
 
@@ -216,7 +219,8 @@ class Stream:
     async def aclose(self) -> None:
         """As `close`; other tasks run meanwhile."""
         self._stop()
-        await asyncio.to_thread(self._call.join)
+        if not self._box.finished:
+            await asyncio.to_thread(self._call.join)
 
     def __enter__(self) -> Stream:
         return self
@@ -287,7 +291,9 @@ class _Call:
     ) -> None:
         try:
             with settings():
-                self._value = jax.block_until_ready(run())
+                value = run()
+                value.lengths.block_until_ready()  # as all of them are, and quicker than to ask each
+                self._value = value
         except BaseException as error:
             self._error = error
         finally:
@@ -320,33 +326,42 @@ def _end_calls() -> None:
 
 def _thread_settings() -> Callable[[], contextlib.AbstractContextManager[object]]:
     """JAX's settings of this thread that decide about values, for another thread."""
-    config: Any = jax.config  # whose attributes mypy does not know
-    contexts: list[tuple[Callable[[Any], contextlib.AbstractContextManager[object]], Any]] = [
-        (jax.default_device, config.jax_default_device),
-        (jax.default_matmul_precision, config.jax_default_matmul_precision),
-        (jax.numpy_dtype_promotion, config.jax_numpy_dtype_promotion),
-        (jax.enable_x64, config.jax_enable_x64),
-    ]
+    contexts: dict[str, Callable[[Any], contextlib.AbstractContextManager[object]]] = {
+        "jax_default_device": jax.default_device,
+        "jax_default_matmul_precision": jax.default_matmul_precision,
+        "jax_numpy_dtype_promotion": jax.numpy_dtype_promotion,
+        "jax_enable_x64": jax.enable_x64,
+    }
+    values = {name: getattr(jax.config, name) for name in contexts}
 
     def enter() -> contextlib.ExitStack:
         stack = contextlib.ExitStack()
-        for context, value in contexts:
-            stack.enter_context(context(value))
+        for name, value in values.items():
+            if getattr(jax.config, name) != value:
+                stack.enter_context(contexts[name](value))
         return stack
 
     return enter
 
 
-async def _news(box: Mailbox) -> None:
-    """Waits until there is something to take."""
+async def _news(box: Mailbox, nap: float) -> None:
+    """Waits until there is something to take; with a nap so many seconds, which only the end of the call ends."""
     file = box.fileno()  # before arm(), after which it is written to
-    if not box.arm():
+    if not box.arm(nap > 0):
         return
     loop = asyncio.get_running_loop()
-    readable = loop.create_future()
-    loop.add_reader(file, lambda: None if readable.done() else readable.set_result(None))
+    awake = loop.create_future()
+
+    def wake() -> None:
+        if not awake.done():
+            awake.set_result(None)
+
+    loop.add_reader(file, wake)
+    timer = loop.call_later(nap, wake) if nap > 0 else None
     try:
-        await readable
+        await awake
     finally:
+        if timer is not None:
+            timer.cancel()
         loop.remove_reader(file)
         box.drain()
