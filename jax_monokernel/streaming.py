@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -117,7 +117,7 @@ class Stream:
         self._request = request
         self._started_ns = Mailbox.now_ns() - int((time.monotonic() - started) * 1e9)
         self._box = Mailbox(request.batch, request.steps)
-        self._last = request.row_limits() - 1
+        self._last = (request.row_limits() - 1).tolist()
         self._eos = frozenset(cast(tuple[int, ...], request.config.eos_token_id or ()))  # whatever it was given
         tokenizer = request.ready.tokenizer
         # A tokenizer may be anything that has `decode`.
@@ -128,6 +128,7 @@ class Stream:
         self._woke, self._gap = 0.0, 0.0  # when pieces were taken, and how long after those before
         self._result: Generation | None = None
         self._left = False
+        self._bell: _Bell | None = None  # of the event loop that reads
         numbers = operand(self._box)
         self._call = _Call(self._box, lambda: request.run(numbers))
 
@@ -161,15 +162,21 @@ class Stream:
         return _AsyncPieces(self)
 
     async def __anext__(self) -> Piece:
-        try:
-            while not self._pieces and not self._fill(0.0):
-                await _news(self._box, self._nap())
-        except BaseException:
-            await self.aclose()
-            raise
         if not self._pieces:
-            self._end()
-            raise StopAsyncIteration
+            try:
+                bell = self._bell_here()
+                while True:
+                    if (awake := bell.set(self._nap())) is not None:
+                        await awake
+                    if self._fill(0.0):
+                        break
+            except BaseException:
+                await self.aclose()
+                raise
+            if not self._pieces:
+                self._close_bell()
+                self._end()
+                raise StopAsyncIteration
         return self._pieces.popleft()
 
     def _fill(self, wait_s: float) -> bool:
@@ -194,6 +201,17 @@ class Stream:
         if index == self._last[row] or token in self._eos:
             text += self._texts[row].finish()
         return text
+
+    def _bell_here(self) -> _Bell:
+        if self._bell is None or self._bell.loop is not asyncio.get_running_loop():
+            self._close_bell()
+            self._bell = _Bell(self._box)
+        return self._bell
+
+    def _close_bell(self) -> None:
+        if self._bell is not None:
+            self._bell.close()
+            self._bell = None
 
     def _nap(self) -> float:
         """Seconds to sleep before waiting for tokens: more than 0 where they come faster than is of use."""
@@ -242,6 +260,7 @@ class Stream:
     def _stop(self) -> None:
         self._left = True
         self._box.stop()
+        self._close_bell()
 
     @property
     def result(self) -> Generation:
@@ -266,11 +285,45 @@ class _AsyncPieces:
     def __aiter__(self) -> AsyncIterator[Piece]:
         return self
 
-    async def __anext__(self) -> Piece:
-        return await self._stream.__anext__()
+    def __anext__(self) -> Coroutine[Any, Any, Piece]:
+        return self._stream.__anext__()
 
     def __del__(self) -> None:
         self._stream._stop()
+
+
+class _Bell:
+    """Wakes a task when its mailbox does. The loop holds it, with the mailbox's file, until `close`."""
+
+    def __init__(self, box: Mailbox):
+        self.loop = asyncio.get_running_loop()
+        self._box, self._file = box, box.fileno()
+        self._awake: asyncio.Future[None] | None = None
+        self.loop.add_reader(self._file, self._ring)
+
+    def set(self, nap: float) -> asyncio.Future[None] | None:
+        """What to wait for until there is something to take, or so long, unless the call ends; None: nothing."""
+        if not self._box.arm(nap > 0):
+            return None
+        self._awake = awake = self.loop.create_future()
+        if nap > 0:
+            self.loop.call_later(nap, _set, awake)
+        return awake
+
+    def _ring(self) -> None:
+        self._box.drain()
+        if self._awake is not None:
+            _set(self._awake)
+
+    def close(self) -> None:
+        """From any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and has nothing any more
+            self.loop.call_soon_threadsafe(self.loop.remove_reader, self._file)
+
+
+def _set(awake: asyncio.Future[None]) -> None:
+    if not awake.done():
+        awake.set_result(None)
 
 
 class _Call:
@@ -342,26 +395,3 @@ def _thread_settings() -> Callable[[], contextlib.AbstractContextManager[object]
         return stack
 
     return enter
-
-
-async def _news(box: Mailbox, nap: float) -> None:
-    """Waits until there is something to take; with a nap so many seconds, which only the end of the call ends."""
-    file = box.fileno()  # before arm(), after which it is written to
-    if not box.arm(nap > 0):
-        return
-    loop = asyncio.get_running_loop()
-    awake = loop.create_future()
-
-    def wake() -> None:
-        if not awake.done():
-            awake.set_result(None)
-
-    loop.add_reader(file, wake)
-    timer = loop.call_later(nap, wake) if nap > 0 else None
-    try:
-        await awake
-    finally:
-        if timer is not None:
-            timer.cancel()
-        loop.remove_reader(file)
-        box.drain()
