@@ -6,6 +6,8 @@ import asyncio
 import atexit
 import contextlib
 import math
+import os
+import queue
 import threading
 import time
 import weakref
@@ -327,17 +329,17 @@ def _set(awake: asyncio.Future[None]) -> None:
 
 
 class _Call:
-    """A call in a thread of its own. It holds no reference to its stream, so that a stream nobody has can go."""
+    """A call in another thread. It holds no reference to its stream, so that a stream nobody has can go."""
 
     def __init__(self, box: Mailbox, run: Callable[[], DecodeResult]):
         self._box = box
         self._value: DecodeResult | None = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(
-            target=self._work, args=(run, _thread_settings()), name="jax_monokernel.stream", daemon=True
-        )
+        self._running = threading.Lock()
+        self._running.acquire()
+        settings = _thread_settings()
         _calls.add(self)
-        self._thread.start()
+        _in_thread(lambda: self._work(run, settings))
 
     def _work(
         self, run: Callable[[], DecodeResult], settings: Callable[[], contextlib.AbstractContextManager[object]]
@@ -350,13 +352,15 @@ class _Call:
         except BaseException as error:
             self._error = error
         finally:
+            self._running.release()
             self._box.finish()
 
     def join(self) -> None:
-        self._thread.join()
+        with self._running:
+            pass
 
     def result(self) -> DecodeResult:
-        self._thread.join()
+        self.join()
         if self._error is not None:
             raise self._error
         assert self._value is not None
@@ -364,7 +368,7 @@ class _Call:
 
     def abandon(self) -> None:
         self._box.stop()
-        self._thread.join()
+        self.join()
 
 
 _calls: weakref.WeakSet[_Call] = weakref.WeakSet()
@@ -375,6 +379,43 @@ def _end_calls() -> None:
     # A thread that returns from XLA to an interpreter that is gone would bring the process down.
     for call in list(_calls):
         call.abandon()
+
+
+# The inbox of a thread that has nothing to do. One is kept, since starting one costs as much as some tokens.
+_idle: queue.SimpleQueue[Callable[[], None]] | None = None
+_idle_lock = threading.Lock()
+
+
+def _in_thread(work: Callable[[], None]) -> None:
+    """Runs this in another thread."""
+    global _idle
+    with _idle_lock:
+        inbox, _idle = _idle, None
+    if inbox is None:
+        inbox = queue.SimpleQueue()
+        threading.Thread(target=_serve, args=(inbox,), name="jax_monokernel.stream", daemon=True).start()
+    inbox.put(work)
+
+
+def _serve(inbox: queue.SimpleQueue[Callable[[], None]]) -> None:
+    global _idle
+    while True:
+        work = inbox.get()
+        work()
+        del work  # and what it holds
+        with _idle_lock:
+            if _idle is not None:
+                return
+            _idle = inbox
+
+
+def _after_fork() -> None:
+    global _idle, _idle_lock
+    _idle, _idle_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _thread_settings() -> Callable[[], contextlib.AbstractContextManager[object]]:
