@@ -44,6 +44,10 @@ class Mailbox {
   // Adds a token to a row, whose room must not be used up.
   void put(int64_t row, int32_t token, float log_prob, uint64_t time_ns = now_ns());
   int64_t count(int64_t row) const { return row_[row].count.load(std::memory_order_relaxed); }
+  // Nothing more will come for a while: a reader that naps may take what there is.
+  void end_nap() {
+    if (armed_.load() == kNap) wake();
+  }
   // Nothing more will come.
   void finish();
   // The call was ended by what ends every call (cpu/interrupt.h). Those that follow for the same reader are not to begin.
@@ -63,8 +67,8 @@ class Mailbox {
   bool finished() const { return finished_.load(); }
   // What has come since the last time, in order of time.
   std::vector<Piece> take();
-  // What a reader that sleeps is woken by. A nap costs the writers nothing.
-  enum Sleep : uint32_t { kAwake, kUntilMail, kNap /* until nothing more will come */ };
+  // What a reader that sleeps is woken by. A nap costs the writers nothing: tokens do not end it, but their end does.
+  enum Sleep : uint32_t { kAwake, kUntilMail, kNap };
   // Naps, then waits until there is something to take; until nothing more will come or a signal comes, and each for so long at
   // most.
   void wait(double seconds, double nap_seconds = 0);

@@ -59,7 +59,7 @@ def stream(
     capacity: int | None = None,
     return_log_probs: bool = True,
     backend: Backend | None = None,
-    max_delay: float = 0.02,
+    max_delay: float = 0.025,
     **options: Any,
 ) -> Stream:
     """Continues prompts as `generate` does, and yields each token while the rest is being made.
