@@ -213,7 +213,6 @@ class Stream:
     def _close_bell(self) -> None:
         if self._bell is not None:
             self._bell.close()
-            self._bell = None
 
     def _nap(self) -> float:
         """Seconds to sleep before waiting for tokens: more than 0 where they come faster than is of use."""
@@ -295,16 +294,19 @@ class _AsyncPieces:
 
 
 class _Bell:
-    """Wakes a task when its mailbox does. The loop holds it, with the mailbox's file, until `close`."""
+    """Wakes a task of one event loop when the mailbox does. The loop holds it, and the file, until `close`."""
 
     def __init__(self, box: Mailbox):
         self.loop = asyncio.get_running_loop()
         self._box, self._file = box, box.fileno()
+        self._listens = False
         self._awake: asyncio.Future[None] | None = None
-        self.loop.add_reader(self._file, self._ring)
 
     def set(self, nap: float) -> asyncio.Future[None] | None:
         """What to wait for until there is something to take, or so long, unless the call ends; None: nothing."""
+        if not self._listens:
+            self.loop.add_reader(self._file, self._ring)
+            self._listens = True
         if not self._box.arm(nap > 0):
             return None
         self._awake = awake = self.loop.create_future()
@@ -318,9 +320,14 @@ class _Bell:
             _set(self._awake)
 
     def close(self) -> None:
-        """From any thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and has nothing any more
-            self.loop.call_soon_threadsafe(self.loop.remove_reader, self._file)
+        """Lets the loop go, unless a task waits; it can be set again. From any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and holds nothing any more
+            self.loop.call_soon_threadsafe(self._leave)
+
+    def _leave(self) -> None:
+        if self._listens and (self._awake is None or self._awake.done()):
+            self.loop.remove_reader(self._file)
+            self._listens = False
 
 
 def _set(awake: asyncio.Future[None]) -> None:

@@ -288,7 +288,7 @@ def beginnings(model):
 @pytest.mark.parametrize("leave", WAYS)
 def test_leaving_stops_the_kernel_within_a_token(model, beginnings, leave, backend, monkeypatch):
     rows, begin = beginnings
-    running = stream(model, rows, max_new_tokens=LONG, return_log_probs=False, backend=backend)
+    running = stream(model, rows, max_new_tokens=LONG, return_log_probs=False, backend=backend, max_delay=0)
     asked: list[float] = []
     stop = type(running)._stop
 
