@@ -176,7 +176,7 @@ class Stream:
                 await self.aclose()
                 raise
             if not self._pieces:
-                self._close_bell()
+                bell.leave()
                 self._end()
                 raise StopAsyncIteration
         return self._pieces.popleft()
@@ -320,11 +320,13 @@ class _Bell:
             _set(self._awake)
 
     def close(self) -> None:
-        """Lets the loop go, unless a task waits; it can be set again. From any thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and holds nothing any more
-            self.loop.call_soon_threadsafe(self._leave)
+        """As `leave`, from any thread."""
+        if self._listens:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and holds nothing any more
+                self.loop.call_soon_threadsafe(self.leave)
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """Lets the loop go, unless a task waits. The bell can be set again."""
         if self._listens and (self._awake is None or self._awake.done()):
             self.loop.remove_reader(self._file)
             self._listens = False
