@@ -379,6 +379,11 @@ class _Call:
         self._box.stop()
         self.join()
 
+    def lose(self) -> None:
+        self._running = threading.Lock()
+        self._error = RuntimeError("the stream's call runs in the process that this one was forked from")
+        self._box.finish()
+
 
 _calls: weakref.WeakSet[_Call] = weakref.WeakSet()
 
@@ -419,8 +424,12 @@ def _serve(inbox: queue.SimpleQueue[Callable[[], None]]) -> None:
 
 
 def _after_fork() -> None:
+    # The child has no other threads.
     global _idle, _idle_lock
     _idle, _idle_lock = None, threading.Lock()
+    for call in list(_calls):
+        call.lose()
+    _calls.clear()
 
 
 if hasattr(os, "register_at_fork"):

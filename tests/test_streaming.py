@@ -497,6 +497,38 @@ def test_a_process_that_ends_while_a_stream_runs():
     assert time.monotonic() - started < 60
 
 
+FORKED = """
+import os, warnings
+from naive import SPECS, random_weights
+from jax_monokernel import stream
+from jax_monokernel.models import Decoder
+
+warnings.simplefilter("ignore")  # JAX's, of forks
+model = Decoder.from_weights(SPECS["nope"], random_weights(SPECS["nope"], 3))
+list(stream(model, [[3, 1, 4]], max_new_tokens=2))
+running = stream(model, [[3, 1, 4]], max_new_tokens=100_000)
+child = None
+for piece in running:
+    child = os.fork()
+    break
+if child == 0:
+    try:
+        running.result
+    except RuntimeError as error:
+        os._exit(17 if "forked" in str(error) else 1)
+    os._exit(2)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), running.result.lengths[0] < 100_000)
+"""
+
+
+def test_a_fork_while_a_stream_runs():
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED], env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.stdout, done.stderr) == ("17 True\n", "")
+
+
 def test_importing_the_package_does_not_import_it():
     code = (
         "import sys, jax_monokernel; print('jax_monokernel.streaming' in sys.modules, jax_monokernel.Stream.__name__)"
