@@ -217,7 +217,8 @@ class Stream:
     def _nap(self) -> float:
         """Seconds to sleep before waiting for tokens: more than 0 where they come faster than is of use."""
         nap = self._max_delay if _native.all_cpus_decode() else min(self._max_delay, _NAP)
-        return self._woke + nap - time.monotonic() if self._gap < 2 * nap else 0.0
+        # Where tokens are further apart than that, a nap would be one more time to wake up for each.
+        return self._woke + nap - time.monotonic() if self._gap < 1.1 * nap else 0.0
 
     # ---- The end ----
 

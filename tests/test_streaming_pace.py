@@ -186,7 +186,16 @@ def test_readers_wake_up_for_each_token_where_cpus_are_free(monkeypatch, late):
     assert np.median(delays) < 0.02
 
 
-def test_tokens_that_come_seldom_come_at_once(crowded, late):
+def test_tokens_that_come_seldom_come_at_once_and_without_naps(crowded, late, monkeypatch):
+    naps = []
+    nap = Stream._nap
+
+    def noted(self):
+        naps.append(nap(self))
+        return naps[-1]
+
+    monkeypatch.setattr(Stream, "_nap", noted)
+
     def write(put):
         for token in range(6):
             time.sleep(0.3)
@@ -194,6 +203,7 @@ def test_tokens_that_come_seldom_come_at_once(crowded, late):
 
     delays = late(stream_of(write, 6, 0.1))
     assert np.median(delays) < 0.1
+    assert sum(seconds > 0 for seconds in naps) <= 2  # after the first
 
 
 def test_nothing_is_late_at_the_end(crowded, late):
