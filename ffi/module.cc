@@ -14,6 +14,7 @@
 #include "cpu/read_bandwidth.h"
 #include "cpu/sampling_binding.h"
 #include "cpu/settings.h"
+#include "cpu/team.h"
 #include "gpu/binding.h"
 #include "gpu/settings.h"
 #include "mailbox_binding.h"
@@ -131,6 +132,7 @@ PYBIND11_MODULE(_native, m) {
     monokernel::gpu::read_environment();
   }, "Reads the MONOKERNEL_* variables, as the import did.");
   m.def("available_cpus", &cpu::available_cpus, "CPUs of the affinity mask and the cgroup quota.");
+  m.def("all_cpus_decode", &cpu::all_cpus_decode, "Whether the decodes that run have all of them.");
   m.def("quota_cpus", &cpu::quota_cpus, py::arg("folder"), "CPUs that a cgroup file system's quota is worth; 0: no quota.");
   m.def("cancel", &cpu::cancel_all, "Cancels every decode that runs or waits in this process.");
   m.def("available_isas", &cpu::available_isas, "Builds of the CPU kernel that this machine can run, best first.");
