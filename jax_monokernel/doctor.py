@@ -21,6 +21,8 @@ import jax
 from jax_monokernel import _gpu, _native, _self_test
 from jax_monokernel._version import __version__
 from jax_monokernel.plan import Platform, available_cpus
+from jax_monokernel.topology.partition import Partition, partition_of
+from jax_monokernel.topology.parts import part_for
 
 OK, ABSENT, NOTE, BROKEN = "ok", "-", "note", "BROKEN"
 
@@ -229,7 +231,7 @@ def _gpus(
         return
     found[platform] = described
     for i, device in enumerate(described):
-        yield _device(i, device, machine)
+        yield from _device(i, device, machine)
     if len(described) > 1:
         lacking = [
             f"{i} to {j}" for i, d in enumerate(described) for j in range(len(described)) if j not in {i, *d["peers"]}
@@ -239,22 +241,25 @@ def _gpus(
     yield _jax_device(platform, devices)
 
 
-def _device(number: int, device: dict[str, Any], machine: Machine) -> Line:
+def _device(number: int, device: dict[str, Any], machine: Machine) -> Iterator[Line]:
+    is_amd = device.get("arch", "gfx").startswith("gfx")
     text = (
         f"{device['name']}, {device.get('arch', 'not supported')}, {device['units']} "
-        f"{'compute units' if device.get('arch', 'gfx').startswith('gfx') else 'multiprocessors'}, "
+        f"{'compute units' if is_amd else 'multiprocessors'}, "
         f"{device['shared_bytes'] // 1024} KiB of shared memory each, {_size(device['memory_bytes'])}"
     )
-    folder = machine.sys / "bus" / "pci" / "devices" / device["bus"].lower()
-    modes = [
-        f"{kind} partition mode {mode}"
-        for kind in ("compute", "memory")
-        if (mode := _read(folder / f"current_{kind}_partition"))
-    ]
+    known = partition_of(device["bus"], machine.sys) if is_amd else Partition()
+    modes = [f"{kind} partition mode {getattr(known, kind)}" for kind in ("compute", "memory") if getattr(known, kind)]
+    if known.xcds:
+        modes.append(f"{known.xcds} XCD{'s' * (known.xcds > 1)}")
     text = ", ".join([text, *modes])
     if "problem" in device:
-        return Line(f"device {number}", NOTE, f"{text}\n{device['problem']}")
-    return Line(f"device {number}", OK, text)
+        yield Line(f"device {number}", NOTE, f"{text}\n{device['problem']}")
+        return
+    yield Line(f"device {number}", OK, text)
+    if is_amd:
+        for note in part_for(device["name"], device["arch"], device["units"], "rocm", known).notes:
+            yield Line(f"device {number}", NOTE, note)
 
 
 def _adapters(platform: Platform, machine: Machine) -> int:

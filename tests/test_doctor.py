@@ -33,6 +33,14 @@ def bare(tmp_path, environment) -> Machine:
     return Machine(tmp_path / "sys", tmp_path / "dev")
 
 
+def add_node(machine: Machine, number: int, bus: int, units: int, xcds: int) -> None:
+    """A partition as KFD describes it."""
+    folder = machine.sys / "class" / "kfd" / "kfd" / "topology" / "nodes" / str(number)
+    folder.mkdir(parents=True)
+    text = f"simd_count {4 * units}\nsimd_per_cu 4\ndomain 0\nlocation_id {bus << 8}\nnum_xcc {xcds}\n"
+    (folder / "properties").write_text(text)
+
+
 def add_adapter(machine: Machine, bus: str, vendor: str = "0x1002", **files: str) -> None:
     folder = machine.sys / "bus" / "pci" / "devices" / bus
     folder.mkdir()
@@ -86,13 +94,17 @@ def test_the_command(monkeypatch):
 def test_a_machine_with_amd_gpus(bare, on_rocm):
     add_adapter(bare, "0000:c1:00.0", current_compute_partition="SPX", current_memory_partition="NPS1")
     add_adapter(bare, "0000:c2:00.0", current_compute_partition="CPX", current_memory_partition="NPS4")
+    add_node(bare, 2, 0xC1, 3, 8)
+    add_node(bare, 3, 0xC2, 3, 1)
     works, text = ask(bare)
     assert works, text
     assert re.search(r"ok     driver: HIP 6\.2\.32830, \S*stand_in_hip\.so", text)
     assert "ok     run-time compiler: hiprtc-6.2, " in text
     device = r"AMD Instinct MI300X \(stand-in\), gfx942, 3 compute units, 64 KiB of shared memory each, 192 GiB"
-    assert re.search(rf"ok     device 0: {device}, compute partition mode SPX, memory partition mode NPS1", text)
-    assert re.search(rf"ok     device 1: {device}, compute partition mode CPX, memory partition mode NPS4", text)
+    assert re.search(rf"ok     device 0: {device}, compute partition mode SPX, memory partition mode NPS1, 8 XCDs", text)
+    assert re.search(rf"ok     device 1: {device}, compute partition mode CPX, memory partition mode NPS4, 1 XCD\n", text)
+    assert "note   device 0: a MI300X has 304 units" in text  # 3 on 8 XCDs
+    assert "note   device 1: 3 of 38 units are active\n" in text
     assert "ok     peer access: each device reaches each other's memory" in text
     assert len(re.findall(r"  ok     rocm, .*: agrees with the reference", text)) == len(_self_test.SPECS)
     assert str(Path.home()) not in text

@@ -64,6 +64,8 @@ py::list devices(const std::string& platform) {
     d["units"] = device.multiprocessors();
     d["clock_khz"] = device.clock_khz();
     d["driver_version"] = device.api().version;
+    d["bus"] = device.bus();
+    d["uuid"] = device.uuid();
     all.append(d);
   }
   return all;
@@ -248,7 +250,7 @@ void bind(py::module_& m) {
     const Driver& d = driver(vendor_of(platform));
     return py::make_tuple(d.version, d.path);
   }, py::arg("platform"), "Version and library of the driver.");
-  m.def("gpu_devices", &devices, py::arg("platform"), "Name, architecture, number of units, rate of the kernel's ticks and driver version of each device.");
+  m.def("gpu_devices", &devices, py::arg("platform"), "Name, architecture, number of units, rate of the kernel's ticks, driver version, bus and UUID of each device.");
   bind_probe(m);
   m.def("gpu_compiler", [](const std::string& platform) {
     const Compiler& c = compiler(vendor_of(platform));

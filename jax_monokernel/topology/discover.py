@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax_monokernel.topology.host import host_topology
 from jax_monokernel.topology.measure import MEMORY_BYTES, homes_of_pages, measure
 from jax_monokernel.topology.measurement import Measurement, topology_of
 from jax_monokernel.topology.model import Topology
+from jax_monokernel.topology.partition import Partition, partition_of
 from jax_monokernel.topology.parts import part_for
 
 
@@ -61,12 +63,13 @@ def _pick(platform: Platform | None, device: int) -> tuple[Platform, int, dict[s
     return here[device]
 
 
-def discover(platform: Platform | None = None, device: int = 0) -> Found:
+def discover(platform: Platform | None = None, device: int = 0, *, sysfs: Path = Path("/sys")) -> Found:
     """The topology of a device: as measured, if `measure_device` was called for it with its driver, else as published.
 
     Args:
       platform: "cpu", "cuda" or "rocm"; by default that of the first GPU, or the CPUs where there is none.
       device: its number among the GPUs of that platform.
+      sysfs: where the partition mode of an AMD GPU is looked for.
 
     Raises:
       ValueError: no such device.
@@ -75,10 +78,21 @@ def discover(platform: Platform | None = None, device: int = 0) -> Found:
     if gpu is None:
         return Found(host_topology(), None)
     name, _, described = gpu
-    found = store.load(described["name"], described["units"], described["driver_version"])
+    partition = _partition(gpu, sysfs)
+    found = store.load(
+        described["name"], described["units"], described["driver_version"], _device_id(described), partition.mode
+    )
     if found is not None:
         return Found(topology_of(found), found)
-    return Found(part_for(described["name"], described["arch"], described["units"], name), None)
+    return Found(part_for(described["name"], described["arch"], described["units"], name, partition), None)
+
+
+def _partition(gpu: tuple[Platform, int, dict[str, Any]], sysfs: Path) -> Partition:
+    return partition_of(gpu[2]["bus"], sysfs) if gpu[0] == "rocm" else Partition()
+
+
+def _device_id(described: dict[str, Any]) -> str:
+    return described["uuid"] or described["bus"]
 
 
 def page_homes(array: jax.Array, found: Found) -> np.ndarray:
@@ -102,7 +116,11 @@ def page_homes(array: jax.Array, found: Found) -> np.ndarray:
     if len(devices) != 1 or devices[0].platform != "gpu":
         raise ValueError(f"the array is on {devices}; expected one GPU")
     array.block_until_ready()
-    return _homes_at(m, devices[0].local_hardware_id or 0, array.unsafe_buffer_pointer(), array.nbytes)
+    ordinal = devices[0].local_hardware_id or 0
+    here = [_device_id(described) for platform, i, described in gpus() if (platform, i) == (m.platform, ordinal)]
+    if m.device_id and here and here[0] != m.device_id:
+        raise ValueError(f"the array is on device {ordinal}, and another {m.name} was measured: discover(device={ordinal})")
+    return _homes_at(m, ordinal, array.unsafe_buffer_pointer(), array.nbytes)
 
 
 def _homes_at(m: Measurement, ordinal: int, address: int, size: int) -> np.ndarray:
@@ -112,7 +130,11 @@ def _homes_at(m: Measurement, ordinal: int, address: int, size: int) -> np.ndarr
 
 
 def measure_device(
-    platform: Platform | None = None, device: int = 0, *, report: Callable[[str], None] = lambda text: None
+    platform: Platform | None = None,
+    device: int = 0,
+    *,
+    report: Callable[[str], None] = lambda text: None,
+    sysfs: Path = Path("/sys"),
 ) -> Found:
     """Probes a GPU, in a few seconds, and keeps the result for `discover`. Nothing else should run on it meanwhile.
 
@@ -120,6 +142,7 @@ def measure_device(
       platform: as `discover`; not "cpu", whose topology the operating system knows.
       device: as `discover`.
       report: is told what is being measured.
+      sysfs: as `discover`.
 
     Raises:
       ValueError: no such device.
@@ -131,9 +154,10 @@ def measure_device(
         raise ValueError(
             f"there is no GPU to measure; the topology of CPUs is what the operating system says{problems}"
         )
-    name, ordinal, _ = gpu
+    name, ordinal, described = gpu
     session = _native.GpuProbe(name, ordinal, MEMORY_BYTES)
     found = measure(session, name, report=report)
+    found = dataclasses.replace(found, device_id=_device_id(described), mode=_partition(gpu, sysfs).mode)
     path = store.save(found)
     report("the result could not be saved" if path is None else f"saved as {path}")
     return Found(topology_of(found), found)

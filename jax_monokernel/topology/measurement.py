@@ -40,6 +40,8 @@ class Measurement:
     home_margin: float  # `evaluate.Homes.margin`
     stream: Mapping[str, float]  # medians by name
     seconds: float
+    device_id: str = ""  # which device it was: its UUID, or where it has none its PCI address
+    mode: str = ""  # partition mode, as `Topology.mode`
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` takes. Latencies are rounded to nanoseconds; of homes the first 65,536 are kept."""
@@ -160,6 +162,7 @@ def topology_of(found: Measurement) -> Topology:
         name=found.name,
         platform=found.platform,  # type: ignore[arg-type]
         arch=found.arch,
+        mode=found.mode,
         root=Group("device", found.name, (), children),
         group_kind=kind,
         domains=tuple(MemoryDomain(f"domain {d}", 0) for d in range(count)),

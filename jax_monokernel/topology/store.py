@@ -1,4 +1,8 @@
-"""Measurements on disk: JSON in the folder of compiled programs, one file for each device and driver."""
+"""Measurements on disk: JSON in the folder of compiled programs, one file for each device, partition mode and driver.
+
+A device is one chip, not one product: which units are near which memory differs from chip to chip, so its UUID is a part of
+the file's name, and a folder may be shared by several machines.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +28,17 @@ def cache_dir() -> Path | None:
     return None
 
 
-def path_of(name: str, units: int, driver_version: int) -> Path | None:
+def path_of(name: str, units: int, driver_version: int, device_id: str = "", mode: str = "") -> Path | None:
     """The file for a device and driver."""
     folder = cache_dir()
-    plain = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() or "device"
-    return None if folder is None else folder / f"topology-{plain}-{units}-{driver_version}.json"
+    parts = (name or "device", units, mode, driver_version, device_id)
+    plain = "-".join(re.sub(r"[^A-Za-z0-9]+", "-", str(part)).strip("-").lower() for part in parts if part != "")
+    return None if folder is None else folder / f"topology-{plain}.json"
 
 
 def save(found: Measurement) -> Path | None:
     """Writes a measurement aside and renames it. None if there is no folder that can be written."""
-    path = path_of(found.name, len(found.places), found.driver_version)
+    path = path_of(found.name, len(found.places), found.driver_version, found.device_id, found.mode)
     if path is None:
         return None
     try:
@@ -46,9 +51,9 @@ def save(found: Measurement) -> Path | None:
     return path
 
 
-def load(name: str, units: int, driver_version: int) -> Measurement | None:
+def load(name: str, units: int, driver_version: int, device_id: str = "", mode: str = "") -> Measurement | None:
     """The measurement of a device with a driver, or None: there is none, or it is damaged or of another version."""
-    path = path_of(name, units, driver_version)
+    path = path_of(name, units, driver_version, device_id, mode)
     if path is None:
         return None
     try:
