@@ -101,8 +101,12 @@ def test_a_machine_with_amd_gpus(bare, on_rocm):
     assert re.search(r"ok     driver: HIP 6\.2\.32830, \S*stand_in_hip\.so", text)
     assert "ok     run-time compiler: hiprtc-6.2, " in text
     device = r"AMD Instinct MI300X \(stand-in\), gfx942, 3 compute units, 64 KiB of shared memory each, 192 GiB"
-    assert re.search(rf"ok     device 0: {device}, compute partition mode SPX, memory partition mode NPS1, 8 XCDs", text)
-    assert re.search(rf"ok     device 1: {device}, compute partition mode CPX, memory partition mode NPS4, 1 XCD\n", text)
+    assert re.search(
+        rf"ok     device 0: {device}, compute partition mode SPX, memory partition mode NPS1, 8 XCDs", text
+    )
+    assert re.search(
+        rf"ok     device 1: {device}, compute partition mode CPX, memory partition mode NPS4, 1 XCD\n", text
+    )
     assert "note   device 0: a MI300X has 304 units" in text  # 3 on 8 XCDs
     assert "note   device 1: 3 of 38 units are active\n" in text
     assert "ok     peer access: each device reaches each other's memory" in text

@@ -176,7 +176,9 @@ def test_the_calls_of_rocm_smi_are_amds(version, tmp_path):
     assert check_smi(WITH_SMI[version], ROCM_SMI, tmp_path) == ""
     # What is made of the numbers, in the words of the header.
     text = re.sub(r"[\s*]+", " ", (WITH_SMI[version] / "rocm_smi" / "rocm_smi.h").read_text())
-    assert "((DOMAIN & 0xFFFFFFFF) << 32) | ((Partition & 0xF) << 28) | ((BUS & 0xFF) << 8) | ((DEVICE & 0x1F) <<3" in text
+    assert (
+        "((DOMAIN & 0xFFFFFFFF) << 32) | ((Partition & 0xF) << 28) | ((BUS & 0xFF) << 8) | ((DEVICE & 0x1F) <<3" in text
+    )
     assert "counter_resolution resolution of the counter @p power in micro Joules" in text
 
 

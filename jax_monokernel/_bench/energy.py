@@ -124,7 +124,9 @@ def open_rocm_smi(folders: Iterable[str]) -> Any:
     Raises:
       OSError: it is in none of these places.
     """
-    found = [str(path) for folder in (*folders, "/opt/rocm/lib") for path in sorted(Path(folder).glob("librocm_smi64.so*"))]
+    found = [
+        str(path) for folder in (*folders, "/opt/rocm/lib") for path in sorted(Path(folder).glob("librocm_smi64.so*"))
+    ]
     for name in (*found, "librocm_smi64.so.7", "librocm_smi64.so.1"):
         try:
             library = ctypes.CDLL(name)

@@ -119,7 +119,9 @@ def page_homes(array: jax.Array, found: Found) -> np.ndarray:
     ordinal = devices[0].local_hardware_id or 0
     here = [_device_id(described) for platform, i, described in gpus() if (platform, i) == (m.platform, ordinal)]
     if m.device_id and here and here[0] != m.device_id:
-        raise ValueError(f"the array is on device {ordinal}, and another {m.name} was measured: discover(device={ordinal})")
+        raise ValueError(
+            f"the array is on device {ordinal}, and another {m.name} was measured: discover(device={ordinal})"
+        )
     return _homes_at(m, ordinal, array.unsafe_buffer_pointer(), array.nbytes)
 
 

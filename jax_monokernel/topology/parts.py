@@ -151,9 +151,7 @@ def part(name: str, *, compute: str = "SPX", memory: str = "NPS1") -> Topology:
     return _partition(p, f"AMD Instinct {p.name}", compute, memory, p.xcds // _divisor(p, compute), p.units // p.xcds)
 
 
-def part_for(
-    name: str, arch: str, units: int, platform: Platform, partition: Partition | None = None
-) -> Topology:
+def part_for(name: str, arch: str, units: int, platform: Platform, partition: Partition | None = None) -> Topology:
     """What is published of a device that was not measured.
 
     Args:
@@ -215,7 +213,9 @@ def _contradiction(p: Part, known: Partition, units: int) -> str:
     if units > most:
         return f"{known.compute} gives a device of a {p.name} at most {most} compute units, and it has {units}"
     if known.xcds and known.xcds * _divisor(p, known.compute) != p.xcds:
-        return f"{known.compute} gives a device {p.xcds // _divisor(p, known.compute)} XCDs, and KFD counts {known.xcds}"
+        return (
+            f"{known.compute} gives a device {p.xcds // _divisor(p, known.compute)} XCDs, and KFD counts {known.xcds}"
+        )
     return ""
 
 
