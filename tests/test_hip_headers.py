@@ -1,4 +1,4 @@
-"""Every type and number of HIP, hipRTC and ROCm SMI that we and the stand-ins have written down, held against AMD's headers.
+"""Every type and number of HIP, hipRTC and ROCm SMI that is written down here, held against AMD's headers.
 
 The headers are those of MONOKERNEL_HIP_HEADERS (folders, as in PATH; `.ci/hip-headers FOLDER` fetches some), of ROCm
 where it is installed, and of a `triton` that is installed. Without any there is nothing to hold against.

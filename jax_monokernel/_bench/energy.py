@@ -103,8 +103,8 @@ def nvml(library: Any, bus: str) -> Meter:
     return Meter("NVML, the whole board", joules)
 
 
-# Of ROCm SMI, what is called: arguments; each returns rsmi_status_t, 0 for success. tests/test_hip_headers.py holds them
-# against AMD's header.
+# Of ROCm SMI, what is called: arguments; each returns rsmi_status_t, 0 for success. tests/test_hip_headers.py holds
+# them against AMD's header.
 ROCM_SMI: dict[str, tuple[Any, ...]] = {
     "rsmi_init": (ctypes.c_uint64,),
     "rsmi_num_monitor_devices": (ctypes.POINTER(ctypes.c_uint32),),

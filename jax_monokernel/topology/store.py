@@ -1,7 +1,7 @@
 """Measurements on disk: JSON in the folder of compiled programs, one file for each device, partition mode and driver.
 
-A device is one chip, not one product: which units are near which memory differs from chip to chip, so its UUID is a part of
-the file's name, and a folder may be shared by several machines.
+A device is one chip, not one product: which units are near which memory differs from chip to chip, so its UUID is a
+part of the file's name, and a folder may be shared by several machines.
 """
 
 from __future__ import annotations
