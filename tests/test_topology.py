@@ -279,6 +279,8 @@ def test_command(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--part", "MI9"], "MI9 is not a part"),
+        (["--part", "MI300X", "--groups", "8"], "give --model and --pictures too"),
+        (["--part", "MI300X", "--groups", "7", "--model", "small", "--pictures", "x"], "for 304 units on rocm"),
         (["--part", "H200", "--measure"], "leave --measure"),
         (["--platform", "tpu"], "expected cpu, cuda or rocm"),
         (["--platform", "cpu", "--measure"], "there is no GPU to measure"),
