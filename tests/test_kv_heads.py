@@ -25,7 +25,7 @@ DEVICES = [(304, 8), (256, 8), (228, 6), (152, 4), (76, 2), (38, 1)]
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_every_head_and_row_has_one_place(heads, device):
-    """Each group has whole KV heads of its own where they divide; else attention, but not the MLP, is over all units."""
+    """Each group has whole KV heads of its own where they divide; else attention is over all units."""
     (num_heads, num_kv_heads), (units, groups) = heads, device
     spec = SHAPES["llama3.2-1b"].spec().replace(num_heads=num_heads, num_kv_heads=num_kv_heads)
     plan = Plan(platform="rocm", units=units, groups=groups)
