@@ -37,6 +37,10 @@ _WANTED = {
         "with libamdhip64 and libhiprtc, and JAX's ROCm wheels (docs/rocm.md)"
     ),
 }
+_TO_INSTALL = {
+    "cuda": "pip install 'jax[cuda13]=={jax}', or 'jax[cuda12]=={jax}' with a driver for CUDA 12 (docs/gpu.md)",
+    "rocm": "pip install jax-rocm7-plugin=={jaxlib} jax-rocm7-pjrt=={jaxlib} (docs/rocm.md)",
+}
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 _PLUGINS = re.compile(r"jax-(cuda|rocm)\d+-(plugin|pjrt)$")
 _VARIABLES = re.compile(
@@ -174,8 +178,8 @@ def _cpu(devices: dict[Platform, jax.Device]) -> Iterator[Line]:
     yield _jax_device("cpu", devices)
 
 
-def _jax_device(platform: Platform, devices: dict[Platform, jax.Device]) -> Line:
-    """Whether JAX has devices of a platform, of which there are some."""
+def _jax_device(platform: Platform, devices: dict[Platform, jax.Device], supported: bool = True) -> Line:
+    """Whether JAX has devices of a platform, of which there are some; `supported`: some that the kernel runs on."""
     messages: list[str] = []
 
     class Keep(logging.Handler):
@@ -193,7 +197,10 @@ def _jax_device(platform: Platform, devices: dict[Platform, jax.Device]) -> Line
         if any(name.startswith(f"jax-{platform}") for name in _plugins()):
             said = "\n".join([str(error), *messages])
             return Line("JAX", BROKEN, f"its {platform} plugin is installed and finds no device: {said}")
-        return Line("JAX", NOTE, f"has no {platform} plugin, so nothing runs on these. Needed: {_WANTED.get(platform)}")
+        if not supported:
+            return Line("JAX", NOTE, f"has no {platform} plugin; it would need {_WANTED[platform]}")
+        needed = _TO_INSTALL[platform].format(jax=_version("jax"), jaxlib=_version("jaxlib"))
+        return Line("JAX", BROKEN, f"has no {platform} plugin, so nothing runs on these GPUs: {needed}")
     finally:
         log.removeHandler(keep)
     devices[platform] = here[0]
@@ -238,7 +245,7 @@ def _gpus(
         ]
         text = f"not from {', '.join(lacking)}" if lacking else "each device reaches each other's memory"
         yield Line("peer access", NOTE if lacking else OK, text)
-    yield _jax_device(platform, devices)
+    yield _jax_device(platform, devices, supported=any("problem" not in device for device in described))
 
 
 def _device(number: int, device: dict[str, Any], machine: Machine) -> Iterator[Line]:

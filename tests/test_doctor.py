@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import re
 import sys
 from pathlib import Path
@@ -26,8 +27,10 @@ def ask(machine: Machine | None = None, *, test: bool = True) -> tuple[bool, str
 
 @pytest.fixture
 def bare(tmp_path, environment) -> Machine:
-    """A machine without GPUs, and nothing set."""
+    """A machine without GPUs, whatever this one has, and nothing set."""
     environment("MONOKERNEL_CACHE_DIR", str(tmp_path / "cache"))
+    for name in ("MONOKERNEL_CUDA_LIBRARY", "MONOKERNEL_HIP_LIBRARY"):
+        environment(name, "/nowhere/driver.so")
     for folder in ("sys/bus/pci/devices", "dev/dri", "dev/shm"):
         (tmp_path / folder).mkdir(parents=True)
     return Machine(tmp_path / "sys", tmp_path / "dev")
@@ -54,9 +57,9 @@ def on_rocm(rocm_stand_in, monkeypatch):
     register()
     jax_device, decode = doctor._jax_device, _self_test._decode
 
-    def device(platform, devices):
+    def device(platform, devices, **options):
         if platform != "rocm":
-            return jax_device(platform, devices)
+            return jax_device(platform, devices, **options)
         devices[platform] = jax.devices()[1]
         return Line("JAX", "ok", "1 rocm device")
 
@@ -156,6 +159,8 @@ def test_a_compiler_that_is_missing(bare, on_rocm, environment):
 
 
 def test_gpus_without_a_driver(bare, environment):
+    for name in ("MONOKERNEL_CUDA_LIBRARY", "MONOKERNEL_HIP_LIBRARY"):
+        environment(name, None)
     add_adapter(bare, "0000:c1:00.0")
     add_adapter(bare, "0000:02:00.0", vendor="0x10de")
     works, text = ask(bare, test=False)
@@ -174,7 +179,16 @@ def test_a_device_that_is_not_supported_is_no_fault(bare, rocm_stand_in, environ
     works, text = ask(bare, test=False)
     assert works
     assert re.search(r"note   device 0: .*not supported.*\n.*does not run on .*\(gfx1100\); supported are", text)
-    assert "note   JAX: has no rocm plugin, so nothing runs on these. Needed: an AMD Instinct GPU" in text
+    assert "note   JAX: has no rocm plugin; it would need an AMD Instinct GPU" in text
+
+
+def test_a_gpu_that_jax_has_no_plugin_for(bare, rocm_stand_in):
+    works, text = ask(bare, test=False)
+    assert not works
+    version = importlib.metadata.version("jaxlib")
+    needed = f"pip install jax-rocm7-plugin=={version} jax-rocm7-pjrt=={version}"
+    assert f"BROKEN JAX: has no rocm plugin, so nothing runs on these GPUs: {needed}" in text
+    assert text.splitlines()[-1] == "1 of the things that are here do not work."
 
 
 def test_names_are_left_out(monkeypatch):
