@@ -48,6 +48,16 @@ def test_every_mode_of_every_part(name, mode):
         assert "stream_device_gb_s" not in found.constants or compute == "SPX"
 
 
+def test_modes():
+    """Those of Linux's amdgpu driver, which has another rule for gfx950."""
+    of_mi300x = ["SPX/NPS1", "DPX/NPS1", "DPX/NPS2", "QPX/NPS1", "QPX/NPS4", "CPX/NPS1", "CPX/NPS4"]
+    of_mi355x = ["SPX/NPS1", "DPX/NPS1", "DPX/NPS2", "QPX/NPS1", "QPX/NPS2", "CPX/NPS1", "CPX/NPS2"]
+    assert tp.modes("MI300X") == tp.modes("MI325X") == of_mi300x
+    assert tp.modes("MI300A") == ["SPX/NPS1", "TPX/NPS1", "TPX/NPS4", "CPX/NPS1", "CPX/NPS4"]
+    assert tp.modes("MI350X") == tp.modes("MI355X") == of_mi355x
+    assert tp.modes("H200") == []
+
+
 @pytest.mark.parametrize(
     ("name", "groups", "units", "domains"),
     [("MI300X", 8, 304, 4), ("MI325X", 8, 304, 4), ("MI300A", 6, 228, 4), ("MI350X", 8, 256, 2), ("MI355X", 8, 256, 2)],

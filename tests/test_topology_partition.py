@@ -181,6 +181,21 @@ def test_discovering_a_mode(rocm_stand_in, environment, tmp_path, sysfs):
     assert found.notes == ("the memory partition is not known, NPS1 is assumed",)
 
 
+def test_a_device_that_is_too_old_does_not_hide_the_others(make_fake):
+    fake = make_fake("cuda")
+    fake.devices, fake.old_device = 3, 0
+    here = [(ordinal, described["bus"]) for platform, ordinal, described in tp.gpus() if platform == "cuda"]
+    assert here == [(1, "0000:c2:00.0"), (2, "0000:c3:00.0")]
+    assert tp.discover("cuda").topology.arch == "sm_90"
+    assert tp.discover("cuda", 2).topology.arch == "sm_90"
+    with pytest.raises(ValueError, match="no cuda device 3 here; 2 were found"):
+        tp.discover("cuda", 3)
+    fake = make_fake("cuda")
+    fake.devices, fake.old_device = 1, 0
+    with pytest.raises(ValueError, match=r"no cuda device 0 here; 0 were found\. .*does not run on Fake GPU \(sm_70\)"):
+        tp.discover("cuda")
+
+
 def test_a_measurement_is_of_one_chip_in_one_mode(make_fake, sysfs):
     """Which units are near which memory differs from chip to chip, and a cache folder may be on several machines."""
 

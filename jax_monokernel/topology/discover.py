@@ -46,7 +46,7 @@ def _search() -> tuple[list[tuple[Platform, int, dict[str, Any]]], list[str]]:
         except (RuntimeError, ValueError) as error:  # no driver, or a device that kernels are not for
             problems.append(str(error))
             continue
-        found += [(platform, i, device) for i, device in enumerate(devices)]
+        found += [(platform, device["ordinal"], device) for device in devices]
     return found, problems
 
 
@@ -57,10 +57,11 @@ def _pick(platform: Platform | None, device: int) -> tuple[Platform, int, dict[s
     here = [g for g in gpus() if platform in (None, g[0])]
     if not here and platform is None:
         return None
-    if not 0 <= device < len(here):
+    mine = [g for g in here if g[1] == device] or (here if device == 0 else [])
+    if not mine:
         problems = "" if here else ". " + " ".join(_search()[1])
         raise ValueError(f"there is no {platform or 'GPU'} device {device} here; {len(here)} were found{problems}")
-    return here[device]
+    return mine[0]
 
 
 def discover(platform: Platform | None = None, device: int = 0, *, sysfs: Path = Path("/sys")) -> Found:
@@ -68,7 +69,7 @@ def discover(platform: Platform | None = None, device: int = 0, *, sysfs: Path =
 
     Args:
       platform: "cpu", "cuda" or "rocm"; by default that of the first GPU, or the CPUs where there is none.
-      device: its number among the GPUs of that platform.
+      device: its number among the GPUs of that platform, the driver's. 0 is the first that kernels are for.
       sysfs: where the partition mode of an AMD GPU is looked for.
 
     Raises:

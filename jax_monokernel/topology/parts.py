@@ -11,7 +11,8 @@ from jax_monokernel.topology.partition import Partition
 
 _GIB = 1 << 30
 # XCDs of a compute partition, as a divisor of all, and the memory partitions that go with it: the amdgpu driver's rule
-# (drivers/gpu/drm/amd/amdgpu/aqua_vanjaram.c of Linux). Virtual functions may also have CPX with NPS2.
+# (drivers/gpu/drm/amd/amdgpu/aqua_vanjaram.c of Linux). With gfx950, and in some versions on virtual functions, NPS2
+# goes with QPX and CPX too.
 COMPUTE_MODES: dict[str, tuple[int, tuple[str, ...]]] = {
     "SPX": (1, ("NPS1",)),
     "DPX": (2, ("NPS1", "NPS2")),
@@ -127,7 +128,7 @@ def modes(name: str) -> list[str]:
       ValueError: an unknown part.
     """
     p = _find(name)
-    return [f"{c}/{m}" for c in p.compute for m in COMPUTE_MODES[c][1] if m in p.memory and _is_valid(p, c)]
+    return [f"{c}/{m}" for c in p.compute if _is_valid(p, c) for m in p.memory if m in _memory_modes(p, c)]
 
 
 def part(name: str, *, compute: str = "SPX", memory: str = "NPS1") -> Topology:
@@ -224,6 +225,11 @@ def _find(name: str) -> Part:
         if p.name.lower() == name.lower():
             return p
     raise ValueError(f"{name} is not a part that is known; these are: {', '.join(part_names())}")
+
+
+def _memory_modes(p: Part, compute: str) -> tuple[str, ...]:
+    more = ("NPS2",) if p.arch == "gfx950" and compute in ("QPX", "CPX") else ()
+    return COMPUTE_MODES[compute][1] + more
 
 
 def _is_valid(p: Part, compute: str) -> bool:
