@@ -285,7 +285,7 @@ def _streams(
         several = np.flatnonzero(largest == largest.max())[:4]
         found["group"] = float(np.median([rate(_deal_to(groups == g, everything, least)) for g in several]))
     first = np.array([int(np.argmax(domains == d)) for d in range(count)])
-    units, groups = {"all": [], "near": [], "far": []}, {"all": [], "near": [], "far": []}  # type: ignore[var-annotated]
+    units, parts = {"all": [], "near": [], "far": []}, {"all": [], "near": [], "far": []}  # type: ignore[var-annotated]
     sources = {"all": lambda d: everything}
     if count > 1:
         sources |= {"near": lambda d: near_of[d], "far": lambda d: far_of[d]}
@@ -296,12 +296,12 @@ def _streams(
             alone = np.arange(probe.units) == first[d]
             units[kind].append(rate(deal(source, alone)))
             if count > 1:
-                groups[kind].append(rate(deal(source, domains == d)))
+                parts[kind].append(rate(deal(source, domains == d)))
     for kind in sources:
         suffix = "" if kind == "all" else f"_{kind}"
         found[f"unit{suffix}"] = float(np.median(units[kind]))
-        if groups[kind]:
-            found[f"domain{suffix}"] = float(np.median(groups[kind]))
+        if parts[kind]:
+            found[f"domain{suffix}"] = float(np.median(parts[kind]))
     return found
 
 
