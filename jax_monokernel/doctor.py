@@ -33,8 +33,8 @@ _WANTED = {
         "pip install 'jax[cuda13]' or 'jax[cuda12]', and nvidia-cuda-nvrtc (docs/gpu.md)"
     ),
     "rocm": (
-        "an AMD Instinct GPU of gfx942 or gfx950 (MI300X, MI325X, MI350X, MI355X), the amdgpu driver, ROCm 6 or 7 "
-        "with libamdhip64 and libhiprtc, and JAX's ROCm wheels (docs/rocm.md)"
+        "an AMD Instinct GPU of gfx942 or gfx950 (MI300X, MI300A, MI325X, MI350X, MI355X), the amdgpu driver, ROCm "
+        "6 or 7 with libamdhip64 and libhiprtc, and JAX's ROCm wheels (docs/rocm.md)"
     ),
 }
 _TO_INSTALL = {
@@ -238,7 +238,7 @@ def _gpus(
         return
     found[platform] = described
     for i, device in enumerate(described):
-        yield from _device(i, device, machine)
+        yield from _device(i, device, platform, machine)
     if len(described) > 1:
         lacking = [
             f"{i} to {j}" for i, d in enumerate(described) for j in range(len(described)) if j not in {i, *d["peers"]}
@@ -248,8 +248,8 @@ def _gpus(
     yield _jax_device(platform, devices, supported=any("problem" not in device for device in described))
 
 
-def _device(number: int, device: dict[str, Any], machine: Machine) -> Iterator[Line]:
-    is_amd = device.get("arch", "gfx").startswith("gfx")
+def _device(number: int, device: dict[str, Any], platform: Platform, machine: Machine) -> Iterator[Line]:
+    is_amd = platform == "rocm"
     text = (
         f"{device['name']}, {device.get('arch', 'not supported')}, {device['units']} "
         f"{'compute units' if is_amd else 'multiprocessors'}, "

@@ -52,6 +52,20 @@ def add_adapter(machine: Machine, bus: str, vendor: str = "0x1002", **files: str
 
 
 @pytest.fixture
+def no_plugins(monkeypatch):
+    """JAX has CPUs only, whatever it has here."""
+    local_devices = jax.local_devices
+
+    def devices(*arguments, backend=None, **options):
+        if backend != "cpu":
+            raise RuntimeError(f"Unknown backend {backend}")
+        return local_devices(*arguments, backend=backend, **options)
+
+    monkeypatch.setattr(doctor.jax, "local_devices", devices)
+    monkeypatch.setattr(doctor, "_plugins", dict)
+
+
+@pytest.fixture
 def on_rocm(rocm_stand_in, monkeypatch):
     """JAX's device for ROCM is one of its CPU devices, on which `decode` finds the stand-ins."""
     register()
@@ -172,7 +186,7 @@ def test_gpus_without_a_driver(bare, environment):
     assert re.search(r"BROKEN driver: .*libcuda\.so was not found\. Install the NVIDIA driver", text)
 
 
-def test_a_device_that_is_not_supported_is_no_fault(bare, rocm_stand_in, environment, tmp_path):
+def test_a_device_that_is_not_supported_is_no_fault(bare, rocm_stand_in, environment, tmp_path, no_plugins):
     other = StandIn(tmp_path, like=rocm_stand_in)
     other.arch = "gfx1100"
     environment("MONOKERNEL_HIP_LIBRARY", other.variables["MONOKERNEL_HIP_LIBRARY"])
@@ -182,7 +196,17 @@ def test_a_device_that_is_not_supported_is_no_fault(bare, rocm_stand_in, environ
     assert "note   JAX: has no rocm plugin; it would need an AMD Instinct GPU" in text
 
 
-def test_a_gpu_that_jax_has_no_plugin_for(bare, rocm_stand_in):
+def test_an_old_gpu_beside_one_that_is_not(bare, make_fake, no_plugins):
+    fake = make_fake("cuda")
+    fake.old_device = 0
+    works, text = ask(bare, test=False)
+    assert re.search(r"note   device 0: Fake GPU, not supported, 132 multiprocessors, ", text)
+    assert re.search(r"ok     device 1: Fake GPU, sm_90, 132 multiprocessors, ", text)
+    assert not works
+    assert "BROKEN JAX: has no cuda plugin, so nothing runs on these GPUs: pip install 'jax[cuda13]==" in text
+
+
+def test_a_gpu_that_jax_has_no_plugin_for(bare, rocm_stand_in, no_plugins):
     works, text = ask(bare, test=False)
     assert not works
     version = importlib.metadata.version("jaxlib")
