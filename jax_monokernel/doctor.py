@@ -130,7 +130,8 @@ def _software() -> Iterator[Line]:
         "JAX's plugins for GPUs", OK, ", ".join(f"{name} {version}" for name, version in sorted(plugins.items()))
     )
     jaxlib = _version("jaxlib")
-    wrong = sorted(name for name, version in plugins.items() if version.split("+")[0] != jaxlib)
+    # AMD's wheels may be built again for one jaxlib: 0.10.0.post1.
+    wrong = sorted(name for name, version in plugins.items() if re.sub(r"\+.*|\.post\d+$", "", version) != jaxlib)
     if wrong:
         yield Line("JAX's plugins for GPUs", NOTE, f"{', '.join(wrong)} and jaxlib {jaxlib} are of different versions")
 
@@ -224,6 +225,8 @@ def _gpus(
             yield from _access(platform, machine)
             yield Line("driver", BROKEN, str(error))
         else:
+            if os.environ.get({"cuda": "MONOKERNEL_CUDA_LIBRARY", "rocm": "MONOKERNEL_HIP_LIBRARY"}[platform]):
+                yield Line("driver", NOTE, str(error))
             yield Line("driver", ABSENT, f"none, and no such GPU in this machine. Needed for one: {_WANTED[platform]}")
         return
     yield Line("driver", OK, f"{_driver_version(platform, version)}, {path}")

@@ -96,6 +96,7 @@ def test_a_machine_without_gpus(bare):
     assert len(re.findall(r"  ok     cpu, .*: agrees with the reference \(\d", text)) == len(_self_test.SPECS)
     for what in ("NVIDIA GPU of compute capability 9.0", "gfx942 or gfx950", "docs/rocm.md", "Python: 3."):
         assert what in text
+    assert "note   driver: jax_monokernel: MONOKERNEL_HIP_LIBRARY is /nowhere/driver.so, which cannot be loaded" in text
     assert "BROKEN" not in text
 
 
@@ -213,6 +214,17 @@ def test_a_gpu_that_jax_has_no_plugin_for(bare, rocm_stand_in, no_plugins):
     needed = f"pip install jax-rocm7-plugin=={version} jax-rocm7-pjrt=={version}"
     assert f"BROKEN JAX: has no rocm plugin, so nothing runs on these GPUs: {needed}" in text
     assert text.splitlines()[-1] == "1 of the things that are here do not work."
+
+
+@pytest.mark.parametrize(
+    ("suffix", "fits"), [("", True), (".post1", True), ("+rocm7", True), (".1", False), ("1", False)]
+)
+def test_plugins_of_another_version(bare, monkeypatch, suffix, fits):
+    version = importlib.metadata.version("jaxlib") + suffix
+    monkeypatch.setattr(doctor, "_plugins", lambda: {"jax-rocm7-pjrt": version, "jax-rocm7-plugin": version})
+    text = "\n".join(line.text for line in doctor._software())
+    assert f"jax-rocm7-pjrt {version}" in text
+    assert ("are of different versions" in text) != fits
 
 
 def test_names_are_left_out(monkeypatch):
