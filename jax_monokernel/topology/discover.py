@@ -116,20 +116,23 @@ def page_homes(array: jax.Array, found: Found) -> np.ndarray:
     devices = list(array.devices())
     if len(devices) != 1 or devices[0].platform != "gpu":
         raise ValueError(f"the array is on {devices}; expected one GPU")
+    _check_device(m, devices[0])
     array.block_until_ready()
-    ordinal = devices[0].local_hardware_id or 0
-    here = [_device_id(described) for platform, i, described in gpus() if (platform, i) == (m.platform, ordinal)]
-    if m.device_id and here and here[0] != m.device_id:
-        raise ValueError(
-            f"the array is on device {ordinal}, and another {m.name} was measured: discover(device={ordinal})"
-        )
-    return _homes_at(m, ordinal, array.unsafe_buffer_pointer(), array.nbytes)
+    return _homes_at(m, devices[0].local_hardware_id or 0, array.unsafe_buffer_pointer(), array.nbytes)
 
 
 def _homes_at(m: Measurement, ordinal: int, address: int, size: int) -> np.ndarray:
     _native.gpu_library_dirs(_gpu.library_dirs())
     session = _native.GpuProbe(m.platform, ordinal, size, address)
     return homes_of_pages(session, m).homes
+
+
+def _check_device(m: Measurement, device: jax.Device) -> None:
+    """That the device is the one that was measured, and not another of its kind."""
+    ordinal = device.local_hardware_id or 0
+    here = [_device_id(described) for platform, i, described in gpus() if (platform, i) == (m.platform, ordinal)]
+    if m.device_id and here and here[0] != m.device_id:
+        raise ValueError(f"the array is on device {ordinal}; another {m.name} was measured: discover(device={ordinal})")
 
 
 def measure_device(
