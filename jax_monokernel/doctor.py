@@ -21,6 +21,7 @@ import jax
 from jax_monokernel import _gpu, _native, _self_test
 from jax_monokernel._version import __version__
 from jax_monokernel.plan import Platform, available_cpus
+from jax_monokernel.topology.model import Topology
 from jax_monokernel.topology.partition import Partition, partition_of
 from jax_monokernel.topology.parts import part_for
 
@@ -99,7 +100,7 @@ def _sections(test: bool, machine: Machine) -> Iterator[tuple[str, Iterator[Line
     for platform in platforms:
         yield f"{_VENDORS[platform]} GPUs ({platform})", _gpus(platform, machine, devices, found)
     if test:
-        yield "Self-test: small random models against the reference", _self_tests(devices, found)
+        yield "Self-test: small random models against the reference", _self_tests(devices, found, machine)
 
 
 # ---- What is looked at ----
@@ -268,8 +269,14 @@ def _device(number: int, device: dict[str, Any], platform: Platform, machine: Ma
         return
     yield Line(f"device {number}", OK, text)
     if is_amd:
-        for note in part_for(device["name"], device["arch"], device["units"], "rocm", known).notes:
+        for note in _topology(device, machine).notes:
             yield Line(f"device {number}", NOTE, note)
+
+
+def _topology(device: dict[str, Any], machine: Machine) -> Topology:
+    """What is published of a supported AMD GPU, in the mode that the system tells."""
+    known = partition_of(device["bus"], machine.sys)
+    return part_for(device["name"], device["arch"], device["units"], "rocm", known)
 
 
 def _adapters(platform: Platform, machine: Machine) -> int:
@@ -297,12 +304,20 @@ def _access(platform: Platform, machine: Machine) -> Iterator[Line]:
             yield Line(name, BROKEN, "this user may not open it: add the user to the groups render and video")
 
 
-def _self_tests(devices: dict[Platform, jax.Device], found: dict[Platform, list[dict[str, Any]]]) -> Iterator[Line]:
+def _self_tests(
+    devices: dict[Platform, jax.Device], found: dict[Platform, list[dict[str, Any]]], machine: Machine
+) -> Iterator[Line]:
     for platform, device in devices.items():
         described = found.get(platform)
         if described and "problem" in described[0]:
             continue
-        for outcome in _self_test.run(platform, device, described[0]["units"] if described else None):
+        units, groups = None, 1
+        if described:
+            units = described[0]["units"]
+            # Plans whose words stay on an XCD are other kernels, which `make_plan` may choose.
+            xcds = _topology(described[0], machine).groups("xcd") if platform == "rocm" else []
+            groups = len(xcds) if len({len(xcd.units) for xcd in xcds}) == 1 else 1
+        for outcome in _self_test.run(platform, device, units, groups):
             state, text = (BROKEN, outcome.problem) if outcome.problem else (OK, "agrees with the reference")
             yield Line(f"{platform}, {outcome.model}", state, f"{text} ({outcome.seconds:.1f} s)")
 

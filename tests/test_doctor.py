@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from jax_monokernel import _self_test, doctor
 from jax_monokernel.cli import app
 from jax_monokernel.doctor import Line, Machine, redacted, report
+from jax_monokernel.plan import Plan, geometry
 
 
 def ask(machine: Machine | None = None, *, test: bool = True) -> tuple[bool, str]:
@@ -132,6 +133,24 @@ def test_a_machine_with_amd_gpus(bare, on_rocm):
     assert str(Path.home()) not in text
 
 
+def test_the_groups_of_an_amd_gpu_are_tested_too(bare, rocm_stand_in, on_rocm, environment, tmp_path, monkeypatch):
+    """With words that stay on an XCD: one launch, so work-groups were found to be where they should."""
+    copy = StandIn(tmp_path, like=rocm_stand_in)  # devices are asked once in a process, and remember what was found
+    for name, value in copy.variables.items():
+        environment(name, value)
+    copy.units, copy.dies = 6, 2
+    add_adapter(bare, "0000:c1:00.0", current_compute_partition="QPX", current_memory_partition="NPS1")
+    add_node(bare, 2, 0xC1, 6, 2)
+    monkeypatch.setattr(_self_test, "SPECS", dict(list(_self_test.SPECS.items())[-1:]))
+    works, text = ask(bare)
+    assert works, text
+    assert "note   device 0: 6 of 76 units are active; 2 XCDs, by the driver's count" in text
+    lines = re.findall(r"  ok     rocm, (bf16.*): agrees with the reference", text)
+    assert [line.rpartition(", ")[2] for line in lines] == ["as most models are", "2 groups of units"]
+    assert copy.launches == 2
+    assert copy.complaints == ""
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -151,6 +170,12 @@ def test_gpus_that_do_not_work(bare, on_rocm, environment, change, message):
     assert re.search(rf"  BROKEN rocm, .*: {message}", text), text
     assert re.search(r"  ok     cpu, .*: agrees with the reference", text)
     assert re.match(r"[12] of the things that are here do not work", text.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("units", "groups"), [(304, 8), (256, 8), (228, 6), (152, 4), (76, 2), (40, 8)])
+def test_the_model_of_the_self_test_fits_into_groups(units, groups):
+    spec = list(_self_test.SPECS.values())[-1]
+    assert geometry(spec, Plan(platform="rocm", units=units, groups=groups)).mlp_groups == groups
 
 
 def test_results_that_are_wrong(bare, monkeypatch):
