@@ -234,7 +234,10 @@ def doctor(
 @app.command(name="topology")
 def topology(
     measure: Annotated[
-        bool, typer.Option("--measure", help="Probe the GPU, in a few seconds, and keep the result.")
+        bool,
+        typer.Option(
+            "--measure", help="Probe the GPU, or with --platform cpu the CPUs, in a few seconds, and keep the result."
+        ),
     ] = False,
     platform: Annotated[
         str | None, typer.Option(help="cpu, cuda or rocm. By default the first GPU, or the CPUs where there is none.")

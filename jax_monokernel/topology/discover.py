@@ -15,6 +15,7 @@ from jax_monokernel.plan import Platform
 from jax_monokernel.topology import store
 from jax_monokernel.topology.host import host_topology
 from jax_monokernel.topology.measure import MEMORY_BYTES, homes_of_pages, measure
+from jax_monokernel.topology.measure_host import measure_host, save_host, with_saved
 from jax_monokernel.topology.measurement import Measurement, topology_of
 from jax_monokernel.topology.model import Topology
 from jax_monokernel.topology.partition import Partition, partition_of
@@ -77,7 +78,7 @@ def discover(platform: Platform | None = None, device: int = 0, *, sysfs: Path =
     """
     gpu = _pick(platform, device)
     if gpu is None:
-        return Found(host_topology(), None)
+        return Found(with_saved(host_topology()), None)
     name, _, described = gpu
     partition = _partition(gpu, sysfs)
     found = store.load(
@@ -145,7 +146,7 @@ def measure_device(
     """Probes a GPU, in a few seconds, and keeps the result for `discover`. Nothing else should run on it meanwhile.
 
     Args:
-      platform: as `discover`; not "cpu", whose topology the operating system knows.
+      platform: as `discover`. With "cpu", hand-offs between this machine's cores and reads of its memory are measured.
       device: as `discover`.
       report: is told what is being measured.
       sysfs: as `discover`.
@@ -155,15 +156,19 @@ def measure_device(
       RuntimeError: what the device or its driver said, or no compiler.
     """
     gpu = _pick(platform, device)
+    if platform == "cpu":
+        host = measure_host(host_topology(), report=report)
+        _report_path(save_host(host), report)
+        return Found(host, None)
     if gpu is None:
-        problems = "" if platform == "cpu" else ". " + " ".join(_search()[1])
-        raise ValueError(
-            f"there is no GPU to measure; the topology of CPUs is what the operating system says{problems}"
-        )
+        raise ValueError(f"there is no GPU to measure. {' '.join(_search()[1])}")
     name, ordinal, described = gpu
     session = _native.GpuProbe(name, ordinal, MEMORY_BYTES)
     found = measure(session, name, report=report)
     found = dataclasses.replace(found, device_id=_device_id(described), mode=_partition(gpu, sysfs).mode)
-    path = store.save(found)
-    report("the result could not be saved" if path is None else f"saved as {path}")
+    _report_path(store.save(found), report)
     return Found(topology_of(found), found)
+
+
+def _report_path(path: Path | None, report: Callable[[str], None]) -> None:
+    report("the result could not be saved" if path is None else f"saved as {path}")

@@ -11,6 +11,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from jax_monokernel.topology.measurement import Measurement
 
@@ -37,18 +38,32 @@ def path_of(name: str, units: int, driver_version: int, device_id: str = "", mod
 
 
 def save(found: Measurement) -> Path | None:
-    """Writes a measurement aside and renames it. None if there is no folder that can be written."""
+    """Writes a measurement. None if there is no folder that can be written."""
     path = path_of(found.name, len(found.places), found.driver_version, found.device_id, found.mode)
     if path is None:
         return None
+    return write(path, {"version": VERSION, "measurement": found.to_json()})
+
+
+def write(path: Path, data: Any) -> Path | None:
+    """Writes JSON aside and renames it. None if that cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".topology-", delete=False) as file:
-            json.dump({"version": VERSION, "measurement": found.to_json()}, file)
+            json.dump(data, file)
         os.replace(file.name, path)
     except OSError:
         return None
     return path
+
+
+def read(path: Path) -> Any:
+    """What `write` wrote with this version; None if there is none, or it is damaged."""
+    try:
+        data = json.loads(path.read_text())
+        return data if data["version"] == VERSION else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def load(name: str, units: int, driver_version: int, device_id: str = "", mode: str = "") -> Measurement | None:
@@ -56,10 +71,8 @@ def load(name: str, units: int, driver_version: int, device_id: str = "", mode: 
     path = path_of(name, units, driver_version, device_id, mode)
     if path is None:
         return None
+    data = read(path)
     try:
-        data = json.loads(path.read_text())
-        if data["version"] != VERSION:
-            return None
-        return Measurement.from_json(data["measurement"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return None if data is None else Measurement.from_json(data["measurement"])
+    except (ValueError, KeyError, TypeError):
         return None
