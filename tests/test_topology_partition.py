@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rocm_stand_in import StandIn
 from test_topology import MODES, made
 
 from jax_monokernel import topology as tp
+from jax_monokernel.topology.discover import _check_device
 from jax_monokernel.topology.partition import Partition, partition_of
 
 AMD = [(name, mode) for name, mode in MODES if mode]
@@ -213,6 +215,10 @@ def test_a_measurement_is_of_one_chip_in_one_mode(make_fake, sysfs):
     tp.measure_device("rocm", sysfs=sysfs.root, report=said.append)
     assert re.search(r"topology-fake-gpu-4-13000-(11){16}\.json$", said[-1])
     assert (known(0), known(1)) == ("11" * 16, None)
+    measured = tp.discover("rocm", sysfs=sysfs.root).measurement
+    _check_device(measured, SimpleNamespace(local_hardware_id=0))
+    with pytest.raises(ValueError, match=r"on device 1; another Fake GPU was measured: discover\(device=1\)"):
+        _check_device(measured, SimpleNamespace(local_hardware_id=1))
     fake_of(40)
     assert known() is None
     fake_of(17)
