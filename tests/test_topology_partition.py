@@ -12,6 +12,7 @@ from rocm_stand_in import StandIn
 from test_topology import MODES, made
 
 from jax_monokernel import topology as tp
+from jax_monokernel.topology import store
 from jax_monokernel.topology.discover import _check_device
 from jax_monokernel.topology.partition import Partition, partition_of
 
@@ -229,6 +230,7 @@ def test_a_measurement_is_of_one_chip_in_one_mode(make_fake, sysfs):
     assert known() == "11" * 16
     (sysfs.root / "bus/pci/devices/0000:c1:00.0/current_memory_partition").write_text("NPS2")
     assert known() is None
-    fake_of(0)  # a driver that gives it no UUID
-    tp.measure_device("rocm", sysfs=sysfs.root)
+    fake_of(0)  # a driver that gives it no UUID: its address says which it is
+    assert known() is None
+    assert store.save(dataclasses.replace(measured, device_id="0000:c1:00.0", mode="DPX/NPS2")) is not None
     assert known() == "0000:c1:00.0"
