@@ -11,6 +11,7 @@
 #include "cpu/decode.h"
 #include "cpu/interrupt.h"
 #include "cpu/isa.h"
+#include "cpu/ping_pong.h"
 #include "cpu/read_bandwidth.h"
 #include "cpu/sampling_binding.h"
 #include "cpu/settings.h"
@@ -148,6 +149,9 @@ PYBIND11_MODULE(_native, m) {
   cpu::bind_sampling(m);
   monokernel::bind_mailbox(m);
   monokernel::gpu::bind(m);
+  m.def("ping_pong", &cpu::ping_pong, py::arg("cpu"), py::arg("other"), py::arg("rounds"), py::arg("batches"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Nanoseconds that a word takes from one CPU to another, one way, of each batch of rounds.");
   m.def("read_bandwidth", &cpu::read_bandwidth, py::arg("bytes"), py::arg("threads"), py::arg("repeats"),
         py::call_guard<py::gil_scoped_release>(),
         "Bytes per second of each of `repeats` reads of a buffer of `bytes`, every thread reading its own contiguous part.");
