@@ -14,6 +14,8 @@ struct StreamWave {
   int left;    // atoms of this run
   int column;  // of what is resident, where the run goes on
   int run_atoms, run_column;  // of all runs of this chunk, at their beginning
+  int place;     // of this lane in products of a tile
+  int products;  // of this tile, where they begin
 
   int layer, phase, segment, fill, chunk, tile;
   int tiles;  // of this segment
@@ -22,8 +24,6 @@ struct StreamWave {
   bool over;     // the launch
   int total;     // atoms of a token that are no padding
   int token;     // of this launch
-
-  MK_METHOD float* products() { return shared_at<float>(kShared.products) + (segment & 1) * kSegmentTiles * kBatch * kTileRows * kWaves; }
 
   MK_METHOD void enter_run() {
     left = run_atoms;
@@ -35,6 +35,7 @@ struct StreamWave {
     run_atoms = run.count;
     run_column = (run.begin - fill * kResident * kChunkAtoms) * kAtomCols;
     tile = 0;
+    products = (segment & 1) * kSegmentTiles * kTileProducts;
     enter_run();
   }
 
@@ -111,19 +112,22 @@ struct StreamWave {
     if (!enter_phase()) start_padding();
   }
 
-  MK_METHOD void end_run() {
-    flush(sums, products(), tile, wave, lane, chunk > 0);
+  // Whether there certainly is one to multiply then.
+  MK_METHOD bool end_run() {
+    flush(sums, shared_at<float>(kShared.products) + products + place, lane, chunk > 0);
     clear_again(sums);
     if (++tile < tiles) {
+      products += kTileProducts;
       enter_run();
-    } else {
-      leave_chunk();
+      return kLeastRun > 0;
     }
+    leave_chunk();
+    return false;
   }
 
   // After the last atom of a run, until there is one to multiply or to leave out.
   MK_METHOD void advance() {
-    if (!padding) end_run();
+    if (!padding && end_run()) return;
     while (left == 0) {
       if (padding) {
         start_token();
@@ -165,6 +169,7 @@ struct StreamWave {
     total = count_atoms(wave, true);
     token = 0;
     over = false;
+    place = product_place(wave, lane);
     ring.start(shared_at<char>(kShared.ring), shared_at<char>(kShared.barriers), stream_of(args, wave),
                stream_bytes(wave));
     clear(sums);

@@ -197,36 +197,47 @@ MK_DEVICE void multiply_one(AnySums& s, const Vec4& w, const Vec4& x) {
 
 constexpr int kTileProducts = kBatch * kTileRows * kWaves;
 
-// Adds a run's sums to products of `tile`, or starts them.
-template <typename AnySums>
-MK_DEVICE void flush(const AnySums& s, float* products, int tile, int wave, int lane, bool add) {
-  [[maybe_unused]] auto put = [&](int request, int row, float v) {
-    float* to = products + tile * kTileProducts + (request * kTileRows + row) * kWaves + wave;
-    *to = add ? *to + v : v;
-  };
 #if MK_WAVE_SIZE == 64
-  // The lanes of a row of weights are 4 apart, and each has sums of all requests of its part. Of 16 lanes those of a row take one
-  // of four requests each.
+
+// The lanes of a row of weights are 4 apart, and each has sums of all requests of its part of the lanes. Of 16 lanes those of a
+// row take one of four requests each.
+constexpr int kPartLanes = kPartBlocks * kTileRows;
+MK_DEVICE int lane_request(int lane) { return lane / kPartLanes * kColumns + lane / 4 % 4; }
+
+// The lane's place in products of a tile.
+MK_DEVICE int product_place(int wave, int lane) { return (lane_request(lane) * kTileRows + lane_row(lane)) * kWaves + wave; }
+
+// Adds a run's sums to products, or starts them. to: the lane's place.
+template <typename AnySums>
+MK_DEVICE void flush(const AnySums& s, float* to, int lane, bool add) {
   constexpr int count = kMatrixUnit ? smaller(kBatch, kColumns) : kBatch;
-  constexpr int part_lanes = kPartBlocks * kTileRows;
   MK_UNROLL
   for (int first = 0; first < count; first += 4) {
-    const int mine = lane / 4 % 4, request = lane / part_lanes * kColumns + first + mine;
-    const bool puts = lane % part_lanes < 16 && request < kBatch;
-    float* to = products + tile * kTileProducts + (request * kTileRows + lane % 4) * kWaves + wave;
-    const float before = puts && add ? *to : 0.0f;
+    const bool puts = lane % kPartLanes < 16 && first + lane_request(lane) < kBatch;
+    float* place = to + first * kTileRows * kWaves;
+    const float before = puts && add ? *place : 0.0f;
     float sum = 0.0f;
     MK_UNROLL
     for (int i = 0; i < 4; i++) {
       if (first + i >= count) continue;
       const float v = arch::sum_fours(s.even[first + i] + s.odd[first + i]);
-      sum = i == 0 || i == mine ? v : sum;
+      sum = i == 0 || i == lane / 4 % 4 ? v : sum;
     }
-    if constexpr (part_lanes == 64) sum = arch::sum_quarters(sum);
-    if constexpr (part_lanes == 32) sum += arch::shuffle_xor(sum, 16);
-    if (puts) *to = add ? before + sum : sum;
+    if constexpr (kPartLanes == 64) sum = arch::sum_quarters(sum);
+    if constexpr (kPartLanes == 32) sum += arch::shuffle_xor(sum, 16);
+    if (puts) *place = before + sum;
   }
+}
+
 #else
+
+// Adds a run's sums to products of `tile`, or starts them.
+template <typename AnySums>
+MK_DEVICE void flush(const AnySums& s, float* products, int tile, int wave, int lane, bool add) {
+  auto put = [&](int request, int row, float v) {
+    float* to = products + tile * kTileProducts + (request * kTileRows + row) * kWaves + wave;
+    *to = add ? *to + v : v;
+  };
   if constexpr (!kMatrixUnit) {
     MK_UNROLL
     for (int b = 0; b < kBatch; b++) {
@@ -247,7 +258,8 @@ MK_DEVICE void flush(const AnySums& s, float* products, int tile, int wave, int 
       put(request + 8, row + 1, s.even[3] + s.odd[3]);
     }
   }
-#endif
 }
+
+#endif
 
 }  // namespace mk
