@@ -78,12 +78,16 @@ MK_DEVICE int lane_row(int lane) { return MK_ROW_MAJOR_ATOM ? lane / kBlocks : l
 MK_DEVICE int lane_block(int lane) { return MK_ROW_MAJOR_ATOM ? lane % kBlocks : lane / kTileRows; }
 
 constexpr bool kMatrixUnit = kWeightType != kF32;
-// Requests that one matrix instruction takes, and how many fragments of activations an atom so needs. With waves of 64 that is how
-// many parts the lanes are in, too.
+// Requests that one matrix instruction takes, and how many fragments of activations an atom so needs.
 constexpr int kColumns = !kMatrixUnit ? 1 : arch::kWave == 32 ? 8 : 4;
-constexpr bool kLaneParts = kMatrixUnit && arch::kWave == 64;
-constexpr int kFragments = kLaneParts ? (kBatch <= 4 ? 1 : kBatch <= 8 ? 2 : 4) : (kBatch + kColumns - 1) / kColumns;
-constexpr int kPartBlocks = kLaneParts ? kBlocks / kFragments : kBlocks;  // k blocks that a part of the lanes has at once
+#if MK_WAVE_SIZE == 32
+constexpr int kFragments = (kBatch + kColumns - 1) / kColumns;
+#else
+constexpr int kFragments = !kMatrixUnit ? kBatch : kBatch <= 4 ? 1 : kBatch <= 8 ? 2 : 4;
+constexpr int kParts = kMatrixUnit ? kFragments : 1;  // of the lanes
+constexpr int kPartBlocks = kBlocks / kParts;         // k blocks that a part has at once
+constexpr int kPartLanes = arch::kWave / kParts;
+#endif
 
 struct Fragments {
   Vec4 x[kFragments];
@@ -94,15 +98,16 @@ MK_DEVICE Vec4 zero_vector() { return {0, 0, 0, 0}; }
 // Activations of this lane's k block of an atom whose first column is `column` of what is resident.
 MK_DEVICE Fragments load_fragments(const char* activations, int column, int lane) {
   Fragments f;
-  if constexpr (kLaneParts) {
-    const int block = lane_block(lane);
+#if MK_WAVE_SIZE == 64
+  if constexpr (kMatrixUnit) {
     // Lanes without a request may have anything: theirs are sums that nobody looks at.
-    const int request = smaller(block / kPartBlocks * kColumns + lane_row(lane), kBatch - 1);
-    const char* at = activations + request * kRowBytes + (column + block % kPartBlocks * kVector) * kWeightBytes;
+    const int request = smaller(lane / kPartLanes * kColumns + lane_row(lane), kBatch - 1);
+    const char* at = activations + request * kRowBytes + (column + lane_block(lane) % kPartBlocks * kVector) * kWeightBytes;
     MK_UNROLL
     for (int i = 0; i < kFragments; i++) f.x[i] = *(const Vec4*)(at + i * kPartBlocks * 16);
     return f;
   }
+#endif
   const char* at = activations + (column + lane_block(lane) * kVector) * kWeightBytes;
   MK_UNROLL
   for (int i = 0; i < kFragments; i++) {
@@ -125,7 +130,8 @@ MK_DEVICE void clear(Sums& s) {
   for (int i = 0; i < kSums; i++) s.even[i] = s.odd[i] = 0.0f;
 }
 
-// The same, in the registers that they are in: compilers would take others, to move what comes into them later.
+#if MK_WAVE_SIZE == 64
+// The same, where the compiler would take other registers, to move what comes into them later.
 MK_DEVICE void clear_again(Sums& s) {
   MK_UNROLL
   for (int i = 0; i < kSums; i++) {
@@ -133,6 +139,7 @@ MK_DEVICE void clear_again(Sums& s) {
     s.odd[i] = arch::as_f32(arch::fresh(0u));
   }
 }
+#endif
 
 MK_DEVICE void join(Sums& s, const Sums& other) {
   MK_UNROLL
@@ -146,10 +153,10 @@ MK_DEVICE void join(Sums& s, const Sums& other) {
 // Requests are rows and weights columns of the instruction, so that a lane has sums of one row of weights.
 template <int part, typename AnySums>
 MK_DEVICE void multiply_parts(AnySums& s, const Vec4& w, const Fragments& f) {
-  if constexpr (part < kFragments) {
+  if constexpr (part < kParts) {
     const u32 x0[2] = {f.x[part].x, f.x[part].y}, x1[2] = {f.x[part].z, f.x[part].w}, w0[2] = {w.x, w.y}, w1[2] = {w.z, w.w};
-    arch::mfma_4x4x4<kWeightType == kBF16, kFragments, part>(s.even, x0, w0);
-    arch::mfma_4x4x4<kWeightType == kBF16, kFragments, part>(s.odd, x1, w1);
+    arch::mfma_4x4x4<kWeightType == kBF16, kParts, part>(s.even, x0, w0);
+    arch::mfma_4x4x4<kWeightType == kBF16, kParts, part>(s.odd, x1, w1);
     multiply_parts<part + 1>(s, w, f);
   }
 }
@@ -195,13 +202,12 @@ MK_DEVICE void multiply_one(AnySums& s, const Vec4& w, const Vec4& x) {
   multiply(s, w, f);
 }
 
-constexpr int kTileProducts = kBatch * kTileRows * kWaves;
-
 #if MK_WAVE_SIZE == 64
+
+constexpr int kTileProducts = kBatch * kTileRows * kWaves;
 
 // The lanes of a row of weights are 4 apart, and each has sums of all requests of its part of the lanes. Of 16 lanes those of a
 // row take one of four requests each.
-constexpr int kPartLanes = kPartBlocks * kTileRows;
 MK_DEVICE int lane_request(int lane) { return lane / kPartLanes * kColumns + lane / 4 % 4; }
 
 // The lane's place in products of a tile.
@@ -235,7 +241,7 @@ MK_DEVICE void flush(const AnySums& s, float* to, int lane, bool add) {
 template <typename AnySums>
 MK_DEVICE void flush(const AnySums& s, float* products, int tile, int wave, int lane, bool add) {
   auto put = [&](int request, int row, float v) {
-    float* to = products + tile * kTileProducts + (request * kTileRows + row) * kWaves + wave;
+    float* to = products + ((tile * kBatch + request) * kTileRows + row) * kWaves + wave;
     *to = add ? *to + v : v;
   };
   if constexpr (!kMatrixUnit) {
