@@ -46,8 +46,9 @@ struct StreamWave {
     enter_chunk();
   }
 
-  // Goes to the first phase at or after this one in which the unit has tiles. False at the end of a token.
-  MK_METHOD bool enter_phase() {
+  // Finds the first phase at or after this one in which the unit has tiles. False at the end of a token.
+  MK_METHOD bool find_phase() {
+    segment = fill = 0;
     for (;;) {
       if (phase == kHead && layer < MK_NUM_LAYERS - 1) {
         phase = kQkv;
@@ -55,12 +56,9 @@ struct StreamWave {
       }
       if (phase == kPhases) return false;
       deal = kTiles[phase * MK_UNITS + unit()];
-      if (deal.count > 0) break;
+      if (deal.count > 0) return true;
       phase++;
     }
-    segment = fill = 0;
-    enter_segment();
-    return true;
   }
 
   // T: control is set. Returns false when the launch is over. The service waves may be one token ahead afterwards, where a unit
@@ -83,7 +81,11 @@ struct StreamWave {
     }
     layer = 0;
     phase = kQkv;
-    if (!enter_phase()) start_padding();
+    if (find_phase()) {
+      enter_segment();
+    } else {
+      start_padding();
+    }
   }
 
   MK_METHOD void start_padding() {
@@ -100,16 +102,17 @@ struct StreamWave {
     arch::hand_over();  // B: products are in place
     if (chunk < chunk_count(phase)) {
       fill++;
-      enter_segment();
-      return;
+    } else {
+      fill = 0;
+      if (++segment == segment_count(deal)) {
+        phase++;
+        if (!find_phase()) {
+          start_padding();
+          return;
+        }
+      }
     }
-    fill = 0;
-    if (++segment < segment_count(deal)) {
-      enter_segment();
-      return;
-    }
-    phase++;
-    if (!enter_phase()) start_padding();
+    enter_segment();
   }
 
   // Whether there certainly is one to multiply then.
@@ -127,13 +130,17 @@ struct StreamWave {
 
   // After the last atom of a run, until there is one to multiply or to leave out.
   MK_METHOD void advance() {
-    if (!padding && end_run()) return;
-    while (left == 0) {
-      if (padding) {
-        start_token();
-      } else if constexpr (kLeastRun == 0) {
-        end_run();
-      }
+    if constexpr (kLeastRun > 0) {
+      if (!padding && end_run()) return;
+      while (left == 0) start_token();
+    } else {
+      do {
+        if (padding) {
+          start_token();
+        } else {
+          end_run();
+        }
+      } while (left == 0);
     }
   }
 
