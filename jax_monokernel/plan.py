@@ -119,6 +119,9 @@ def make_plan(
 ) -> Plan:
     """The default plan for `spec` on a platform.
 
+    On ROCm, chunks have 16 atoms where the device here, or the part that has so many units, has the shared memory for
+    it (gfx950), else 8.
+
     Args:
       platform: where decode will run; by default where JAX puts arrays (`default_platform`).
       units: execution units to cut the weights for. By default, on the CPU: `MONOKERNEL_THREADS` if set, else the CPUs

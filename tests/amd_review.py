@@ -207,7 +207,7 @@ def cost(kernel: Kernel, ring_atoms: int) -> Cost:
 
 
 def _run_and_chunk_atoms(kernel: Kernel) -> tuple[float, float]:
-    """Atoms of a run, and of a wave's runs of a chunk and segment, on average: kernel/config.h deals them to the waves."""
+    """Atoms of a run, and of a wave's runs of a chunk and segment, on average; kernel/config.h deals them."""
     geo, plan = geometry(kernel.spec, kernel.plan), kernel.plan
     atoms = runs = ends = 0
     for phase in PHASES:

@@ -87,9 +87,8 @@ def _let_matrices_come_from_other_lanes(module: Any) -> None:
     start = source.index("INL void mfma(ARGS")
     end = source.index("INL void mfma_i8(ARGS")
     body = source[start:end]
-    lanes = (
-        "static const struct { u8 mask, add; } of_b[8]={{63,0},{31,0},{31,32},{63,16},{15,0},{15,16},{15,32},{15,48}};\n"
-    )
+    lanes = "{63,0},{31,0},{31,32},{63,16},{15,0},{15,16},{15,32},{15,48}"
+    lanes = f"static const struct {{ u8 mask, add; }} of_b[8]={{{lanes}}};\n"
     for old, new in (
         ("if((w[0]>>8&7)|(w[1]>>29))", "u32 bp=w[1]>>29; if(w[0]>>8&7)"),
         ("mel(Bp[(s1-256+e/epr)*64+l]", "mel(Bp[(s1-256+e/epr)*64+(((l&of_b[bp].mask)+of_b[bp].add)&63)]"),

@@ -263,9 +263,7 @@ LANES = [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)]
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize(
-    ("wave", "parts", "part"), [(32, 1, 0), *((64, *x) for x in LANES)], ids=lambda n: str(n)
-)
+@pytest.mark.parametrize(("wave", "parts", "part"), [(32, 1, 0), *((64, *x) for x in LANES)], ids=lambda n: str(n))
 def test_matrix_instructions_multiply_matrices(wave, parts, part, dtype):
     rng = np.random.default_rng(5)
     source = MMA.replace("BF16", str(dtype != np.float16).lower())
