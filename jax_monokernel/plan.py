@@ -11,13 +11,17 @@ import itertools
 import math
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import numpy as np
 
+from jax_monokernel import _native
 from jax_monokernel.spec import DecoderSpec
 from jax_monokernel.weights import layer_shapes
+
+if TYPE_CHECKING:
+    from jax_monokernel.topology import Topology
 
 Platform = Literal["cpu", "cuda", "rocm"]
 
@@ -115,6 +119,9 @@ def make_plan(
 ) -> Plan:
     """The default plan for `spec` on a platform.
 
+    On ROCm, chunks have 16 atoms where the device here, or the part that has so many units, has the shared memory for
+    it (gfx950), else 8.
+
     Args:
       platform: where decode will run; by default where JAX puts arrays (`default_platform`).
       units: execution units to cut the weights for. By default, on the CPU: `MONOKERNEL_THREADS` if set, else the CPUs
@@ -129,14 +136,17 @@ def make_plan(
     platform = platform or default_platform()
     if units is None:
         units = _default_threads(spec) if platform == "cpu" else _device_units(platform)
+    if platform != "rocm":
+        return Plan(platform=platform, units=units, groups=1 if groups is None else groups)
+    topology = _rocm_topology(units)
     if groups is None:
-        groups = _default_groups(spec, units) if platform == "rocm" else 1
-    return Plan(platform=platform, units=units, groups=groups)
+        groups = _default_groups(spec, topology)
+    return Plan(platform=platform, units=units, groups=groups, chunk_atoms=_default_chunk(topology))
 
 
-def _default_groups(spec: DecoderSpec, units: int) -> int:
-    # Not above: they take time to import, and use this module.
-    from jax_monokernel.performance import choose_groups
+def _rocm_topology(units: int) -> Topology | None:
+    """Of the device here, or else of the first part that has so many units."""
+    # Not above: it takes time to import, and uses this module. So does performance.
     from jax_monokernel.topology import discover, part, part_names
 
     try:
@@ -146,7 +156,18 @@ def _default_groups(spec: DecoderSpec, units: int) -> int:
     if topology is None or topology.units != units:
         known = (part(name) for name in part_names())
         topology = next((p for p in known if p.platform == "rocm" and p.units == units), None)
+    return topology
+
+
+def _default_groups(spec: DecoderSpec, topology: Topology | None) -> int:
+    from jax_monokernel.performance import choose_groups
+
     return 1 if topology is None else choose_groups(spec, topology)
+
+
+def _default_chunk(topology: Topology | None) -> int:
+    """Atoms of a chunk, as many as 16 requests' activations have room for in shared memory; 0 if that is not known."""
+    return 16 if topology is not None and _native.gpu_shared_bytes(topology.arch) >= 128 * 1024 else 0
 
 
 def _device_units(platform: Platform) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import heapq
+import itertools
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,13 +38,18 @@ def review(kernel: Kernel) -> tuple[Instruction, ...]:
     found = []
     for line in body.split("\n"):
         if line.startswith("\t.loc\t"):
-            places = re.findall(r"([\w./-]+\.h):(\d+):\d+", line.partition(";")[2])
-            chain = tuple(_function(file.rpartition("gpu/kernel/")[2], int(number)) for file, number in places)
+            chain = _chain(line)
         elif match := _ACCESS.match(line):
             name, operands = match.groups()
             bits = operands.split() if name == "s_waitcnt" else re.findall(r"\b(?:sc0|sc1|nt)\b", operands)
             found.append(Instruction(" ".join([name, *bits]), chain))
     return tuple(found)
+
+
+def _chain(line: str) -> tuple[str, ...]:
+    """The functions that a .loc directive names, the innermost first."""
+    places = re.findall(r"([\w./-]+\.h):(\d+):\d+", line.partition(";")[2])
+    return tuple(_function(file.rpartition("gpu/kernel/")[2], int(number)) for file, number in places)
 
 
 @functools.cache
@@ -81,14 +87,17 @@ class Cost:
 
     group_atoms: int  # that are multiplied between two looks for the end of a run
     group_slots: float  # turns at issuing that this takes
-    flush_slots: float  # that the end of a run adds, where the next one is of the same segment
+    flush_slots: float  # that the end of a run adds, where the next one is of the same chunk
     run_atoms: float  # of a run, on average over the model
+    chunk_slots: float  # that the end of a chunk adds to that, where the next one is of the same segment
+    chunk_atoms: float  # of a wave in a chunk of a segment, on average over the model
     local_bytes: float  # of shared memory that an atom reads and writes
 
     @property
     def slots(self) -> float:
         """Turns at issuing for one atom: 16 bytes a lane, 1 KiB."""
-        return self.group_slots / self.group_atoms + self.flush_slots / self.run_atoms
+        ends = self.flush_slots / self.run_atoms + self.chunk_slots / self.chunk_atoms
+        return self.group_slots / self.group_atoms + ends
 
     def rate(self, waves: int) -> float:
         """Bytes of weights per cycle and compute unit, as far as issuing and shared memory allow."""
@@ -112,15 +121,25 @@ class _Code:
         text = assembly.read_text()
         body = text[text.index("\nmonokernel:") : text.index("\n.Lfunc_end0:")]
         self.blocks: list[list[str]] = [[]]
-        labels = {}
+        self.functions: list[set[tuple[str, ...]]] = [set()]  # that a block's instructions were inlined into
+        labels: dict[str, int] = {}
+        chain: tuple[str, ...] = ()
+
+        def start_block() -> None:
+            self.blocks.append([])
+            self.functions.append(set())
+
         for line in body.split("\n"):
             if match := re.match(r"\.L(BB\w+):", line):
-                self.blocks.append([])
+                start_block()
                 labels[match[1]] = len(self.blocks) - 1
+            elif line.startswith("\t.loc\t"):
+                chain = _chain(line)
             elif match := re.match(r"\t([a-z]\w*[^;\n]*?)\s*(?:;.*)?$", line):
                 self.blocks[-1].append(match[1])
+                self.functions[-1].add(chain)
                 if match[1].startswith(("s_branch", "s_cbranch", "s_endpgm")):
-                    self.blocks.append([])
+                    start_block()
         self.next: list[list[int]] = []
         for i, block in enumerate(self.blocks):
             last = block[-1] if block else ""
@@ -159,7 +178,7 @@ class _Code:
 
 def cost(kernel: Kernel, ring_atoms: int) -> Cost:
     """Counts the shortest way through the loop of a stream wave: no barrier, no new phase."""
-    code = _Code(kernel.assembly)
+    code = _Code(kernel.assembly_with_lines)
     load = r"global_load_dwordx4 .* nt$"
     loads = code.with_(load)
     first = next(i for i in loads if code.count(i, load) == ring_atoms)
@@ -169,26 +188,38 @@ def cost(kernel: Kernel, ring_atoms: int) -> Cost:
     multiply = r"v_mfma_f32_4x4x4" if kernel.spec.dtype != "float32" else r"ds_read_b128"
     multiplies = [i for i in code.with_(multiply) if i >= first]
     flushes = [i for i in code.with_(r"ds_write_b32") if i > first]
+    # Where a wave goes on with the next chunk, and not with the next segment, for which it waits.
+    chunks = [
+        i
+        for i, functions in enumerate(code.functions)
+        if any({"enter_chunk", "leave_chunk"} <= set(f) and "enter_segment" not in f for f in functions)
+    ]
     group = atoms // len(requests)
     turns = list(zip(requests, requests[1:] + requests[:1], strict=True))
-    plain = sum(code.through(a, multiplies, [b]) for a, b in turns) / len(turns)
-    with_flush = sum(code.through(a, flushes, multiplies, [b]) for a, b in turns) / len(turns)
-    run = _run_atoms(kernel)
+
+    def slots(*stops: list[int]) -> float:
+        return sum(code.through(a, *stops, multiplies, [b]) for a, b in turns) / len(turns)
+
+    plain, with_flush, with_chunk = slots(), slots(flushes), slots(flushes, chunks)
+    run, chunk = _run_and_chunk_atoms(kernel)
     local = sum(code.count(i, name) * size for i in multiplies for name, size in LOCAL_BYTES.items()) / atoms
-    return Cost(group, plain, with_flush - plain, run, local)
+    return Cost(group, plain, with_flush - plain, run, with_chunk - with_flush, chunk, local)
 
 
-def _run_atoms(kernel: Kernel) -> float:
-    """Atoms of a run, on average: kernel/config.h deals a chunk's atoms to the waves."""
+def _run_and_chunk_atoms(kernel: Kernel) -> tuple[float, float]:
+    """Atoms of a run, and of a wave's runs of a chunk and segment, on average; kernel/config.h deals them."""
     geo, plan = geometry(kernel.spec, kernel.plan), kernel.plan
-    atoms = runs = 0
+    atoms = runs = ends = 0
     for phase in PHASES:
         matrix = geo.matrices[phase]
-        tiles = matrix.tiles * (1 if phase == "head" else kernel.spec.num_layers)
+        times = 1 if phase == "head" else kernel.spec.num_layers
+        tiles = matrix.tiles * times
+        segments = sum(-(-(b - a) // plan.segment_tiles) for a, b in itertools.pairwise(matrix.begin)) * times
         across = matrix.cols // geo.atom_cols
         for chunk in range(0, across, plan.chunk_atoms):
             count = min(plan.chunk_atoms, across - chunk)
             lengths = [count * (w + 1) // plan.waves - count * w // plan.waves for w in range(plan.waves)]
             atoms += tiles * sum(lengths)
             runs += tiles * sum(length > 0 for length in lengths)
-    return atoms / runs
+            ends += segments * plan.waves
+    return atoms / runs, atoms / ends

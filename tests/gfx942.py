@@ -49,6 +49,7 @@ def emulator() -> ModuleType:
     found.loader.exec_module(module)
     _keep_lanes_in_shared_memory(module)
     _let_dies_share_a_cache(module)
+    _let_matrices_come_from_other_lanes(module)
     return module
 
 
@@ -75,6 +76,26 @@ def _let_dies_share_a_cache(module: Any) -> None:
     place = "static void rd("
     assert module.SCHED_C.count(old) == module.SCHED_C.count(place) == 1
     module.SCHED_C = module.SCHED_C.replace(place, f"u32 die_of[{_MOST}];\n{place}").replace(old, new)
+
+
+def _let_matrices_come_from_other_lanes(module: Any) -> None:
+    """Matrix instructions with BLGP, which says from which lanes their B comes, are unknown to the emulator.
+
+    Which those are is said by ROCm/amd_matrix_instruction_calculator, `_get_blgp_transformed_lane`.
+    """
+    source = module.C_MFMA
+    start = source.index("INL void mfma(ARGS")
+    end = source.index("INL void mfma_i8(ARGS")
+    body = source[start:end]
+    lanes = "{63,0},{31,0},{31,32},{63,16},{15,0},{15,16},{15,32},{15,48}"
+    lanes = f"static const struct {{ u8 mask, add; }} of_b[8]={{{lanes}}};\n"
+    for old, new in (
+        ("if((w[0]>>8&7)|(w[1]>>29))", "u32 bp=w[1]>>29; if(w[0]>>8&7)"),
+        ("mel(Bp[(s1-256+e/epr)*64+l]", "mel(Bp[(s1-256+e/epr)*64+(((l&of_b[bp].mask)+of_b[bp].add)&63)]"),
+    ):
+        assert body.count(old) == 1
+        body = body.replace(old, new)
+    module.C_MFMA = source[:start] + lanes + body + source[end:]
 
 
 @dataclasses.dataclass(frozen=True)

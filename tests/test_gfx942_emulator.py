@@ -16,6 +16,7 @@ from amd_code import Kernel
 from decoding import (
     POSITIONS,
     assert_same_decode,
+    decode,
     mixed_params,
     params_of,
     reference,
@@ -24,6 +25,7 @@ from decoding import (
     rows_of,
     spec_of,
     state_of,
+    tape_of,
 )
 from gpu_decode import gpu_plan
 
@@ -60,6 +62,18 @@ ORDERS = {
     "seed_1": (1, lambda unit: unit // 2 % 8),
     "seed_2": (2, lambda unit: 3),
 }
+
+
+@pytest.mark.parametrize(("name", "dtype", "batch"), [("nope", "bfloat16", 7), ("windows", "float16", 16)])
+def test_many_requests(name, dtype, batch):
+    """More than four: matrix instructions take the weights of one half or quarter of the lanes for all of them."""
+    kernel = one_chunk(name, dtype, batch)
+    state, params = state_of(kernel.spec, tuple(range(0, 2 * batch, 2))), mixed_params(kernel.spec, batch)
+    got, run = gfx942.decode_on_emulator(kernel, state, params, 3, seed=1, xcc=lambda unit: unit)
+    want = decode(tape_of(kernel.spec, 2), state, params, steps=3)
+    assert run.violations == []
+    assert run.report["reason"] == 0
+    assert_same_decode(got, want, kernel.spec, state)
 
 
 @pytest.mark.parametrize("order", ORDERS)

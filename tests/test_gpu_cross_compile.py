@@ -55,7 +55,7 @@ CASES = {
     "llama-gfx942-batch_1": lambda: large("gfx942", 1),
     "llama-gfx942-batch_4-long": lambda: large("gfx942", 4, capacity=32768),
     "llama-gfx942-batch_16": lambda: large("gfx942", 16),
-    "llama-gfx950-batch_16": lambda: large("gfx950", 16),
+    "llama-gfx950-batch_16": lambda: large("gfx950", 16, chunk_atoms=16),
     "windows-f16-gfx942-batch_3": lambda: small("windows", "float16", "gfx942", 3),
     "post_norm-f32-gfx942-batch_3": lambda: small("post_norm", "float32", "gfx942", 3),
     "llama-gfx942-batch_1-groups": lambda: large("gfx942", 1, groups=8, near=True),

@@ -227,7 +227,7 @@ if (arch::wave() == 0) {
   arch::mma_16x8x16<BF16>(c, a, from[8], from[9]);
 #else
   const u32 a[2] = {from[4], from[5]}, b[2] = {from[8], from[9]};
-  arch::mfma_4x4x4<BF16>(c, a, b);
+  arch::mfma_4x4x4<BF16, LANES>(c, a, b);
 #endif
   float* to = (float*)args.k_cache + (arch::unit() * arch::kWave + arch::lane()) * 4;
   for (int i = 0; i < 4; i++) to[i] = c[i];
@@ -258,11 +258,17 @@ def wavefront_fragments(a, b, c):
     return np.concatenate([c.ravel()[place].view(np.uint32), rows, columns], axis=1), place
 
 
+# Of how many equal parts of a wavefront's lanes the last operand comes from which: all lanes, halves, quarters.
+LANES = [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)]
+
+
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16], ids=["bfloat16", "float16"])
-@WAVE_SIZES
-def test_matrix_instructions_multiply_matrices(wave, dtype):
+@pytest.mark.parametrize(("wave", "parts", "part"), [(32, 1, 0), *((64, *x) for x in LANES)], ids=lambda n: str(n))
+def test_matrix_instructions_multiply_matrices(wave, parts, part, dtype):
     rng = np.random.default_rng(5)
-    kernel = library((("mma", MMA.replace("BF16", str(dtype != np.float16).lower())),), wave)
+    source = MMA.replace("BF16", str(dtype != np.float16).lower())
+    cases = tuple((f"{x}", source.replace("LANES", f"{x[0]}, {x[1]}")) for x in (LANES if wave == 64 else LANES[:1]))
+    kernel = library(cases, wave)
     shapes = [(16, 16), (16, 8), (16, 8)] if wave == 32 else [(16, 4, 4)] * 3
     registers, want, places = [], [], []
     for _ in range(UNITS):
@@ -272,9 +278,12 @@ def test_matrix_instructions_multiply_matrices(wave, dtype):
         lanes, place = (warp_fragments if wave == 32 else wavefront_fragments)(a, b, c)
         registers.append(lanes)
         places.append(place)
-        want.append((a.astype(np.float64) @ b.astype(np.float64) + c).ravel())
+        size = 16 // parts  # blocks of a part
+        columns = b if wave == 32 else b[np.arange(16) % size + part * size]
+        want.append((a.astype(np.float64) @ columns.astype(np.float64) + c).ravel())
     out = np.zeros((UNITS, wave, 4), np.float32)
-    gpu_host.run(kernel, {"streams": np.stack(registers), "k_cache": out})
+    case = LANES.index((parts, part))
+    gpu_host.run(kernel, {"streams": np.stack(registers), "k_cache": out, "eos_count": case})
     for i in range(UNITS):
         np.testing.assert_allclose(out[i], want[i][places[i]], rtol=0, atol=1e-5)
 

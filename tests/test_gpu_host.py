@@ -222,7 +222,7 @@ def test_attention_by_matrix_instructions(head_dim, heads, kv_heads, task_heads,
     np.testing.assert_allclose(got.log_probs, want.log_probs, rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize(("wave", "dtype"), [(32, "float16"), (64, "float16"), (32, "float32")])
+@pytest.mark.parametrize(("wave", "dtype"), [(32, "float16"), (64, "float16"), (32, "float32"), (64, "float32")])
 def test_a_batch_of_sixteen(wave, dtype):
     spec = spec_of("nope", dtype)
     kernel = Kernel(spec, gpu_plan(spec, wave, 3, service_waves=4), batch=16)

@@ -114,6 +114,12 @@ def test_gpu_plans_need_their_number_of_units(platform):
     assert make_plan(SPECS["plain"], platform=platform, units=132) == Plan(platform=platform, units=132)
 
 
+@pytest.mark.parametrize(("units", "chunk"), [(304, 8), (256, 16), (100, 8)], ids=["MI300X", "MI350X", "unknown"])
+def test_chunks_are_as_large_as_shared_memory_allows(units, chunk):
+    for groups in (None, 1):
+        assert make_plan(SPECS["plain"], platform="rocm", units=units, groups=groups).chunk_atoms == chunk
+
+
 def test_gpu_kernels_need_pairs_of_16_bit_elements():
     spec = SPECS["nope"].replace(head_dim=5, ropes=(), layers=(LayerSpec(rope=None),), kv_dtype="bfloat16")
     plan = make_plan(spec, platform="cuda", units=2)

@@ -143,6 +143,16 @@ constexpr int find_group() {
   return group;
 }
 constexpr int kGroup = find_group();
+constexpr int find_least_run() {
+  int least = kChunkAtoms;
+  for (int phase = 0; phase < kPhases; phase++) {
+    for (int chunk = 0; chunk < chunk_count(phase); chunk++) {
+      for (int wave = 0; wave < kWaves; wave++) least = smaller(least, run_of(phase, chunk, wave).count);
+    }
+  }
+  return least;
+}
+constexpr int kLeastRun = find_least_run();  // 0: a row has fewer atoms than there are waves
 #else
 constexpr int kGroup = MK_GROUP_ATOMS;  // one slot of a wave's ring
 static_assert(kGroup >= 1 && kGroup <= 4 && kChunkAtoms % kAlignAtoms == 0, "the plan has chunks that waves cannot share evenly");

@@ -52,16 +52,18 @@ void multiply_16x8x16(bool bf16, Lane* lanes) {
 
 // CDNA3 ISA, V_MFMA_F32_4X4X4_16B: 16 independent products of 4x4 matrices. Lane l belongs to block l / 4 and holds
 //   A: row l % 4, all four k; B: column l % 4, all four k; D: column l % 4, register i is row i
+// BLGP has all lanes take B from the lanes of one half or quarter.
 void multiply_4x4x4(bool bf16, Lane* lanes) {
   for (u32 block = 0; block < 16; block++) {
     Lane* of = lanes + block * 4;
     for (u32 col = 0; col < 4; col++) {
-      const Matrices& b = *of[col].matrices;
+      const Matrices& to = *of[col].matrices;
+      const Matrices& b = *lanes[(block * 4 + col) % to.b_lanes + to.b_first].matrices;
       for (u32 row = 0; row < 4; row++) {
         const Matrices& a = *of[row].matrices;
-        float sum = b.c[row];
+        float sum = to.c[row];
         for (u32 k = 0; k < 4; k++) sum += element(bf16, a.a[k / 2], k % 2) * element(bf16, b.b[k / 2], k % 2);
-        b.c[row] = sum;
+        to.c[row] = sum;
       }
     }
   }

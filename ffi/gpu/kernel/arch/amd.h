@@ -159,6 +159,10 @@ MK_DEVICE u32 shuffle_xor(u32 v, int mask) {
   }
 }
 MK_DEVICE float shuffle_xor(float v, int mask) { return as_f32(shuffle_xor(as_u32(v), mask)); }
+MK_DEVICE float sum_fours(float v) {
+  v += as_f32(near<kRotate8>(as_u32(v)));
+  return v + as_f32(near<kRotate4>(as_u32(v)));
+}
 // A matrix instruction adds up the quarters: its A is all ones, its B has a quarter's lanes as one row.
 MK_DEVICE float sum_quarters(float v) {
   using Sums = float __attribute__((ext_vector_type(4)));
@@ -246,19 +250,24 @@ MK_DEVICE u32 shared_add(u32* p, u32 v) {
 MK_DEVICE u64 ticks() { return __builtin_amdgcn_s_memrealtime(); }  // 100 MHz, the same on the whole device
 MK_DEVICE u64 wall_clock() { return ticks() * 10; }  // ns
 
+// What is before is issued before what comes after, unless one needs the other.
+MK_DEVICE void keep_order() { __builtin_amdgcn_sched_barrier(0); }
+
 // ---- Matrices ----
 
-template <bool bf16>
-MK_DEVICE void mfma_4x4x4(float* c, const u32 (&a)[2], const u32 (&b)[2]) {
+template <bool bf16, int parts, int part>
+MK_DEVICE void mfma_4x4x4(float (&c)[4], const u32 (&a)[2], const u32 (&b)[2]) {
+  static_assert((parts == 1 || parts == 2 || parts == 4) && 0 <= part && part < parts, "no such lanes");
+  constexpr int from = parts == 1 ? 0 : parts == 2 ? 1 + part : 4 + part;  // the instruction's BLGP
   using Sums = float __attribute__((ext_vector_type(4)));
   const Words2 a2 = {a[0], a[1]}, b2 = {b[0], b[1]};
   Sums sums = {c[0], c[1], c[2], c[3]};
   if constexpr (bf16) {
     using Elements = short __attribute__((ext_vector_type(4)));
-    sums = __builtin_amdgcn_mfma_f32_4x4x4bf16_1k(__builtin_bit_cast(Elements, a2), __builtin_bit_cast(Elements, b2), sums, 0, 0, 0);
+    sums = __builtin_amdgcn_mfma_f32_4x4x4bf16_1k(__builtin_bit_cast(Elements, a2), __builtin_bit_cast(Elements, b2), sums, 0, 0, from);
   } else {
     using Elements = _Float16 __attribute__((ext_vector_type(4)));
-    sums = __builtin_amdgcn_mfma_f32_4x4x4f16(__builtin_bit_cast(Elements, a2), __builtin_bit_cast(Elements, b2), sums, 0, 0, 0);
+    sums = __builtin_amdgcn_mfma_f32_4x4x4f16(__builtin_bit_cast(Elements, a2), __builtin_bit_cast(Elements, b2), sums, 0, 0, from);
   }
   c[0] = sums.x;
   c[1] = sums.y;

@@ -26,6 +26,7 @@
 //   hand_over_squares(), take_over_squares()   the same for sums of squares, between pass_gate and hand_over
 //   MK_FEED_WAVE                defined where another wave, after stream and service waves, runs Ring::feed
 //   shuffle(v, lane), shuffle_xor(v, mask)   u32 and float; all lanes take part
+//   sum_fours(v)                wave 64: float, the sum over the lanes of the same 16 whose numbers differ by multiples of 4, in all of them
 //   sum_quarters(v)             wave 64: float, the sum over the lanes whose numbers differ by multiples of 16, in all of them
 //   any(bool), wave_max(u32)    over the wave
 //   load_word(p), load_words(p) relaxed, device scope: u32; four u32 (each atomic by itself, p 16-byte aligned)
@@ -47,6 +48,7 @@
 //   store_host(p, v)            u64 of host memory, which sees it soon
 //   claim(p)                    true for the first caller of a launch (atomic compare and swap of 0 by 1)
 //   shared_add(p, v)            adds to a u32 of shared memory and returns what it was; no order with other accesses
+//   keep_order()                wave 64: what is before is issued before what comes after
 //   ticks()                     u64 clock for timeouts and traces, monotonic on one unit
 //   wall_clock()                u64 nanoseconds, the same on all units; for traces and mailboxes
 //   as_u32(f), as_f32(u)        bit casts
@@ -55,7 +57,8 @@
 //                               subnormal may be 0
 //   pack_bf16(low, high)        two floats, rounded to nearest even, as one word
 //   mma_16x8x16(c, a, b)        wave 32: float c[4], u32 a[4], u32 b[2] as PTX's mma.m16n8k16; template on bf16 or f16
-//   mfma_4x4x4(c, a, b)         wave 64: float c[4], u32 a[2], u32 b[2] as v_mfma_f32_4x4x4 with 16 blocks; likewise
+//   mfma_4x4x4(c, a, b)         wave 64: float c[4], u32 a[2], u32 b[2] as v_mfma_f32_4x4x4 with 16 blocks; likewise, and
+//                               on which of 1, 2 or 4 equal parts of the wave's lanes B comes from, for all the parts
 //   Ring<slots, slot_atoms>     the stream of one wave, through slots in shared memory; the streams of a unit's waves are in step:
 //     static constexpr int kSlotAtoms            atoms that are waited for and requested together
 //     void start(ring, barriers, stream, bytes)  reads `bytes` at `stream`, again and again; bytes is a whole number of slots;

@@ -37,6 +37,7 @@ extern Place* current;  // the lane that runs
 struct Matrices {  // one lane's registers of a matrix instruction
   float* c;        // [4], in and out
   u32 a[4], b[2];
+  u32 b_lanes = 64, b_first = 0;  // mfma: lane l of B is lane l % b_lanes + b_first
 };
 
 char* shared_memory();
@@ -130,6 +131,10 @@ MK_DEVICE u32 shuffle_xor(u32 v, int mask, host::Where at = host::here()) {
 MK_DEVICE float shuffle_xor(float v, int mask, host::Where at = host::here()) {
   return as_f32(host::shuffle(as_u32(v), (u32)(lane() ^ mask), at));
 }
+MK_DEVICE float sum_fours(float v, host::Where at = host::here()) {
+  v += shuffle_xor(v, 8, at);
+  return v + shuffle_xor(v, 4, at);
+}
 MK_DEVICE float sum_quarters(float v, host::Where at = host::here()) {
   v += shuffle_xor(v, 16, at);
   return v + shuffle_xor(v, 32, at);
@@ -186,6 +191,7 @@ MK_DEVICE void acquire(host::Where at = host::here()) { host::acquire(at); }
 MK_DEVICE u32 load_host(const u32* p, host::Where at = host::here()) { return host::load_host(p, at); }
 MK_DEVICE void store_host(u64* p, u64 v, host::Where at = host::here()) { host::store_host(p, v, at); }
 MK_DEVICE bool claim(u32* p, host::Where at = host::here()) { return host::claim(p, at); }
+MK_DEVICE void keep_order() {}
 MK_DEVICE u32 shared_add(u32* p, u32 v, host::Where at = host::here()) { return host::shared_add(p, v, at); }
 MK_DEVICE u64 ticks(host::Where at = host::here()) { return host::ticks(at); }
 MK_DEVICE u64 wall_clock(host::Where at = host::here()) { return host::ticks(at); }
@@ -196,10 +202,11 @@ MK_DEVICE void mma_16x8x16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, hos
   host::Matrices m{c, {a[0], a[1], a[2], a[3]}, {b0, b1}};
   host::mma_16x8x16(bf16, m, at);
 }
-template <bool bf16>
-MK_DEVICE void mfma_4x4x4(float* c, const u32 (&a)[2], const u32 (&b)[2], host::Where at = host::here()) {
+template <bool bf16, int parts, int part>
+MK_DEVICE void mfma_4x4x4(float (&c)[4], const u32 (&a)[2], const u32 (&b)[2], host::Where at = host::here()) {
   static_assert(kWave == (bf16 ? 64 : 64), "an instruction of waves of 64 lanes");
-  host::Matrices m{c, {a[0], a[1]}, {b[0], b[1]}};
+  static_assert((parts == 1 || parts == 2 || parts == 4) && 0 <= part && part < parts, "no such lanes");
+  host::Matrices m{c, {a[0], a[1]}, {b[0], b[1]}, kWave / parts, part * (kWave / parts)};
   host::mfma_4x4x4(bf16, m, at);
 }
 

@@ -2,6 +2,10 @@
 //
 // The activations of an atom are read as 16-byte fragments: a lane's k block of the request (or requests) that it stands for.
 // Sums are f32. After the last atom of a run the lanes' sums go to shared memory: products [tile][batch][row][wave].
+//
+// With waves of 64 the matrix instruction has 16 blocks of 4 requests and 4 rows. Up to four requests have a k block in each. With more,
+// a half or a quarter of the wave's lanes has four of the requests, and takes the weights of all k blocks, a half or a quarter of
+// them by each instruction: then fewer lanes have sums of the same product to add up.
 #pragma once
 
 #include "config.h"
@@ -76,7 +80,14 @@ MK_DEVICE int lane_block(int lane) { return MK_ROW_MAJOR_ATOM ? lane % kBlocks :
 constexpr bool kMatrixUnit = kWeightType != kF32;
 // Requests that one matrix instruction takes, and how many fragments of activations an atom so needs.
 constexpr int kColumns = !kMatrixUnit ? 1 : arch::kWave == 32 ? 8 : 4;
+#if MK_WAVE_SIZE == 32
 constexpr int kFragments = (kBatch + kColumns - 1) / kColumns;
+#else
+constexpr int kFragments = !kMatrixUnit ? kBatch : kBatch <= 4 ? 1 : kBatch <= 8 ? 2 : 4;
+constexpr int kParts = kMatrixUnit ? kFragments : 1;  // of the lanes
+constexpr int kPartBlocks = kBlocks / kParts;         // k blocks that a part has at once
+constexpr int kPartLanes = arch::kWave / kParts;
+#endif
 
 struct Fragments {
   Vec4 x[kFragments];
@@ -87,6 +98,16 @@ MK_DEVICE Vec4 zero_vector() { return {0, 0, 0, 0}; }
 // Activations of this lane's k block of an atom whose first column is `column` of what is resident.
 MK_DEVICE Fragments load_fragments(const char* activations, int column, int lane) {
   Fragments f;
+#if MK_WAVE_SIZE == 64
+  if constexpr (kMatrixUnit) {
+    // Lanes without a request may have anything: theirs are sums that nobody looks at.
+    const int request = smaller(lane / kPartLanes * kColumns + lane_row(lane), kBatch - 1);
+    const char* at = activations + request * kRowBytes + (column + lane_block(lane) % kPartBlocks * kVector) * kWeightBytes;
+    MK_UNROLL
+    for (int i = 0; i < kFragments; i++) f.x[i] = *(const Vec4*)(at + i * kPartBlocks * 16);
+    return f;
+  }
+#endif
   const char* at = activations + (column + lane_block(lane) * kVector) * kWeightBytes;
   MK_UNROLL
   for (int i = 0; i < kFragments; i++) {
@@ -98,11 +119,7 @@ MK_DEVICE Fragments load_fragments(const char* activations, int column, int lane
 }
 
 // Sums of a lane. Two sets, used by turns, so that an instruction need not wait for the one before.
-#if MK_WAVE_SIZE == 32
 constexpr int kSums = kMatrixUnit ? 4 : kBatch;
-#else
-constexpr int kSums = kMatrixUnit ? 4 * kFragments : kBatch;
-#endif
 
 struct Sums {
   float even[kSums], odd[kSums];
@@ -113,6 +130,17 @@ MK_DEVICE void clear(Sums& s) {
   for (int i = 0; i < kSums; i++) s.even[i] = s.odd[i] = 0.0f;
 }
 
+#if MK_WAVE_SIZE == 64
+// The same, where the compiler would take other registers, to move what comes into them later.
+MK_DEVICE void clear_again(Sums& s) {
+  MK_UNROLL
+  for (int i = 0; i < kSums; i++) {
+    s.even[i] = arch::as_f32(arch::fresh(0u));
+    s.odd[i] = arch::as_f32(arch::fresh(0u));
+  }
+}
+#endif
+
 MK_DEVICE void join(Sums& s, const Sums& other) {
   MK_UNROLL
   for (int i = 0; i < kSums; i++) {
@@ -120,6 +148,19 @@ MK_DEVICE void join(Sums& s, const Sums& other) {
     s.odd[i] += other.odd[i];
   }
 }
+
+#if MK_WAVE_SIZE == 64
+// Requests are rows and weights columns of the instruction, so that a lane has sums of one row of weights.
+template <int part, typename AnySums>
+MK_DEVICE void multiply_parts(AnySums& s, const Vec4& w, const Fragments& f) {
+  if constexpr (part < kParts) {
+    const u32 x0[2] = {f.x[part].x, f.x[part].y}, x1[2] = {f.x[part].z, f.x[part].w}, w0[2] = {w.x, w.y}, w1[2] = {w.z, w.w};
+    arch::mfma_4x4x4<kWeightType == kBF16, kParts, part>(s.even, x0, w0);
+    arch::mfma_4x4x4<kWeightType == kBF16, kParts, part>(s.odd, x1, w1);
+    multiply_parts<part + 1>(s, w, f);
+  }
+}
+#endif
 
 // A template, so that the instructions of the other kind of weights need not exist.
 template <typename AnySums>
@@ -148,13 +189,7 @@ MK_DEVICE void multiply(AnySums& s, const Vec4& w, const Fragments& f) {
     arch::mma_16x8x16<kWeightType == kBF16>(s.even, first, w.x, w.y);
     arch::mma_16x8x16<kWeightType == kBF16>(s.odd, second, w.z, w.w);
 #else
-    const u32 first[2] = {w.x, w.y}, second[2] = {w.z, w.w};
-    MK_UNROLL
-    for (int i = 0; i < kFragments; i++) {
-      const u32 x0[2] = {f.x[i].x, f.x[i].y}, x1[2] = {f.x[i].z, f.x[i].w};
-      arch::mfma_4x4x4<kWeightType == kBF16>(&s.even[4 * i], first, x0);
-      arch::mfma_4x4x4<kWeightType == kBF16>(&s.odd[4 * i], second, x1);
-    }
+    multiply_parts<0>(s, w, f);
 #endif
   }
 }
@@ -168,18 +203,44 @@ MK_DEVICE void multiply_one(AnySums& s, const Vec4& w, const Vec4& x) {
 }
 
 #if MK_WAVE_SIZE == 64
-// Over the lanes of a row, which are kTileRows apart.
-MK_DEVICE float block_sum(float v) {
-  v += arch::shuffle_xor(v, 8);
-  v += arch::shuffle_xor(v, 4);
-  return arch::sum_quarters(v);
+
+constexpr int kTileProducts = kBatch * kTileRows * kWaves;
+
+// The lanes of a row of weights are 4 apart, and each has sums of all requests of its part of the lanes. Of 16 lanes those of a
+// row take one of four requests each.
+MK_DEVICE int lane_request(int lane) { return lane / kPartLanes * kColumns + lane / 4 % 4; }
+
+// The lane's place in products of a tile.
+MK_DEVICE int product_place(int wave, int lane) { return (lane_request(lane) * kTileRows + lane_row(lane)) * kWaves + wave; }
+
+// Adds a run's sums to products, or starts them. to: the lane's place.
+template <typename AnySums>
+MK_DEVICE void flush(const AnySums& s, float* to, int lane, bool add) {
+  constexpr int count = kMatrixUnit ? smaller(kBatch, kColumns) : kBatch;
+  MK_UNROLL
+  for (int first = 0; first < count; first += 4) {
+    const bool puts = lane % kPartLanes < 16 && first + lane_request(lane) < kBatch;
+    float* place = to + first * kTileRows * kWaves;
+    const float before = puts && add ? *place : 0.0f;
+    float sum = 0.0f;
+    MK_UNROLL
+    for (int i = 0; i < 4; i++) {
+      if (first + i >= count) continue;
+      const float v = arch::sum_fours(s.even[first + i] + s.odd[first + i]);
+      sum = i == 0 || i == lane / 4 % 4 ? v : sum;
+    }
+    if constexpr (kPartLanes == 64) sum = arch::sum_quarters(sum);
+    if constexpr (kPartLanes == 32) sum += arch::shuffle_xor(sum, 16);
+    if (puts) *place = before + sum;
+  }
 }
-#endif
+
+#else
 
 // Adds a run's sums to products of `tile`, or starts them.
 template <typename AnySums>
 MK_DEVICE void flush(const AnySums& s, float* products, int tile, int wave, int lane, bool add) {
-  [[maybe_unused]] auto put = [&](int request, int row, float v) {
+  auto put = [&](int request, int row, float v) {
     float* to = products + ((tile * kBatch + request) * kTileRows + row) * kWaves + wave;
     *to = add ? *to + v : v;
   };
@@ -187,17 +248,12 @@ MK_DEVICE void flush(const AnySums& s, float* products, int tile, int wave, int 
     MK_UNROLL
     for (int b = 0; b < kBatch; b++) {
       float v = s.even[b] + s.odd[b];
-#if MK_WAVE_SIZE == 32
       // The lanes of a row are neighbours.
       MK_UNROLL
       for (int i = 1; i < kBlocks; i *= 2) v += arch::shuffle_xor(v, i);
-#else
-      v = block_sum(v);
-#endif
       if (lane_block(lane) == 0) put(b, lane_row(lane), v);
     }
   } else {
-#if MK_WAVE_SIZE == 32
     const int request = lane / 4, row = lane % 4 * 2;
     if (request < kBatch) {
       put(request, row, s.even[0] + s.odd[kSwapped ? 2 : 0]);
@@ -207,28 +263,9 @@ MK_DEVICE void flush(const AnySums& s, float* products, int tile, int wave, int 
       put(request + 8, row, s.even[2] + s.odd[2]);
       put(request + 8, row + 1, s.even[3] + s.odd[3]);
     }
-#else
-    // A lane has the 4 rows of its request, for its own k block. Of 16 lanes each takes one of these rows.
-    const int row = lane / 4 % 4;
-    MK_UNROLL
-    for (int i = 0; i < kFragments; i++) {
-      const int request = 4 * i + lane % 4;
-      const bool puts = lane < 16 && request < kBatch;
-      float* to = products + ((tile * kBatch + request) * kTileRows + row) * kWaves + wave;
-      const float before = puts && add ? *to : 0.0f;
-      float mine = 0.0f;
-      MK_UNROLL
-      for (int r = 0; r < 4; r++) {
-        float v = s.even[4 * i + r] + s.odd[4 * i + r];
-        v += arch::shuffle_xor(v, 8);
-        v += arch::shuffle_xor(v, 4);
-        mine = r == row ? v : mine;
-      }
-      mine = arch::sum_quarters(mine);
-      if (puts) *to = add ? before + mine : mine;
-    }
-#endif
   }
 }
+
+#endif
 
 }  // namespace mk
