@@ -13,7 +13,6 @@ import ctypes
 import glob
 import hashlib
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -114,7 +113,7 @@ def compile_kernel(stub: str) -> bytes:
     log = ctypes.create_string_buffer(size.value)
     nvrtc.nvrtcGetProgramLog(handle, log)
     if failed:
-        sys.exit(log.value.decode())
+        raise RuntimeError(log.value.decode())
     nvrtc.nvrtcGetCUBINSize(handle, ctypes.byref(size))
     binary = ctypes.create_string_buffer(size.value)
     nvrtc.nvrtcGetCUBIN(handle, binary)
