@@ -64,24 +64,12 @@ class Probe:
         jax.block_until_ready((self._data, self._sums))
         source = Path(__file__).with_name("read_bandwidth.cu").read_text()
         self._driver = Driver(compile_kernel(source), "read_bandwidth", 1024 + 12 * _PROBE_COPY)
-        self._events = [ctypes.c_void_p(), ctypes.c_void_p()]
-        for event in self._events:
-            self._driver.check(self._driver.calls.cuEventCreate(ctypes.byref(event), 0))
 
     def measure(self) -> dict[str, Any]:
         """{"seconds": of the best of 3 launches, "bytes": that it reads}."""
-        check, calls = self._driver.check, self._driver.calls
         pointers = self._data.unsafe_buffer_pointer(), self._sums.unsafe_buffer_pointer()
         args = _ProbeArgs(pointers[0], self._data.nbytes, pointers[1], _PROBE_PASSES)
-        best = float("inf")
-        for _ in range(3):
-            check(calls.cuEventRecord(self._events[0], None))
-            self._driver.launch(self._units, 32, args)
-            check(calls.cuEventRecord(self._events[1], None))
-            check(calls.cuEventSynchronize(self._events[1]))
-            milliseconds = ctypes.c_float()
-            check(calls.cuEventElapsedTime(ctypes.byref(milliseconds), *self._events))
-            best = min(best, milliseconds.value / 1e3)
+        best = min(self._driver.timed_launch(self._units, 32, args) for _ in range(3))
         copies = _PROBE_PASSES * self._data.nbytes // _PROBE_COPY // self._units
         if (np.asarray(self._sums) != copies).any():
             raise RuntimeError("the probe has not read all that it was to read")

@@ -42,10 +42,6 @@ def main() -> None:
     stream = jnp.ones(4 << 30, jnp.uint8)
     stream.block_until_ready()  # JAX has started the driver
     driver = Driver(compile_kernel(_SOURCE), "hand_off", _SHARED_BYTES)
-    check, calls = driver.check, driver.calls
-    events = [ctypes.c_void_p(), ctypes.c_void_p()]
-    for event in events:
-        check(calls.cuEventCreate(ctypes.byref(event), 0))
     for size in map(int, options.words.split(",")):
         for depth in range(5):
             micros, rates = [], []
@@ -54,14 +50,9 @@ def main() -> None:
                 jax.block_until_ready((words, copies))
                 pointers = [x.unsafe_buffer_pointer() for x in (stream, words, copies)]
                 args = _Args(pointers[0], stream.size, pointers[1], pointers[2], size, options.rounds, depth)
-                check(calls.cuEventRecord(events[0], None))
-                driver.launch(units, 512, args)
-                check(calls.cuEventRecord(events[1], None))
-                check(calls.cuEventSynchronize(events[1]))
-                milliseconds = ctypes.c_float()
-                check(calls.cuEventElapsedTime(ctypes.byref(milliseconds), *events))
-                micros.append(milliseconds.value * 1e3 / options.rounds)
-                rates.append(int(np.asarray(copies).view(np.uint64).sum()) * 4096 / milliseconds.value / 1e6)
+                seconds = driver.timed_launch(units, 512, args)
+                micros.append(seconds * 1e6 / options.rounds)
+                rates.append(int(np.asarray(copies).view(np.uint64).sum()) * 4096 / seconds / 1e9)
             print(
                 f"{size} words, {depth * 32} KiB on their way to a unit: {np.median(micros):.2f} us a hand-off, "
                 f"stream {np.median(rates):.0f} GB/s",

@@ -1,7 +1,7 @@
 """Turns the timeline of a traced kernel into a trace for Perfetto or chrome://tracing, and into a picture.
 
 python -m benchmarks.gpu_kernel qwen3-0.6b --trace timeline.npy
-python -m benchmarks.timeline timeline.npy --trace timeline.json --picture timeline.svg
+python -m benchmarks.timeline timeline.npy --trace timeline.json --picture timeline.svg --table
 """
 
 from __future__ import annotations
@@ -85,6 +85,32 @@ def chrome_trace(timeline: np.ndarray) -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ns"}
 
 
+def table(timeline: np.ndarray) -> str:
+    """A line for what each kind of wave does: how often in a token and unit, and how long, in microseconds.
+
+    Of times, the mean over all units and the median, tenth and ninetieth percentile of single ones. A token begins
+    where a service wave has begun one.
+    """
+    shown = spans(timeline)
+    lines = []
+    for kind in range(2):
+        found: dict[str, list[int]] = {}
+        for track in shown[kind::2]:
+            for what, begin, end in track:
+                found.setdefault(what, []).append(end - begin)
+        starts = sum(what == "start of a token" for track in shown[::2] for what, _, _ in track)
+        for what in sorted(found, key=lambda name: -sum(found[name])):
+            micros = np.array(found[what]) / 1e3
+            each = (
+                f"{micros.sum() / starts:9.2f} us a token"
+                if starts
+                else f"{micros.sum() / len(shown[kind::2]):9.2f} us"
+            )
+            spread = " ".join(f"{value:7.2f}" for value in np.percentile(micros, [10, 50, 90]))
+            lines.append(f"{('service', 'stream')[kind]:8s} {what:22s} {each}, {len(micros):7d} times, {spread} us")
+    return "\n".join(lines)
+
+
 def _name(track: int) -> str:
     return f"unit {track // 2}, {('service', 'stream')[track % 2]}"
 
@@ -119,6 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("timeline", type=Path, help="what benchmarks.gpu_kernel --trace wrote")
     parser.add_argument("--trace", type=Path, help="Chrome trace (JSON)")
+    parser.add_argument("--table", action="store_true", help="print how long waves take for what")
     parser.add_argument("--picture", type=Path, help="SVG; needs matplotlib")
     parser.add_argument("--units", default="0,1,40,80,120", help="two rows of the picture each")
     parser.add_argument("--begin", type=float, default=0.0, help="of the picture, microseconds")
@@ -128,6 +155,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if options.trace:
             options.trace.write_text(json.dumps(chrome_trace(timeline)))
+        if options.table:
+            print(table(timeline))
         if options.picture:
             units = [unit for unit in map(int, options.units.split(",")) if 0 <= 2 * unit < len(timeline)]
             tracks = [2 * unit + i for unit in units for i in (1, 0)]

@@ -29,10 +29,11 @@ from decoding import (
     weights_of,
 )
 from golden.cases import CASES
-from golden.models import golden_model
+from golden.models import golden_model, quick_jit
 
-from jax_monokernel import GenerationConfig, cancel, empty_state, sampling_params
+from jax_monokernel import GenerationConfig, cancel, empty_state, generate, sampling_params, stream
 from jax_monokernel.decode import decode
+from jax_monokernel.forward import forward_cached, logits
 from jax_monokernel.plan import Plan, make_plan
 from jax_monokernel.prefill import prefill
 from jax_monokernel.reference import decode_reference
@@ -54,9 +55,10 @@ class Target:
     def put(self, tree):
         return jax.device_put(tree, self.device)
 
-    def pack(self, spec, weights):
+    def pack(self, spec, weights, groups=None):
         with jax.default_device(self.device):
-            plan = Plan(platform="cpu", units=2) if self.platform == "cpu" else make_plan(spec, platform=self.platform)
+            on_cpu = self.platform == "cpu"
+            plan = Plan(platform="cpu", units=2) if on_cpu else make_plan(spec, platform=self.platform, groups=groups)
             return jax.jit(lambda w: pack(spec, w, plan))(self.put(weights))
 
     def tape(self, spec):
@@ -116,12 +118,61 @@ def test_every_family_gives_the_tokens_of_transformers(target, name):
     assert result.tokens[0].tolist() == case.greedy
 
 
-def test_256_greedy_tokens(target):
-    spec = spec_of("windows")
-    state, params = state_of(spec, (5,), capacity=300), params_of(spec, 1)
-    got = target.decode(spec, state, params, 256)
-    want = jax.jit(functools.partial(decode_reference, spec, max_new_tokens=256))(weights_of(spec), state, params)
-    np.testing.assert_array_equal(got.tokens, want.tokens)
+def prompted(spec, weights, prompts, capacity):
+    """A state after prompts int [batch, tokens], by plain JAX."""
+    prompts = jnp.asarray(prompts)
+    batch, length = prompts.shape
+    state = empty_state(spec, batch=batch, capacity=capacity, key=jax.random.key(0))
+    return quick_jit(prefill, static_argnums=0)(spec, weights, prompts, jnp.full(batch, length), state)
+
+
+@pytest.mark.parametrize("name", sorted(_ONE_EACH.values()))
+def test_every_family_gives_256_tokens_of_the_reference(target, name):
+    case = golden.read(name)
+    model = golden_model(case)
+    spec, weights, steps = model.spec, model.decoder_weights(), 256
+    state, params = prompted(spec, weights, [case.prompt], len(case.prompt) + steps), params_of(spec, 1)
+    got = target.decode(spec, state, params, steps, tape=target.pack(spec, weights))
+    reference_ = quick_jit(functools.partial(decode_reference, spec, max_new_tokens=steps))
+    np.testing.assert_array_equal(got.tokens, reference_(weights, state, params).tokens)
+
+
+@functools.partial(quick_jit, static_argnums=0)
+def scores(spec, weights, state, tokens):
+    """Log-probabilities f32 [batch, steps] by plain JAX of tokens int [batch, steps], one step after the other."""
+
+    def step(carry, token):
+        k_cache, v_cache, position, last = carry
+        count = jnp.ones_like(position)
+        x, k_cache, v_cache = forward_cached(
+            spec, weights, k_cache, v_cache, last[:, None], position, count, position + 1
+        )
+        log_probs = jax.nn.log_softmax(logits(spec, weights, x)[:, -1])
+        return (k_cache, v_cache, position + 1, token), jnp.take_along_axis(log_probs, token[:, None], 1)[:, 0]
+
+    start = state.k_cache, state.v_cache, state.position, state.last_token
+    return jax.lax.scan(step, start, tokens.T)[1].T
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", sorted(_ONE_EACH.values()))
+def test_every_family_in_16_bits_is_as_exact_as_plain_jax(target, name, dtype):
+    """Beside the same 16-bit weights in float32, the error of log-probabilities is at most 1.5 times plain JAX's."""
+    case, steps = golden.read(name), 64
+    model = golden_model(case, dtype)
+    spec, weights, length = model.spec, model.decoder_weights(), len(case.prompt)
+    prompts = [golden.random_prompt(spec.vocab_size, length, seed) for seed in range(3)]
+    state = prompted(spec, weights, prompts, length + steps)
+    got = target.decode(spec, state, params_of(spec, 3), steps, tape=target.pack(spec, weights))
+    assert (np.asarray(got.lengths) == steps).all()
+    tokens = jnp.asarray(got.tokens)
+
+    wide = spec.replace(dtype="float32", kv_dtype="float32")
+    wide_weights = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
+    exact = scores(wide, wide_weights, prompted(wide, wide_weights, prompts, length + steps), tokens)
+    plain = scores(spec, weights, state, tokens)
+    error, plain_error = (np.abs(np.asarray(x) - np.asarray(exact)).mean() for x in (got.log_probs, plain))
+    assert 0 < error <= 1.5 * plain_error
 
 
 def test_runs_are_equal_to_the_bit(target):
@@ -186,3 +237,72 @@ def test_a_cancelled_decode_leaves_the_device_usable(target):
         target.decode(spec, state, params, 90_000)
     timer.join()
     assert_bit_equal(target.decode(spec, *short), before)
+
+
+@pytest.mark.parametrize("name", ["plain", "post_norm"])
+def test_plans_with_groups_give_the_references_tokens(target, name):
+    if target.platform == "cpu":
+        pytest.skip("plans for CPUs have no groups")
+    spec = spec_of(name)
+    tape = target.pack(spec, weights_of(spec), groups=2)
+    assert tape.plan.groups == 2
+    state, params = state_of(spec), mixed_params(spec, 3)
+    assert_same_decode(target.decode(spec, state, params, tape=tape), reference(spec, state, params), spec, state)
+
+
+def test_a_stream_gives_the_tokens_of_the_same_call(target):
+    model = golden_model(golden.read("llama"))
+    with jax.default_device(target.device):
+        want = generate(model, [[5, 6, 7], [8, 9]], max_new_tokens=40)
+        with stream(model, [[5, 6, 7], [8, 9]], max_new_tokens=40) as pieces:
+            found = list(pieces)
+    for row in range(2):
+        mine = [p for p in found if p.row == row]
+        assert [p.token for p in mine] == np.asarray(want.tokens[row]).tolist()
+        times = [p.time for p in mine]
+        assert times == sorted(times)
+        assert times[0] < times[-1]
+
+
+def test_memory_that_held_nan_is_as_good_as_any(target):
+    """Scratch memory of a call comes from where arrays lay that are gone."""
+    spec = spec_of("plain")
+    state, params = state_of(spec), mixed_params(spec, 3)
+    want = target.decode(spec, state, params)
+    with jax.default_device(target.device):
+        for size in (1 << 14, 1 << 17, 1 << 20, 1 << 23):
+            garbage = [jnp.full(size, jnp.nan) for _ in range(4)]
+            jax.block_until_ready(garbage)
+            for array in garbage:
+                array.delete()
+            assert_bit_equal(target.decode(spec, state, params), want)
+
+
+def test_a_tape_for_another_platform_is_refused(target):
+    spec = spec_of("plain")
+    other = Plan(platform="cuda", units=2) if target.platform == "cpu" else Plan(platform="cpu", units=2)
+    with jax.default_device(target.device):
+        tape = pack(spec, target.put(weights_of(spec)), other)
+    with pytest.raises((ValueError, *DECODE_ERRORS), match=f"(?i)packed for (the )?{other.platform}"):
+        target.decode(spec, state_of(spec), params_of(spec, 3), tape=tape)
+
+
+def test_out_of_memory_is_said_and_passes(target):
+    if target.platform == "cpu":
+        pytest.skip("a CPU's memory is the machine's: filling it would stop what else runs there")
+    spec = spec_of("plain")
+    state, params = state_of(spec), params_of(spec, 3)
+    want = target.decode(spec, state, params)
+    here = target.put((state, params))
+    hoard, size = [], 1 << 34
+    with jax.default_device(target.device):
+        while size >= 1 << 12:
+            try:
+                hoard.append(jax.block_until_ready(jnp.ones(size // 4)))
+            except jax.errors.JaxRuntimeError:
+                size //= 2
+    with pytest.raises(DECODE_ERRORS, match=r"RESOURCE_EXHAUSTED|[Oo]ut of memory"):
+        target.decode(spec, *here)
+    for array in hoard:
+        array.delete()
+    assert_bit_equal(target.decode(spec, state, params), want)

@@ -195,10 +195,15 @@ def test_a_wide_model(wave, dtype, chunk_atoms, inner, batch, units):
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "heads", "kv_heads", "task_heads", "window", "splits", "batch"),
-    [(64, 4, 2, 2, None, 1, 3), (64, 8, 2, 4, 40, 3, 1), (128, 6, 2, 3, None, 2, 2), (128, 4, 1, 4, 20, 1, 1)],
+    ("head_dim", "heads", "kv_heads", "task_heads", "window", "splits", "batch", "service_waves"),
+    [
+        (64, 4, 2, 2, None, 1, 3, 3),
+        (64, 8, 2, 4, 40, 3, 1, 3),
+        (128, 6, 2, 3, None, 2, 2, 1),
+        (128, 4, 1, 4, 20, 1, 1, 3),
+    ],
 )
-def test_attention_by_matrix_instructions(head_dim, heads, kv_heads, task_heads, window, splits, batch):
+def test_attention_by_matrix_instructions(head_dim, heads, kv_heads, task_heads, window, splits, batch, service_waves):
     """Several query heads with 16-bit keys and values attend by matrix instructions, over many steps."""
     spec = spec_of("windows", "float16").replace(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
     first, *others = spec.layers
@@ -206,7 +211,9 @@ def test_attention_by_matrix_instructions(head_dim, heads, kv_heads, task_heads,
         ropes=tuple(dataclasses.replace(rope, rotary_dim=head_dim) for rope in spec.ropes),
         layers=(dataclasses.replace(first, window=window), *(dataclasses.replace(x, window=None) for x in others)),
     )
-    kernel = Kernel(spec, gpu_plan(spec, 32, 4, service_waves=3), batch=batch, splits=splits, task_heads=task_heads)
+    kernel = Kernel(
+        spec, gpu_plan(spec, 32, 4, service_waves=service_waves), batch=batch, splits=splits, task_heads=task_heads
+    )
     state = state_of(spec, (150, 7, 63)[:batch], capacity=200)
     params = params_of(spec, batch)
     got, _ = decode_on_host(kernel, state, params, 6)

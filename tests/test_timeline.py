@@ -31,6 +31,13 @@ def test_spans_end_with_their_event():
     assert second == [("multiply qkv", 100, 600), ("publish qkv", 600, 1100)]
 
 
+def test_the_table_adds_up():
+    lines = timeline.table(made_up()).splitlines()
+    assert [line.split()[0] for line in lines] == ["service"] * 3 + ["stream"] * 2
+    assert lines[0].split()[:4] == ["service", "await", "qkv", "0.50"]
+    assert lines[-1].split()[-4:] == ["0.50", "0.50", "0.50", "us"]
+
+
 def test_names_are_those_of_the_kernel():
     text = (_REPOSITORY / "ffi/gpu/kernel/service.h").read_text()
     body = re.sub(r"//.*", "", text[text.index("enum Event") : text.index("constexpr int kTraceEvents")])

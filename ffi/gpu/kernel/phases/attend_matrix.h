@@ -29,6 +29,34 @@ struct Part {
   }
 };
 
+// How many positions a unit's waves look at together, and for how many of such rounds keys and values are brought nearer before
+// they are asked for. All of a long context at once would not fit in the cache, and be fetched twice.
+template <int step>
+constexpr int kRoundPositions = kServiceWaves * step;
+constexpr int kRoundsAhead = 4;
+// With one request a context that is not split is short.
+constexpr bool kManyRounds = kBatch > 1 || kSplits > 1;
+
+// Places [begin, begin + count) of a part, as far as they exist; the first does, and all are of one block.
+MK_DEVICE void prefetch_places(const Part& part, int begin, int count) {
+  constexpr int row = kHeadDim * kKvBytes;
+  if constexpr (row % 16 == 0) {
+    const int rows = smaller(count, part.end - begin);
+    arch::prefetch(part.keys + (i64)part.position_of(begin) * row, rows * row);
+    arch::prefetch(part.values + (i64)part.position_of(begin) * row, rows * row);
+  }
+}
+
+// What a wave will look at kRoundsAhead rounds after `step`.
+template <int step_positions>
+MK_DEVICE void prefetch_round(const Service& s, const Part& part, int step) {
+  if constexpr (kManyRounds) {
+    constexpr int pieces = (step_positions + kSplitBlock - 1) / kSplitBlock;
+    const int begin = step + kRoundsAhead * kRoundPositions<step_positions> + s.lane * kSplitBlock;
+    if (s.lane < pieces && begin < part.end) prefetch_places(part, begin, smaller(step_positions, kSplitBlock));
+  }
+}
+
 struct WaveSums {
   float top, total;  // of the lane's query head, lane / 4: the largest score, and the sum of weights relative to it
   float out[kBlocks64][4][4];
@@ -135,6 +163,7 @@ MK_DEVICE WaveSums attend_by_matrix(Service& s, const Part& part, const u32* pac
       }
     }
     keys.load(part, part.keys, step + stride, g, 8 * t);
+    prefetch_round<kStepPositions>(s, part, step + stride);
 
     float score[2 * kEights];
     float higher = sums.top;

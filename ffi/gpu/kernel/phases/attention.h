@@ -167,6 +167,7 @@ MK_DEVICE void attend_by_lanes(Service& s, const Part& context, Loads& raw) {
       }
     }
     raw.load(context, s.lane, i + stride, context.keys, raw.keys);
+    prefetch_round<wave_step>(s, context, i + stride);
     float fade[kTaskHeads];
     MK_UNROLL
     for (int h = 0; h < kTaskHeads; h++) {
@@ -303,17 +304,13 @@ MK_DEVICE Task find_task(const Service& s, int layer, int number) {
   return task;
 }
 
-// Brings what comes after the first round nearer: block after block of positions.
+// Brings the first rounds nearer; prefetch_round goes on.
 MK_DEVICE void prefetch_part(const Service& s, const Part& part) {
-  if constexpr (kKvAligned) {
-    constexpr int row = kHeadDim * kKvBytes;
-    if (s.wave != 0) return;
-    for (int block = s.lane; block * kSplitBlock < part.end; block += arch::kWave) {
-      const int place = block * kSplitBlock;
-      const int rows = smaller(kSplitBlock, part.end - place);
-      arch::prefetch(part.keys + (i64)part.position_of(place) * row, rows * row);
-      arch::prefetch(part.values + (i64)part.position_of(place) * row, rows * row);
-    }
+  constexpr int step = kMatrixAttention ? kStepPositions : kWavePositions * kUnroll;
+  constexpr int blocks = ((kRoundsAhead + 1) * kRoundPositions<step> + kSplitBlock - 1) / kSplitBlock;
+  if (s.wave != 0) return;
+  for (int block = s.lane; (!kManyRounds || block < blocks) && block * kSplitBlock < part.end; block += arch::kWave) {
+    prefetch_places(part, block * kSplitBlock, kSplitBlock);
   }
 }
 
@@ -386,7 +383,10 @@ MK_DEVICE void p2_attend(Service& s, int layer, CacheLoads& loads) {
   const int place = s.member<kAttentionGroups>();
   for (int number = place; number < kTasks; number += kAttentionUnits) {
     const Task task = find_task(s, layer, number);
-    if (number != place) loads.start(s, task.part);
+    if (number != place) {
+      loads.start(s, task.part);
+      if constexpr (kTasks > kAttentionUnits) prefetch_part(s, task.part);
+    }
     attend(s, layer, task, loads);
   }
 }
