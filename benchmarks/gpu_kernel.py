@@ -22,6 +22,7 @@ import hashlib
 import json
 import shlex
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
