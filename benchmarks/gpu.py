@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
             **commit,
             "device": describe_device(jax.devices()[0]),
             "machine": describe_machine(),
-            "versions": versions(),
+            "versions": versions(*(("torch", "transformers") if "transformers" in options.peers else ())),
             **found,
         }
         (options.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

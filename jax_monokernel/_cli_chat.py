@@ -44,7 +44,9 @@ def chat(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens of an answer.")] = 512,
     capacity: Annotated[int, typer.Option(min=1, help="Tokens of the whole conversation.")] = 4096,
-    stop: Annotated[list[str], typer.Option(help="A text before which answers end; may be given again.")] = [],  # noqa: B006
+    stop: Annotated[
+        list[str], typer.Option(metavar="TEXT", help="A text before which answers end; may be given again.")
+    ] = [],  # noqa: B006
     temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.")] = 0.7,
     top_k: Annotated[int, typer.Option(min=0, help="Choose among this many likeliest tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens of this total probability.")] = 0.9,

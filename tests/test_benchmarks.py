@@ -175,6 +175,7 @@ def test_runner_measures_every_peer(results):
         "peers",
     } <= set(result)
     assert result["peers"]["ours"]["tokens_sha256"] == result["peers"]["jax_loop"]["tokens_sha256"]
+    assert result["peers"]["ours"]["ms_of_single_steps"]["p99"] > 0
     assert all(len(peer["seconds"]) == 1 and peer["gb_per_second"] > 0 for peer in result["peers"].values())
 
 
