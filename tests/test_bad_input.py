@@ -1,6 +1,10 @@
 """Wrong calls of the public functions: each says what was wrong and what to do."""
 
 import dataclasses
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +12,7 @@ import numpy as np
 import pytest
 from naive import random_weights
 
+import jax_monokernel
 from jax_monokernel import (
     DecoderSpec,
     GenerationConfig,
@@ -48,6 +53,20 @@ def parts():
     state = empty_state(SPEC, batch=1, capacity=32, key=jax.random.key(0))
     state = prefill(SPEC, weights, jnp.array([[3, 7, 11]]), jnp.array([3]), state)
     return pack(SPEC, weights), state, sampling_params(GenerationConfig(), batch=1, vocab_size=31)
+
+
+def test_the_source_folder_says_that_it_is_no_package(tmp_path):
+    package = Path(jax_monokernel.__file__).parent
+    (tmp_path / "jax_monokernel").mkdir()
+    shutil.copy(package / "__init__.py", tmp_path / "jax_monokernel")
+    # Without site-packages, where an editable installation would be found first.
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", "import jax_monokernel"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ImportError: this is the source folder of jax_monokernel ({tmp_path}")
+    assert "start it in another folder, or pip install -e . in this one" in last
 
 
 def test_parts_of_a_spec_may_be_lists():
