@@ -4,7 +4,8 @@
 
 One JSON file for each shape: seconds of both for the same request, the time to the first token, and percentiles of the
 time between tokens, as the kernel chose them and as the reader got them. Both make text of the tokens. Rounds take
-turns; a first one, in which everything is compiled, is not counted.
+turns; a first one, in which everything is compiled, is not counted. What streaming costs is the median over rounds of
+its time by that of `generate` in the same round; in brackets what the median is between, with 95% confidence.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import argparse
 import asyncio
 import datetime
 import json
+import math
 import os
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +42,13 @@ class Wrapped:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
+        self._size = tokenizer.vocab_size
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:  # noqa: D102
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Iterable[int]) -> str:  # noqa: D102
-        size = self._tokenizer.vocab_size
-        return self._tokenizer.decode([i % size for i in ids])
+        return self._tokenizer.decode([i % self._size for i in ids])
 
 
 class Speaker(Decoder):
@@ -101,8 +103,9 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             async for piece in stream(ready, prompt, **options):
                 got(piece)
 
-        return follow(lambda got: asyncio.run(read(got)))
+        return follow(lambda got: loop.run(read(got)))
 
+    loop = asyncio.Runner()  # a server has one
     modes = {"generate": plain, "stream": streamed, "async": streamed_async}
     rounds: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
     others = OtherWork([])
@@ -115,6 +118,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 rounds[mode].append(found)
         if i == 0:
             others = OtherWork([os.getpid()])
+    loop.close()
     plan = ready.tape.plan
     return {
         "shape": name,
@@ -142,18 +146,19 @@ def follow(read: Callable[[Callable[[Any], None]], Any]) -> dict[str, Any]:
     start = time.perf_counter()
     chosen: list[float] = []
     came: list[float] = []
-    used: list[float] = []
+    used = 0.0
 
     def got(piece: Any) -> None:
+        nonlocal used
         if piece.row == 0:
             chosen.append(piece.time)
             came.append(time.perf_counter() - start)
-            used.append(time.thread_time())
+            used = used or time.thread_time()
 
     read(got)
     return {
         "first": came[0],
-        "reader": (used[-1] - used[0]) / (len(used) - 1),
+        "reader": (time.thread_time() - used) / (len(came) - 1),
         "chosen": np.diff(chosen),
         "came": np.diff(came),
     } | {"late": np.subtract(came, chosen)}
@@ -171,7 +176,9 @@ def digest(mode: str, rounds: list[dict[str, Any]], plain: list[dict[str, Any]])
     if mode == "generate":
         return result
     # Rounds are paired, so that what slows both of a pair does not count.
-    result["of_generate"] = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(rounds, plain, strict=True))
+    ratios = [a["seconds"] / b["seconds"] for a, b in zip(rounds, plain, strict=True)]
+    result["of_generate"] = statistics.median(ratios)
+    result["of_generate_95"] = median_interval(ratios)
     result["first_token_median_s"] = statistics.median(found["first"] for found in rounds)
     # Of the thread that reads: what it takes from a kernel that has all cores, whatever else the machine does.
     result["reader_cpu_s_per_token"] = statistics.median(found["reader"] for found in rounds)
@@ -181,13 +188,25 @@ def digest(mode: str, rounds: list[dict[str, Any]], plain: list[dict[str, Any]])
     return result
 
 
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Of the median of what the values are drawn from, whatever its distribution: two of the values, at least 95%."""
+    ordered, n = sorted(values), len(values)
+    cut, tail = 0, 0.5**n  # the chance that at most `cut` values are below the median
+    while cut < (n - 1) // 2 and tail + math.comb(n, cut + 1) * 0.5**n <= 0.025:
+        cut += 1
+        tail += math.comb(n, cut) * 0.5**n
+    return ordered[cut], ordered[n - 1 - cut]
+
+
 def summary(result: dict[str, Any]) -> str:
     """A few lines for people."""
     lines = [f"{result['title']}, batch {result['batch']}, {result['plan_units']} units:"]
     for mode, m in result["modes"].items():
         line = f"  {mode:9} median {m['median_s'] * 1e3:8.2f} ms, least {m['least_s'] * 1e3:8.2f} ms"
         if "of_generate" in m:
-            line += f", {m['of_generate'] - 1:+.1%}; first token {m['first_token_median_s'] * 1e3:.2f} ms"
+            low, high = m["of_generate_95"]
+            line += f", {m['of_generate'] - 1:+.1%} ({low - 1:+.1%} to {high - 1:+.1%})"
+            line += f"; first token {m['first_token_median_s'] * 1e3:.2f} ms"
             line += f"; reader {m['reader_cpu_s_per_token'] * 1e6:.1f} us a token; "
             line += f"chosen {m['chosen_ms']}, came {m['came_ms']}; late {m['late_ms']}"
         lines.append(line)

@@ -21,16 +21,18 @@ namespace {
 
 // Not std::atomic's own wait, which has no end in time and goes on after a signal, when Python should see it.
 #if defined(__linux__)
-void sleep_while_armed(std::atomic<uint32_t>& armed, double seconds) {
+// Returns false after a signal.
+bool sleep_while(std::atomic<uint32_t>& armed, uint32_t value, double seconds) {
   timespec limit{static_cast<time_t>(seconds), static_cast<long>((seconds - static_cast<double>(static_cast<time_t>(seconds))) * 1e9)};
-  syscall(SYS_futex, &armed, FUTEX_WAIT_PRIVATE, 1, &limit, nullptr, 0);
+  return syscall(SYS_futex, &armed, FUTEX_WAIT_PRIVATE, value, &limit, nullptr, 0) == 0 || errno != EINTR;
 }
 void wake_sleeper(std::atomic<uint32_t>& armed) { syscall(SYS_futex, &armed, FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0); }
 #else
-void sleep_while_armed(std::atomic<uint32_t>& armed, double seconds) {
-  for (int i = 0; i < seconds * 1e4 && armed.load() != 0; i++) {
-    if (usleep(100) != 0) return;
+bool sleep_while(std::atomic<uint32_t>& armed, uint32_t value, double seconds) {
+  for (int i = 0; i < seconds * 1e4 && armed.load() == value; i++) {
+    if (usleep(100) != 0) return false;
   }
+  return true;
 }
 void wake_sleeper(std::atomic<uint32_t>&) {}
 #endif
@@ -98,17 +100,17 @@ void Mailbox::put(int64_t row, int32_t token, float log_prob, uint64_t time_ns) 
   records_[static_cast<size_t>(row * capacity_ + index)] = {token, log_prob, time_ns};
   // Sequentially consistent with arm(): either the reader sees the token, or this sees that the reader sleeps.
   row_[row].count.store(index + 1, std::memory_order_seq_cst);
-  if (armed_.load(std::memory_order_seq_cst)) wake();
+  if (armed_.load(std::memory_order_seq_cst) == kUntilMail) wake();
 }
 
 void Mailbox::finish() {
   finished_.store(true);
-  if (armed_.load()) wake();
+  if (armed_.load() != kAwake) wake();
 }
 
 void Mailbox::wake() {
-  if (armed_.exchange(0) == 0) return;  // another row has
-  if (pipe_[1] < 0) return wake_sleeper(armed_);
+  if (armed_.exchange(kAwake) == kAwake) return;  // another row has
+  if (!by_file_.load()) return wake_sleeper(armed_);
   const int saved_errno = errno;
   // Does not block: a full pipe is readable.
   while (write(pipe_[1], "", 1) < 0 && errno == EINTR) {
@@ -137,11 +139,12 @@ bool Mailbox::has_news() const {
   return false;
 }
 
-bool Mailbox::arm() {
+bool Mailbox::arm(Sleep how, bool by_file) {
   std::lock_guard lock(reading_);
-  armed_.store(1, std::memory_order_seq_cst);
-  if (!has_news()) return true;
-  armed_.store(0);
+  by_file_.store(by_file);
+  armed_.store(how, std::memory_order_seq_cst);
+  if (how == kNap ? !finished_.load() : !has_news()) return true;
+  armed_.store(kAwake);
   return false;
 }
 
@@ -162,10 +165,16 @@ void Mailbox::drain() {
   }
 }
 
-void Mailbox::wait(double seconds) {
-  if (!arm()) return;
-  sleep_while_armed(armed_, seconds);
-  armed_.store(0);
+bool Mailbox::sleep(Sleep how, double seconds) {
+  if (!arm(how, /*by_file=*/false)) return true;
+  const bool undisturbed = sleep_while(armed_, how, seconds);
+  armed_.store(kAwake);
+  return undisturbed;
+}
+
+void Mailbox::wait(double seconds, double nap_seconds) {
+  if (nap_seconds > 0 && !sleep(kNap, nap_seconds)) return;
+  sleep(kUntilMail, seconds);
 }
 
 std::string open_mail(const int32_t* operand, int64_t batch, int64_t steps, MailRows* mail) {

@@ -44,6 +44,10 @@ class Mailbox {
   // Adds a token to a row, whose room must not be used up.
   void put(int64_t row, int32_t token, float log_prob, uint64_t time_ns = now_ns());
   int64_t count(int64_t row) const { return row_[row].count.load(std::memory_order_relaxed); }
+  // Nothing more will come for a while: a reader that naps may take what there is.
+  void end_nap() {
+    if (armed_.load() == kNap) wake();
+  }
   // Nothing more will come.
   void finish();
   // The call was ended by what ends every call (cpu/interrupt.h). Those that follow for the same reader are not to begin.
@@ -63,13 +67,16 @@ class Mailbox {
   bool finished() const { return finished_.load(); }
   // What has come since the last time, in order of time.
   std::vector<Piece> take();
-  // Waits until there is something to take, nothing more will come, a signal comes, or some time has passed.
-  void wait(double seconds);
+  // What a reader that sleeps is woken by. A nap costs the writers nothing: tokens do not end it, but their end does.
+  enum Sleep : uint32_t { kAwake, kUntilMail, kNap };
+  // Naps, then waits until there is something to take; until nothing more will come or a signal comes, and each for so long at
+  // most.
+  void wait(double seconds, double nap_seconds = 0);
   // The same for event loops: a file that the next change after arm() makes readable, and drain() unreadable. Throws
   // std::system_error: no more files.
   int file();
   // False if there is nothing to wait for.
-  bool arm();
+  bool arm(Sleep how, bool by_file = true);
   void drain();
 
   static uint64_t now_ns();
@@ -77,6 +84,8 @@ class Mailbox {
  private:
   Mailbox(int64_t rows, int64_t capacity);
   bool has_news() const;
+  // False after a signal.
+  bool sleep(Sleep how, double seconds);
   void wake();
 
   struct alignas(64) Row {  // a cache line, since its writer is another thread than the next row's
@@ -90,7 +99,8 @@ class Mailbox {
   std::unique_ptr<Row[]> row_;
   std::mutex reading_;
   int pipe_[2] = {-1, -1};  // made when file() is asked for
-  alignas(64) std::atomic<uint32_t> armed_{0};  // 1: the reader sleeps, or is about to
+  std::atomic<bool> by_file_{false};  // whether the reader that sleeps waits for the pipe
+  alignas(64) std::atomic<uint32_t> armed_{kAwake};  // how the reader sleeps, or is about to
   alignas(64) uint32_t stop_ = 0;
   std::atomic<bool> cancelled_{false}, finished_{false};
 };

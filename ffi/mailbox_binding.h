@@ -34,10 +34,10 @@ inline void bind_mailbox(pybind11::module_& m) {
       .def("finish", &Mailbox::finish, "Nothing more will come.")
       .def("stop", &Mailbox::stop, "Asks the call that writes here to end after the token that it is about.")
       .def("take",
-           [](Mailbox& box, double wait_s) {
+           [](Mailbox& box, double wait_s, double nap_s) {
              if (wait_s > 0) {
                py::gil_scoped_release release;
-               box.wait(wait_s);
+               box.wait(wait_s, nap_s);
              }
              py::list all;
              for (const Mailbox::Piece& p : box.take()) {
@@ -45,10 +45,11 @@ inline void bind_mailbox(pybind11::module_& m) {
              }
              return all;
            },
-           py::arg("wait_s") = 0.0,
+           py::arg("wait_s") = 0.0, py::arg("nap_s") = 0.0,
            "What has come since the last time: (row, index, token, log_prob, time in ns), in order of time. Waits so long where "
-           "there is nothing, or until a signal comes.")
-      .def("arm", &Mailbox::arm, "Lets the next change make fileno() readable; False if there is nothing to wait for.")
+           "there is nothing, or until a signal comes; before that, it naps so long, which tokens do not end, but the last does.")
+      .def("arm", [](Mailbox& box, bool nap) { return box.arm(nap ? Mailbox::kNap : Mailbox::kUntilMail); }, py::arg("nap") = false,
+           "Lets the next change make fileno() readable, or nap: the end alone; False if there is nothing to wait for.")
       .def("fileno",
            [](Mailbox& box) {
              try {

@@ -11,9 +11,11 @@
 #include "cpu/decode.h"
 #include "cpu/interrupt.h"
 #include "cpu/isa.h"
+#include "cpu/ping_pong.h"
 #include "cpu/read_bandwidth.h"
 #include "cpu/sampling_binding.h"
 #include "cpu/settings.h"
+#include "cpu/team.h"
 #include "gpu/binding.h"
 #include "gpu/settings.h"
 #include "mailbox_binding.h"
@@ -131,6 +133,7 @@ PYBIND11_MODULE(_native, m) {
     monokernel::gpu::read_environment();
   }, "Reads the MONOKERNEL_* variables, as the import did.");
   m.def("available_cpus", &cpu::available_cpus, "CPUs of the affinity mask and the cgroup quota.");
+  m.def("all_cpus_decode", &cpu::all_cpus_decode, "Whether the decodes that run have all of them.");
   m.def("quota_cpus", &cpu::quota_cpus, py::arg("folder"), "CPUs that a cgroup file system's quota is worth; 0: no quota.");
   m.def("cancel", &cpu::cancel_all, "Cancels every decode that runs or waits in this process.");
   m.def("available_isas", &cpu::available_isas, "Builds of the CPU kernel that this machine can run, best first.");
@@ -146,6 +149,9 @@ PYBIND11_MODULE(_native, m) {
   cpu::bind_sampling(m);
   monokernel::bind_mailbox(m);
   monokernel::gpu::bind(m);
+  m.def("ping_pong", &cpu::ping_pong, py::arg("cpu"), py::arg("other"), py::arg("rounds"), py::arg("batches"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Nanoseconds that a word takes from one CPU to another, one way, of each batch of rounds.");
   m.def("read_bandwidth", &cpu::read_bandwidth, py::arg("bytes"), py::arg("threads"), py::arg("repeats"),
         py::call_guard<py::gil_scoped_release>(),
         "Bytes per second of each of `repeats` reads of a buffer of `bytes`, every thread reading its own contiguous part.");

@@ -52,19 +52,24 @@ class Outcome:
     seconds: float  # compiling included
 
 
-def run(platform: Platform, device: jax.Device, units: int | None = None) -> list[Outcome]:
+def run(platform: Platform, device: jax.Device, units: int | None = None, groups: int = 1) -> list[Outcome]:
     """Decodes each model with the backend of `platform` on `device`; what is raised is the problem.
 
     Args:
       platform: cpu, cuda or rocm.
       device: where JAX puts the arrays.
       units: of the plan; by default as `make_plan` chooses.
+      groups: of units that the device has, in which one model is decoded once more; 1: not.
     """
     outcomes = []
-    for model, spec in SPECS.items():
+    cases: list[tuple[str, DecoderSpec, int | None]] = [(model, spec, None) for model, spec in SPECS.items()]
+    if groups > 1:
+        model, spec, _ = cases[-1]
+        cases.append((f"{model}, {groups} groups of units", spec, groups))
+    for model, spec, of_plan in cases:
         start = time.perf_counter()
         try:
-            problem = _difference(spec, _decode(spec, platform, device, units), _reference(spec, device))
+            problem = _difference(spec, _decode(spec, platform, device, units, of_plan), _reference(spec, device))
         except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
             problem = str(error)
         outcomes.append(Outcome(model, problem, time.perf_counter() - start))
@@ -108,8 +113,10 @@ def _request(spec: DecoderSpec) -> tuple[DecodeState, SamplingParams]:
     return state, params
 
 
-def _decode(spec: DecoderSpec, platform: Platform, device: jax.Device, units: int | None) -> DecodeResult:
-    plan = make_plan(spec, platform=platform, units=units)
+def _decode(
+    spec: DecoderSpec, platform: Platform, device: jax.Device, units: int | None, groups: int | None
+) -> DecodeResult:
+    plan = make_plan(spec, platform=platform, units=units, groups=groups)
     with jax.default_device(device):
         tape = pack(spec, jax.tree.map(jnp.asarray, _weights(spec)), plan)
         run = jax.jit(functools.partial(decode, max_new_tokens=_TOKENS, return_log_probs=True))

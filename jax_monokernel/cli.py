@@ -236,7 +236,10 @@ def doctor(
 @app.command(name="topology")
 def topology(
     measure: Annotated[
-        bool, typer.Option("--measure", help="Probe the GPU, in a few seconds, and keep the result.")
+        bool,
+        typer.Option(
+            "--measure", help="Probe the GPU, or with --platform cpu the CPUs, in a few seconds, and keep the result."
+        ),
     ] = False,
     platform: Annotated[
         str | None, typer.Option(help="cpu, cuda or rocm. By default the first GPU, or the CPUs where there is none.")
@@ -253,11 +256,16 @@ def topology(
         str | None,
         typer.Option(help="Checkpoint or Hugging Face model id, or small: for its placement and plan."),
     ] = None,
+    groups: Annotated[
+        int | None, typer.Option(min=1, help="Of units, in the plan that is drawn. By default as choose_groups says.")
+    ] = None,
 ) -> None:
     """Print what a device looks like: groups of units, memory domains, and what crossing them costs."""
     from jax_monokernel import topology as topologies
 
     try:
+        if groups is not None and (model is None or pictures is None):
+            raise ValueError("--groups is for the picture of a plan; give --model and --pictures too")
         if part is not None and (measure or platform is not None):
             raise ValueError("--part is for a device that is not here; leave --measure and --platform out")
         if platform not in (None, "cpu", "cuda", "rocm"):
@@ -286,9 +294,12 @@ def topology(
             spec = pretrained_spec(models.SMALL if model == "small" else model)
             typer.echo(f"placement of {model}'s pages: {report(spec, found)}")
         if pictures is not None:
+            from jax_monokernel.plan import Plan
             from jax_monokernel.topology.draw import draw
 
-            for path in draw(found, pictures, spec=spec, model=model or "", format=format):
+            device_ = found.topology
+            plan = None if groups is None else Plan(platform=device_.platform, units=device_.units, groups=groups)
+            for path in draw(found, pictures, spec=spec, plan=plan, model=model or "", format=format):
                 typer.echo(f"drawn: {path}")
     except KeyboardInterrupt:
         typer.echo("\ninterrupted", err=True)

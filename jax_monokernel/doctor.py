@@ -21,6 +21,9 @@ import jax
 from jax_monokernel import _gpu, _native, _self_test
 from jax_monokernel._version import __version__
 from jax_monokernel.plan import Platform, available_cpus
+from jax_monokernel.topology.model import Topology
+from jax_monokernel.topology.partition import Partition, partition_of
+from jax_monokernel.topology.parts import part_for
 
 OK, ABSENT, NOTE, BROKEN = "ok", "-", "note", "BROKEN"
 
@@ -31,9 +34,13 @@ _WANTED = {
         "pip install 'jax[cuda13]' or 'jax[cuda12]', and nvidia-cuda-nvrtc (docs/gpu.md)"
     ),
     "rocm": (
-        "an AMD Instinct GPU of gfx942 or gfx950 (MI300X, MI325X, MI350X, MI355X), the amdgpu driver, ROCm 6 or 7 "
-        "with libamdhip64 and libhiprtc, and JAX's ROCm wheels (docs/rocm.md)"
+        "an AMD Instinct GPU of gfx942 or gfx950 (MI300X, MI300A, MI325X, MI350X, MI355X), the amdgpu driver, ROCm "
+        "6 or 7 with libamdhip64 and libhiprtc, and JAX's ROCm wheels (docs/rocm.md)"
     ),
+}
+_TO_INSTALL = {
+    "cuda": "pip install 'jax[cuda13]=={jax}', or 'jax[cuda12]=={jax}' with a driver for CUDA 12 (docs/gpu.md)",
+    "rocm": "pip install jax-rocm7-plugin=={jaxlib} jax-rocm7-pjrt=={jaxlib} (docs/rocm.md)",
 }
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 _PLUGINS = re.compile(r"jax-(cuda|rocm)\d+-(plugin|pjrt)$")
@@ -93,7 +100,7 @@ def _sections(test: bool, machine: Machine) -> Iterator[tuple[str, Iterator[Line
     for platform in platforms:
         yield f"{_VENDORS[platform]} GPUs ({platform})", _gpus(platform, machine, devices, found)
     if test:
-        yield "Self-test: small random models against the reference", _self_tests(devices, found)
+        yield "Self-test: small random models against the reference", _self_tests(devices, found, machine)
 
 
 # ---- What is looked at ----
@@ -124,7 +131,8 @@ def _software() -> Iterator[Line]:
         "JAX's plugins for GPUs", OK, ", ".join(f"{name} {version}" for name, version in sorted(plugins.items()))
     )
     jaxlib = _version("jaxlib")
-    wrong = sorted(name for name, version in plugins.items() if version.split("+")[0] != jaxlib)
+    # AMD's wheels may be built again for one jaxlib: 0.10.0.post1.
+    wrong = sorted(name for name, version in plugins.items() if re.sub(r"\+.*|\.post\d+$", "", version) != jaxlib)
     if wrong:
         yield Line("JAX's plugins for GPUs", NOTE, f"{', '.join(wrong)} and jaxlib {jaxlib} are of different versions")
 
@@ -172,8 +180,8 @@ def _cpu(devices: dict[Platform, jax.Device]) -> Iterator[Line]:
     yield _jax_device("cpu", devices)
 
 
-def _jax_device(platform: Platform, devices: dict[Platform, jax.Device]) -> Line:
-    """Whether JAX has devices of a platform, of which there are some."""
+def _jax_device(platform: Platform, devices: dict[Platform, jax.Device], supported: bool = True) -> Line:
+    """Whether JAX has devices of a platform, of which there are some; `supported`: some that the kernel runs on."""
     messages: list[str] = []
 
     class Keep(logging.Handler):
@@ -191,7 +199,10 @@ def _jax_device(platform: Platform, devices: dict[Platform, jax.Device]) -> Line
         if any(name.startswith(f"jax-{platform}") for name in _plugins()):
             said = "\n".join([str(error), *messages])
             return Line("JAX", BROKEN, f"its {platform} plugin is installed and finds no device: {said}")
-        return Line("JAX", NOTE, f"has no {platform} plugin, so nothing runs on these. Needed: {_WANTED.get(platform)}")
+        if not supported:
+            return Line("JAX", NOTE, f"has no {platform} plugin; it would need {_WANTED[platform]}")
+        needed = _TO_INSTALL[platform].format(jax=_version("jax"), jaxlib=_version("jaxlib"))
+        return Line("JAX", BROKEN, f"has no {platform} plugin, so nothing runs on these GPUs: {needed}")
     finally:
         log.removeHandler(keep)
     devices[platform] = here[0]
@@ -215,6 +226,8 @@ def _gpus(
             yield from _access(platform, machine)
             yield Line("driver", BROKEN, str(error))
         else:
+            if os.environ.get({"cuda": "MONOKERNEL_CUDA_LIBRARY", "rocm": "MONOKERNEL_HIP_LIBRARY"}[platform]):
+                yield Line("driver", NOTE, str(error))
             yield Line("driver", ABSENT, f"none, and no such GPU in this machine. Needed for one: {_WANTED[platform]}")
         return
     yield Line("driver", OK, f"{_driver_version(platform, version)}, {path}")
@@ -229,32 +242,41 @@ def _gpus(
         return
     found[platform] = described
     for i, device in enumerate(described):
-        yield _device(i, device, machine)
+        yield from _device(i, device, platform, machine)
     if len(described) > 1:
         lacking = [
             f"{i} to {j}" for i, d in enumerate(described) for j in range(len(described)) if j not in {i, *d["peers"]}
         ]
         text = f"not from {', '.join(lacking)}" if lacking else "each device reaches each other's memory"
         yield Line("peer access", NOTE if lacking else OK, text)
-    yield _jax_device(platform, devices)
+    yield _jax_device(platform, devices, supported=any("problem" not in device for device in described))
 
 
-def _device(number: int, device: dict[str, Any], machine: Machine) -> Line:
+def _device(number: int, device: dict[str, Any], platform: Platform, machine: Machine) -> Iterator[Line]:
+    is_amd = platform == "rocm"
     text = (
         f"{device['name']}, {device.get('arch', 'not supported')}, {device['units']} "
-        f"{'compute units' if device.get('arch', 'gfx').startswith('gfx') else 'multiprocessors'}, "
+        f"{'compute units' if is_amd else 'multiprocessors'}, "
         f"{device['shared_bytes'] // 1024} KiB of shared memory each, {_size(device['memory_bytes'])}"
     )
-    folder = machine.sys / "bus" / "pci" / "devices" / device["bus"].lower()
-    modes = [
-        f"{kind} partition mode {mode}"
-        for kind in ("compute", "memory")
-        if (mode := _read(folder / f"current_{kind}_partition"))
-    ]
+    known = partition_of(device["bus"], machine.sys) if is_amd else Partition()
+    modes = [f"{kind} partition mode {getattr(known, kind)}" for kind in ("compute", "memory") if getattr(known, kind)]
+    if known.xcds:
+        modes.append(f"{known.xcds} XCD{'s' * (known.xcds > 1)}")
     text = ", ".join([text, *modes])
     if "problem" in device:
-        return Line(f"device {number}", NOTE, f"{text}\n{device['problem']}")
-    return Line(f"device {number}", OK, text)
+        yield Line(f"device {number}", NOTE, f"{text}\n{device['problem']}")
+        return
+    yield Line(f"device {number}", OK, text)
+    if is_amd:
+        for note in _topology(device, machine).notes:
+            yield Line(f"device {number}", NOTE, note)
+
+
+def _topology(device: dict[str, Any], machine: Machine) -> Topology:
+    """What is published of a supported AMD GPU, in the mode that the system tells."""
+    known = partition_of(device["bus"], machine.sys)
+    return part_for(device["name"], device["arch"], device["units"], "rocm", known)
 
 
 def _adapters(platform: Platform, machine: Machine) -> int:
@@ -282,12 +304,20 @@ def _access(platform: Platform, machine: Machine) -> Iterator[Line]:
             yield Line(name, BROKEN, "this user may not open it: add the user to the groups render and video")
 
 
-def _self_tests(devices: dict[Platform, jax.Device], found: dict[Platform, list[dict[str, Any]]]) -> Iterator[Line]:
+def _self_tests(
+    devices: dict[Platform, jax.Device], found: dict[Platform, list[dict[str, Any]]], machine: Machine
+) -> Iterator[Line]:
     for platform, device in devices.items():
         described = found.get(platform)
         if described and "problem" in described[0]:
             continue
-        for outcome in _self_test.run(platform, device, described[0]["units"] if described else None):
+        units, groups = None, 1
+        if described:
+            units = described[0]["units"]
+            # Plans whose words stay on an XCD are other kernels, which `make_plan` may choose.
+            xcds = _topology(described[0], machine).groups("xcd") if platform == "rocm" else []
+            groups = len(xcds) if len({len(xcd.units) for xcd in xcds}) == 1 else 1
+        for outcome in _self_test.run(platform, device, units, groups):
             state, text = (BROKEN, outcome.problem) if outcome.problem else (OK, "agrees with the reference")
             yield Line(f"{platform}, {outcome.model}", state, f"{text} ({outcome.seconds:.1f} s)")
 

@@ -19,7 +19,16 @@ from jax_monokernel.protocol import DecoderModel
 from jax_monokernel.reference import decode_reference
 from jax_monokernel.sampling import SamplingParams, sampling_params
 from jax_monokernel.spec import DecoderSpec
-from jax_monokernel.state import FULL, STOPPED, DecodeResult, DecodeState, check_state, empty_state, request_keys
+from jax_monokernel.state import (
+    FULL,
+    STOPPED,
+    DecodeResult,
+    DecodeState,
+    check_key,
+    check_state,
+    empty_state,
+    request_keys,
+)
 from jax_monokernel.tape import Tape, unpack
 from jax_monokernel.weights import DecoderWeights, used_up
 
@@ -206,7 +215,7 @@ def checked_request(
     limit = int(np.max(config.max_new_tokens))
     if state is None:
         key = checked_key(key, config)
-        jax.eval_shape(lambda: request_keys(key, batch))  # raises where the key is not usable
+        check_key(key, batch)
         capacity = tokens.shape[1] + bucket(limit) if capacity is None else capacity
         _check_capacity(capacity, counts)
     else:

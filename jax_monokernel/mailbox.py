@@ -4,8 +4,9 @@
     result = jitted_decode(tape, state, sampling, operand(box))  # decode(..., max_new_tokens=n, mailbox=operand)
     for row, index, token, log_prob, time_ns in box.take(wait_s=0.1): ...
 
-The call must run beside the reader, in another thread. What a mailbox has: `take`, `stop` (the call ends after
-the token that it is about, with a state to go on from), and `arm`, `fileno` and `drain` for event loops.
+The call must run beside the reader, in another thread. What a mailbox has: `take` (waits, and before that naps: tokens
+do not end a nap, the end of the call does), `stop` (the call ends after the token that it is about, with a state to go
+on from), and `arm`, `fileno` and `drain` for event loops.
 docs/streaming.md says more.
 """
 
@@ -23,7 +24,9 @@ __all__ = ["Mailbox", "check_mailbox", "open_mail", "operand", "post"]
 
 def operand(box: Mailbox) -> np.ndarray:
     """What `decode` takes as `mailbox`, int32 [rows, 2]: request i leaves its tokens in row i."""
-    return np.stack([np.full(box.rows, box.id), np.arange(box.rows)], axis=1).astype(np.int32)
+    numbers = np.empty((box.rows, 2), np.int32)
+    numbers[:, 0], numbers[:, 1] = box.id, np.arange(box.rows)
+    return numbers
 
 
 def check_mailbox(mailbox: jax.Array | np.ndarray, *, batch: int) -> None:

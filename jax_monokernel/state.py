@@ -108,6 +108,14 @@ def check_state(spec: DecoderSpec, state: DecodeState) -> None:
 
 def request_keys(key: jax.Array, batch: int) -> jax.Array:
     """uint32 [batch, 2]: `key` itself where it holds one key per request, else request i gets fold_in(key, i)."""
+    check_key(key, batch)
+    if key.ndim == 0:
+        key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    return jax.random.key_data(key)
+
+
+def check_key(key: jax.Array, batch: int) -> None:
+    """Raises ValueError if these are no keys for a batch of this size."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise ValueError(f"expected a key made by jax.random.key(seed), got an array of {key.dtype}{list(key.shape)}")
     if str(jax.random.key_impl(key)) != "threefry2x32":
@@ -115,8 +123,5 @@ def request_keys(key: jax.Array, batch: int) -> jax.Array:
             f"the key uses {jax.random.key_impl(key)}; decoding needs jax.random.key(seed, impl='threefry2x32'), whose "
             "random bits every backend can compute"
         )
-    if key.ndim == 0:
-        key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    if key.shape != (batch,):
+    if key.shape not in ((), (batch,)):
         raise ValueError(f"expected one key or {batch} keys, got {list(key.shape)}")
-    return jax.random.key_data(key)

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import re
+import subprocess
 
 import jax
 import numpy as np
@@ -269,6 +270,27 @@ def test_rocm_smi():
     assert meter.joules() - before == pytest.approx(15.25)
     with pytest.raises(energy.NotReported, match="does not know the device"):
         energy.rocm_smi(library, "0000:99:00.0")
+
+
+def test_rocm_smi_is_called_as_its_functions_are(tmp_path):
+    """A library whose arguments are those of AMD's header (test_hip_headers.py): a wrong one would not be converted."""
+    source = """
+        #include <stdint.h>
+        int rsmi_init(uint64_t flags) { return flags != 0; }
+        int rsmi_num_monitor_devices(uint32_t *count) { *count = 2; return 0; }
+        int rsmi_dev_pci_id_get(uint32_t device, uint64_t *id) {
+          *id = (uint64_t)device << 32 | 0xc1 << 8 | 3u << 28;
+          return 0;
+        }
+        int rsmi_dev_energy_count_get(uint32_t device, uint64_t *ticks, float *microjoules, uint64_t *time) {
+          *ticks += 1ull << 40, *microjoules = device * 15.25f, *time = 7;
+          return 0;
+        }
+    """
+    path = tmp_path / "librocm_smi64.so.7"
+    subprocess.run(["c++", "-x", "c", "-shared", "-fPIC", "-o", path, "-"], input=source.encode(), check=True)
+    meter = energy.rocm_smi(energy.open_rocm_smi([str(tmp_path)]), "0001:c1:00.0")
+    assert meter.joules() == pytest.approx(2 * 2**40 * 15.25 / 1e6)
 
 
 def test_this_machine_has_a_meter_or_a_reason():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import re
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from jax_monokernel import _self_test, doctor
 from jax_monokernel.cli import app
 from jax_monokernel.doctor import Line, Machine, redacted, report
+from jax_monokernel.plan import Plan, geometry
 
 
 def ask(machine: Machine | None = None, *, test: bool = True) -> tuple[bool, str]:
@@ -26,11 +28,21 @@ def ask(machine: Machine | None = None, *, test: bool = True) -> tuple[bool, str
 
 @pytest.fixture
 def bare(tmp_path, environment) -> Machine:
-    """A machine without GPUs, and nothing set."""
+    """A machine without GPUs, whatever this one has, and nothing set."""
     environment("MONOKERNEL_CACHE_DIR", str(tmp_path / "cache"))
+    for name in ("MONOKERNEL_CUDA_LIBRARY", "MONOKERNEL_HIP_LIBRARY"):
+        environment(name, "/nowhere/driver.so")
     for folder in ("sys/bus/pci/devices", "dev/dri", "dev/shm"):
         (tmp_path / folder).mkdir(parents=True)
     return Machine(tmp_path / "sys", tmp_path / "dev")
+
+
+def add_node(machine: Machine, number: int, bus: int, units: int, xcds: int) -> None:
+    """A partition as KFD describes it."""
+    folder = machine.sys / "class" / "kfd" / "kfd" / "topology" / "nodes" / str(number)
+    folder.mkdir(parents=True)
+    text = f"simd_count {4 * units}\nsimd_per_cu 4\ndomain 0\nlocation_id {bus << 8}\nnum_xcc {xcds}\n"
+    (folder / "properties").write_text(text)
 
 
 def add_adapter(machine: Machine, bus: str, vendor: str = "0x1002", **files: str) -> None:
@@ -41,14 +53,28 @@ def add_adapter(machine: Machine, bus: str, vendor: str = "0x1002", **files: str
 
 
 @pytest.fixture
+def no_plugins(monkeypatch):
+    """JAX has CPUs only, whatever it has here."""
+    local_devices = jax.local_devices
+
+    def devices(*arguments, backend=None, **options):
+        if backend != "cpu":
+            raise RuntimeError(f"Unknown backend {backend}")
+        return local_devices(*arguments, backend=backend, **options)
+
+    monkeypatch.setattr(doctor.jax, "local_devices", devices)
+    monkeypatch.setattr(doctor, "_plugins", dict)
+
+
+@pytest.fixture
 def on_rocm(rocm_stand_in, monkeypatch):
     """JAX's device for ROCM is one of its CPU devices, on which `decode` finds the stand-ins."""
     register()
     jax_device, decode = doctor._jax_device, _self_test._decode
 
-    def device(platform, devices):
+    def device(platform, devices, **options):
         if platform != "rocm":
-            return jax_device(platform, devices)
+            return jax_device(platform, devices, **options)
         devices[platform] = jax.devices()[1]
         return Line("JAX", "ok", "1 rocm device")
 
@@ -71,6 +97,7 @@ def test_a_machine_without_gpus(bare):
     assert len(re.findall(r"  ok     cpu, .*: agrees with the reference \(\d", text)) == len(_self_test.SPECS)
     for what in ("NVIDIA GPU of compute capability 9.0", "gfx942 or gfx950", "docs/rocm.md", "Python: 3."):
         assert what in text
+    assert "note   driver: jax_monokernel: MONOKERNEL_HIP_LIBRARY is /nowhere/driver.so, which cannot be loaded" in text
     assert "BROKEN" not in text
 
 
@@ -86,16 +113,42 @@ def test_the_command(monkeypatch):
 def test_a_machine_with_amd_gpus(bare, on_rocm):
     add_adapter(bare, "0000:c1:00.0", current_compute_partition="SPX", current_memory_partition="NPS1")
     add_adapter(bare, "0000:c2:00.0", current_compute_partition="CPX", current_memory_partition="NPS4")
+    add_node(bare, 2, 0xC1, 3, 8)
+    add_node(bare, 3, 0xC2, 3, 1)
     works, text = ask(bare)
     assert works, text
     assert re.search(r"ok     driver: HIP 6\.2\.32830, \S*stand_in_hip\.so", text)
     assert "ok     run-time compiler: hiprtc-6.2, " in text
     device = r"AMD Instinct MI300X \(stand-in\), gfx942, 3 compute units, 64 KiB of shared memory each, 192 GiB"
-    assert re.search(rf"ok     device 0: {device}, compute partition mode SPX, memory partition mode NPS1", text)
-    assert re.search(rf"ok     device 1: {device}, compute partition mode CPX, memory partition mode NPS4", text)
+    assert re.search(
+        rf"ok     device 0: {device}, compute partition mode SPX, memory partition mode NPS1, 8 XCDs", text
+    )
+    assert re.search(
+        rf"ok     device 1: {device}, compute partition mode CPX, memory partition mode NPS4, 1 XCD\n", text
+    )
+    assert "note   device 0: a MI300X has 304 units" in text  # 3 on 8 XCDs
+    assert "note   device 1: 3 of 38 units are active\n" in text
     assert "ok     peer access: each device reaches each other's memory" in text
     assert len(re.findall(r"  ok     rocm, .*: agrees with the reference", text)) == len(_self_test.SPECS)
     assert str(Path.home()) not in text
+
+
+def test_the_groups_of_an_amd_gpu_are_tested_too(bare, rocm_stand_in, on_rocm, environment, tmp_path, monkeypatch):
+    """With words that stay on an XCD: one launch, so work-groups were found to be where they should."""
+    copy = StandIn(tmp_path, like=rocm_stand_in)  # devices are asked once in a process, and remember what was found
+    for name, value in copy.variables.items():
+        environment(name, value)
+    copy.units, copy.dies = 6, 2
+    add_adapter(bare, "0000:c1:00.0", current_compute_partition="QPX", current_memory_partition="NPS1")
+    add_node(bare, 2, 0xC1, 6, 2)
+    monkeypatch.setattr(_self_test, "SPECS", dict(list(_self_test.SPECS.items())[-1:]))
+    works, text = ask(bare)
+    assert works, text
+    assert "note   device 0: 6 of 76 units are active; 2 XCDs, by the driver's count" in text
+    lines = re.findall(r"  ok     rocm, (bf16.*): agrees with the reference", text)
+    assert [line.rpartition(", ")[2] for line in lines] == ["as most models are", "2 groups of units"]
+    assert copy.launches == 2
+    assert copy.complaints == ""
 
 
 @pytest.mark.parametrize(
@@ -119,6 +172,12 @@ def test_gpus_that_do_not_work(bare, on_rocm, environment, change, message):
     assert re.match(r"[12] of the things that are here do not work", text.splitlines()[-1])
 
 
+@pytest.mark.parametrize(("units", "groups"), [(304, 8), (256, 8), (228, 6), (152, 4), (76, 2), (40, 8)])
+def test_the_model_of_the_self_test_fits_into_groups(units, groups):
+    spec = list(_self_test.SPECS.values())[-1]
+    assert geometry(spec, Plan(platform="rocm", units=units, groups=groups)).mlp_groups == groups
+
+
 def test_results_that_are_wrong(bare, monkeypatch):
     decode = _self_test._decode
 
@@ -140,6 +199,8 @@ def test_a_compiler_that_is_missing(bare, on_rocm, environment):
 
 
 def test_gpus_without_a_driver(bare, environment):
+    for name in ("MONOKERNEL_CUDA_LIBRARY", "MONOKERNEL_HIP_LIBRARY"):
+        environment(name, None)
     add_adapter(bare, "0000:c1:00.0")
     add_adapter(bare, "0000:02:00.0", vendor="0x10de")
     works, text = ask(bare, test=False)
@@ -151,14 +212,44 @@ def test_gpus_without_a_driver(bare, environment):
     assert re.search(r"BROKEN driver: .*libcuda\.so was not found\. Install the NVIDIA driver", text)
 
 
-def test_a_device_that_is_not_supported_is_no_fault(bare, rocm_stand_in, environment, tmp_path):
+def test_a_device_that_is_not_supported_is_no_fault(bare, rocm_stand_in, environment, tmp_path, no_plugins):
     other = StandIn(tmp_path, like=rocm_stand_in)
     other.arch = "gfx1100"
     environment("MONOKERNEL_HIP_LIBRARY", other.variables["MONOKERNEL_HIP_LIBRARY"])
     works, text = ask(bare, test=False)
     assert works
     assert re.search(r"note   device 0: .*not supported.*\n.*does not run on .*\(gfx1100\); supported are", text)
-    assert "note   JAX: has no rocm plugin, so nothing runs on these. Needed: an AMD Instinct GPU" in text
+    assert "note   JAX: has no rocm plugin; it would need an AMD Instinct GPU" in text
+
+
+def test_an_old_gpu_beside_one_that_is_not(bare, make_fake, no_plugins):
+    fake = make_fake("cuda")
+    fake.old_device = 0
+    works, text = ask(bare, test=False)
+    assert re.search(r"note   device 0: Fake GPU, not supported, 132 multiprocessors, ", text)
+    assert re.search(r"ok     device 1: Fake GPU, sm_90, 132 multiprocessors, ", text)
+    assert not works
+    assert "BROKEN JAX: has no cuda plugin, so nothing runs on these GPUs: pip install 'jax[cuda13]==" in text
+
+
+def test_a_gpu_that_jax_has_no_plugin_for(bare, rocm_stand_in, no_plugins):
+    works, text = ask(bare, test=False)
+    assert not works
+    version = importlib.metadata.version("jaxlib")
+    needed = f"pip install jax-rocm7-plugin=={version} jax-rocm7-pjrt=={version}"
+    assert f"BROKEN JAX: has no rocm plugin, so nothing runs on these GPUs: {needed}" in text
+    assert text.splitlines()[-1] == "1 of the things that are here do not work."
+
+
+@pytest.mark.parametrize(
+    ("suffix", "fits"), [("", True), (".post1", True), ("+rocm7", True), (".1", False), ("1", False)]
+)
+def test_plugins_of_another_version(bare, monkeypatch, suffix, fits):
+    version = importlib.metadata.version("jaxlib") + suffix
+    monkeypatch.setattr(doctor, "_plugins", lambda: {"jax-rocm7-pjrt": version, "jax-rocm7-plugin": version})
+    text = "\n".join(line.text for line in doctor._software())
+    assert f"jax-rocm7-pjrt {version}" in text
+    assert ("are of different versions" in text) != fits
 
 
 def test_names_are_left_out(monkeypatch):

@@ -1,4 +1,4 @@
-"""Every type and number of HIP and hipRTC that ffi/gpu and the stand-ins have written down, held against AMD's headers.
+"""Every type and number of HIP, hipRTC and ROCm SMI that is written down here, held against AMD's headers.
 
 The headers are those of MONOKERNEL_HIP_HEADERS (folders, as in PATH; `.ci/hip-headers FOLDER` fetches some), of ROCm
 where it is installed, and of a `triton` that is installed. Without any there is nothing to hold against.
@@ -6,6 +6,7 @@ where it is installed, and of a `triton` that is installed. Without any there is
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -14,6 +15,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+from jax_monokernel._bench.energy import ROCM_SMI
 
 ROOT = Path(__file__).parents[1]
 VERSION = "hip/hip_version.h"
@@ -42,6 +45,8 @@ def folders() -> dict[str, Path]:
 
 
 FOLDERS = folders()
+WITH_HIPRTC = {version: folder for version, folder in FOLDERS.items() if (folder / "hip" / "hiprtc.h").exists()}
+WITH_SMI = {version: folder for version, folder in FOLDERS.items() if (folder / "rocm_smi" / "rocm_smi.h").exists()}
 needs_headers = pytest.mark.skipif(
     not FOLDERS, reason="no headers of HIP 6 or later here; .ci/hip-headers fetches some (MONOKERNEL_HIP_HEADERS)"
 )
@@ -76,7 +81,11 @@ def test_both_supported_versions_were_there():
     if "MONOKERNEL_HIP_HEADERS" not in os.environ:
         pytest.skip("MONOKERNEL_HIP_HEADERS is not set")
     assert {6, 7} <= {version_of(folder)[0] for folder in FOLDERS.values()}
-    assert any((folder / "hip" / "hiprtc.h").exists() for folder in FOLDERS.values())
+    assert 6 in {version_of(folder)[0] for folder in WITH_HIPRTC.values()}
+    if not any(folder.parts[-3].startswith("debian-") for folder in FOLDERS.values()):
+        pytest.skip("hiprtc.h of HIP 7 and rocm_smi.h are from Debian's packages, which .ci/hip-headers did not get")
+    assert 7 in {version_of(folder)[0] for folder in WITH_HIPRTC.values()}
+    assert WITH_SMI
 
 
 # File, what it says, what a mistake would say, and what the compiler then names.
@@ -125,15 +134,59 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_noticed(mistake, tmp_path):
     file, old, new, message = MISTAKES[mistake]
-    headers = next(iter(FOLDERS.values()))
-    if "hiprtc" in message:
-        with_compiler = [folder for folder in FOLDERS.values() if (folder / "hip" / "hiprtc.h").exists()]
-        if not with_compiler:
-            pytest.skip("none of the headers here is hiprtc.h")
-        headers = with_compiler[0]
+    of_compiler = "hiprtc" in message
+    if of_compiler and not WITH_HIPRTC:
+        pytest.skip("none of the headers here is hiprtc.h")
     for folder in ("ffi/gpu", "tests/native"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     text = (tmp_path / file).read_text()
     assert old in text, f"{file} has changed: say here how to break it"
     (tmp_path / file).write_text(text.replace(old, new))
-    assert message in check(headers, tmp_path / "ffi", tmp_path / "tests" / "native")
+    for headers in WITH_HIPRTC.values() if of_compiler else [next(iter(FOLDERS.values()))]:
+        assert message in check(headers, tmp_path / "ffi", tmp_path / "tests" / "native")
+
+
+# ---- ROCm SMI, which Python calls ----
+
+C_TYPES = {ctypes.c_uint32: "uint32_t", ctypes.c_uint64: "uint64_t", ctypes.c_float: "float"}
+C_TYPES |= {ctypes.POINTER(of): f"{name} *" for of, name in list(C_TYPES.items())}
+
+
+def check_smi(headers: Path, functions: dict[str, tuple], folder: Path) -> str:
+    """What the compiler objects to. A file in `folder` stands in for libdrm's, of which the header needs but types."""
+    (folder / "libdrm").mkdir(exist_ok=True)
+    (folder / "libdrm" / "drm.h").write_text("#include <linux/types.h>\n")
+    lines = ["#include <rocm_smi/rocm_smi.h>", "#include <type_traits>"]
+    lines.append("static_assert(RSMI_STATUS_SUCCESS == 0 && sizeof(rsmi_status_t) == sizeof(int));")
+    for name, arguments in functions.items():
+        type_ = f"rsmi_status_t({', '.join(C_TYPES[a] for a in arguments)})"
+        lines.append(f'static_assert(std::is_same_v<decltype({name}), {type_}>, "{name}");')
+    command = ["c++", "-std=c++20", "-fsyntax-only", "-isystem", headers, "-isystem", folder, "-x", "c++", "-"]
+    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == ("error:" not in done.stderr)
+    return done.stderr
+
+
+needs_smi = pytest.mark.skipif(not WITH_SMI, reason="no rocm_smi.h here; .ci/hip-headers fetches some")
+
+
+@needs_smi
+@pytest.mark.parametrize("version", WITH_SMI)
+def test_the_calls_of_rocm_smi_are_amds(version, tmp_path):
+    assert check_smi(WITH_SMI[version], ROCM_SMI, tmp_path) == ""
+    # What is made of the numbers, in the words of the header.
+    text = re.sub(r"[\s*]+", " ", (WITH_SMI[version] / "rocm_smi" / "rocm_smi.h").read_text())
+    assert (
+        "((DOMAIN & 0xFFFFFFFF) << 32) | ((Partition & 0xF) << 28) | ((BUS & 0xFF) << 8) | ((DEVICE & 0x1F) <<3" in text
+    )
+    assert "counter_resolution resolution of the counter @p power in micro Joules" in text
+
+
+@needs_smi
+@pytest.mark.parametrize("function", ROCM_SMI)
+def test_a_mistake_in_a_call_of_rocm_smi_is_noticed(function, tmp_path):
+    arguments = ROCM_SMI[function]
+    other = ctypes.c_uint32 if arguments[-1] is ctypes.c_uint64 else ctypes.c_uint64
+    for wrong in ((*arguments[:-1], other), (*arguments, ctypes.c_uint32)):
+        said = check_smi(next(iter(WITH_SMI.values())), ROCM_SMI | {function: wrong}, tmp_path)
+        assert f"static assertion failed: {function}" in said

@@ -8,13 +8,25 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
+from rocm_stand_in import StandIn
+from simulated_gpu import SimulatedGpu
 
 from benchmarks import predictions
 from jax_monokernel import performance
 from jax_monokernel._bench.shapes import SHAPES
 from jax_monokernel.performance import Calibration, choose_groups, predict
 from jax_monokernel.plan import Plan, make_plan
-from jax_monokernel.topology import Constant, Group, Topology, part
+from jax_monokernel.topology import (
+    Constant,
+    Group,
+    Topology,
+    discover,
+    gpus,
+    measure,
+    part,
+    store,
+    topology_of,
+)
 
 # (shape, batch, mean context, capacity): microseconds a token; docs/performance.md says where they come from.
 MEASURED_H200 = {
@@ -117,6 +129,26 @@ def test_make_plan_asks_the_model_of_time(monkeypatch):
     assert make_plan(spec, platform="rocm", units=304) == Plan(platform="rocm", units=304, groups=8)
     assert make_plan(spec, platform="rocm", units=303).groups == 1  # of no known part
     assert make_plan(spec, platform="cuda", units=132).groups == 1
+
+
+@pytest.mark.parametrize(("in_xcd_ns", "groups"), [(250.0, 8), (900.0, 1)])
+def test_a_measured_device_decides(rocm_stand_in, environment, tmp_path, in_xcd_ns, groups):
+    """What the probe has found of the device here is what make_plan goes by: hand-offs inside XCDs, and across them."""
+    copy = StandIn(tmp_path, like=rocm_stand_in)
+    for name, value in (copy.variables | {"MONOKERNEL_CACHE_DIR": str(tmp_path / "cache")}).items():
+        environment(name, value)
+    copy.units = 96
+    (here, *_) = (described for platform, _, described in gpus() if platform == "rocm")
+    device = SimulatedGpu(
+        platform="rocm", group_of=tuple(i % 8 for i in range(96)), domain_of=(0,) * 8, masks=(), rotate=True,
+        in_xcd_ns=in_xcd_ns, near_ns=500.0, name=here["name"], driver_version=here["driver_version"],
+    )  # fmt: skip
+    spec = SHAPES["qwen3-0.6b"].spec()
+    assert make_plan(spec, platform="rocm", units=96).groups == 1
+    found = dataclasses.replace(measure(device, "rocm"), device_id=here["uuid"])
+    assert store.save(found) is not None
+    assert discover("rocm").topology.root == topology_of(found).root
+    assert make_plan(spec, platform="rocm", units=96).groups == groups == choose_groups(spec, topology_of(found))
 
 
 def test_placement():

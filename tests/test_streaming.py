@@ -135,7 +135,7 @@ def test_a_row_whose_cache_is_full_gives_all_of_its_text(speaker):
     assert want.finish_reasons == ["capacity", "capacity"]
     running = stream(speaker, texts, max_new_tokens=30, capacity=16, eos_token_id=())
     assert ["".join(p.text for p in row) for row in rows_of(list(running), 2)] == want.text
-    assert (running._last + 1).tolist() == want.lengths.tolist()
+    assert [last + 1 for last in running._last] == want.lengths.tolist()
 
 
 def test_characters_of_several_bytes_come_whole(small):
@@ -288,7 +288,7 @@ def beginnings(model):
 @pytest.mark.parametrize("leave", WAYS)
 def test_leaving_stops_the_kernel_within_a_token(model, beginnings, leave, backend, monkeypatch):
     rows, begin = beginnings
-    running = stream(model, rows, max_new_tokens=LONG, return_log_probs=False, backend=backend)
+    running = stream(model, rows, max_new_tokens=LONG, return_log_probs=False, backend=backend, max_delay=0)
     asked: list[float] = []
     stop = type(running)._stop
 
@@ -495,6 +495,38 @@ def test_a_process_that_ends_while_a_stream_runs():
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith(" 1\n")
     assert time.monotonic() - started < 60
+
+
+FORKED = """
+import os, warnings
+from naive import SPECS, random_weights
+from jax_monokernel import stream
+from jax_monokernel.models import Decoder
+
+warnings.simplefilter("ignore")  # JAX's, of forks
+model = Decoder.from_weights(SPECS["nope"], random_weights(SPECS["nope"], 3))
+list(stream(model, [[3, 1, 4]], max_new_tokens=2))
+running = stream(model, [[3, 1, 4]], max_new_tokens=100_000)
+child = None
+for piece in running:
+    child = os.fork()
+    break
+if child == 0:
+    try:
+        running.result
+    except RuntimeError as error:
+        os._exit(17 if "forked" in str(error) else 1)
+    os._exit(2)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), running.result.lengths[0] < 100_000)
+"""
+
+
+def test_a_fork_while_a_stream_runs():
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED], env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.stdout, done.stderr) == ("17 True\n", "")
 
 
 def test_importing_the_package_does_not_import_it():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 from simulated_gpu import SimulatedGpu
 
+from jax_monokernel import _native
 from jax_monokernel import topology as tp
 from jax_monokernel.cli import main
 from jax_monokernel.plan import available_cpus
-from jax_monokernel.topology import store
+from jax_monokernel.topology import measure_host, store
 from jax_monokernel.topology.host import parse_cpu_list
 
 # ---- Parts ----
@@ -46,6 +48,16 @@ def test_every_mode_of_every_part(name, mode):
         total = sum(d.bytes for d in whole.domains)
         assert sum(d.bytes for d in found.domains) * int(memory[3:]) == total
         assert "stream_device_gb_s" not in found.constants or compute == "SPX"
+
+
+def test_modes():
+    """Those of Linux's amdgpu driver, which has another rule for gfx950."""
+    of_mi300x = ["SPX/NPS1", "DPX/NPS1", "DPX/NPS2", "QPX/NPS1", "QPX/NPS4", "CPX/NPS1", "CPX/NPS4"]
+    of_mi355x = ["SPX/NPS1", "DPX/NPS1", "DPX/NPS2", "QPX/NPS1", "QPX/NPS2", "CPX/NPS1", "CPX/NPS2"]
+    assert tp.modes("MI300X") == tp.modes("MI325X") == of_mi300x
+    assert tp.modes("MI300A") == ["SPX/NPS1", "TPX/NPS1", "TPX/NPS4", "CPX/NPS1", "CPX/NPS4"]
+    assert tp.modes("MI350X") == tp.modes("MI355X") == of_mi355x
+    assert tp.modes("H200") == []
 
 
 @pytest.mark.parametrize(
@@ -214,10 +226,67 @@ def test_a_host_that_says_nothing(tmp_path):
         tp.host_topology(tmp_path, [])
 
 
-def test_this_host():
+def test_this_host(environment, tmp_path):
+    environment("MONOKERNEL_CACHE_DIR", str(tmp_path))
     found = tp.host_topology()
     assert found.units >= available_cpus()
     assert tp.discover("cpu").topology == found
+
+
+def test_measuring_this_host(monkeypatch, capsys, environment, tmp_path):
+    environment("MONOKERNEL_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(measure_host, "_BYTES_EACH", 1 << 20)
+    before = os.sched_getaffinity(0)
+    code, out, err = command(monkeypatch, capsys, "--platform", "cpu", "--measure")
+    assert code == 0
+    assert re.search(r"saved as .*/topology-.*-cpu-0-[0-9a-f]{8}\.json$", err.strip())
+    assert os.sched_getaffinity(0) == before
+    found = tp.discover("cpu").topology
+    assert {c.basis for c in found.constants.values()} == {"measured"}
+    assert found.root == tp.host_topology().root
+    assert {"stream_unit_gb_s", "stream_group_gb_s", "stream_device_gb_s"} <= set(found.constants)
+    if max(len([c for _, c in g.walk() if c.kind == "core"]) for g in found.groups()) > 1:
+        assert 0.001 < found.constants["hand_off_in_group_us"].value < 1000
+    for name, constant in found.constants.items():
+        assert re.search(rf"^{name} +{constant.value:.6g} +measured: ", out, re.MULTILINE)
+    (path,) = tmp_path.iterdir()
+    for text in ("", "[]", '{"version": 1}', '{"version": 1, "constants": {"hand_off_in_group_us": "?", "x": 1}}'):
+        path.write_text(text)
+        assert tp.discover("cpu").topology == tp.host_topology()
+
+
+def test_pairs_and_groups_that_are_measured(sysfs, monkeypatch):
+    """Cores of one L3, and of two; one thread of a core; CPUs that cannot be used are left out."""
+    asked = []
+
+    def ping_pong(cpu, other, rounds, batches):
+        asked.append((cpu, other))
+        if 3 in (cpu, other):
+            raise RuntimeError("not here")
+        return [50.0, 40.0 if cpu // 2 == other // 2 else 90.0]
+
+    on: list[list[int]] = []
+    monkeypatch.setattr(measure_host._native, "ping_pong", ping_pong)
+    monkeypatch.setattr(measure_host, "_rate_gb_s", lambda cpus: on.append(list(cpus)) or 10.0 * len(cpus))
+    found = measure_host.measure_host(tp.host_topology(sysfs, range(32)))
+    values = {name: constant.value for name, constant in found.constants.items()}
+    assert values.pop("hand_off_in_group_us") == pytest.approx(0.04)
+    assert values.pop("hand_off_across_groups_us") == pytest.approx(0.05)
+    assert values == {"stream_unit_gb_s": 10, "stream_group_gb_s": 20, "stream_device_gb_s": 160}
+    assert on == [[0], [0, 1], list(range(16))]
+    assert {pair for pair in asked if pair[0] // 2 == pair[1] // 2} == {(c, c + 1) for c in range(0, 16, 2)}
+    assert all(max(pair) < 16 for pair in asked)
+
+
+@pytest.mark.parametrize("arguments", [(0, 0, 10, 1), (-1, 1, 10, 1), (0, 1, 0, 1), (0, 1, 10, 0), (0, 1 << 20, 10, 1)])
+def test_pairs_that_cannot_be(arguments):
+    with pytest.raises(ValueError, match="ping_pong needs two CPUs"):
+        _native.ping_pong(*arguments)
+
+
+def test_a_cpu_that_is_not_there():
+    with pytest.raises(RuntimeError, match="may not run on CPU 0 or 1023"):
+        _native.ping_pong(0, 1023, 10, 1)
 
 
 @pytest.mark.parametrize(("text", "cpus"), [("", set()), ("3", {3}), ("0-2,5,7-8\n", {0, 1, 2, 5, 7, 8})])
@@ -279,9 +348,10 @@ def test_command(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--part", "MI9"], "MI9 is not a part"),
+        (["--part", "MI300X", "--groups", "8"], "give --model and --pictures too"),
+        (["--part", "MI300X", "--groups", "7", "--model", "small", "--pictures", "x"], "for 304 units on rocm"),
         (["--part", "H200", "--measure"], "leave --measure"),
         (["--platform", "tpu"], "expected cpu, cuda or rocm"),
-        (["--platform", "cpu", "--measure"], "there is no GPU to measure"),
         (["--platform", "cuda", "--device", "99"], "no cuda device 99"),
         (["--part", "H200", "--model", "/nowhere"], "/nowhere"),
         (["--part", "H200", "--pictures", "x", "--format", "gif"], "expected png or svg"),

@@ -70,24 +70,53 @@ def test_errors(tmp_path, monkeypatch):
         draw(device, tmp_path)
 
 
-@settings(max_examples=40, deadline=None)
-@given(specs(), st.integers(1, 40), st.sampled_from(["cpu", "cuda", "rocm"]))
-def test_what_units_hold(spec, units, platform):
-    plan = Plan(platform=platform, units=units)
+def test_a_plan_with_groups(tmp_path):
+    """Eight KV heads on eight XCDs: each has its own, in the picture too."""
+    from decoding import spec_of
+
+    spec = spec_of("nope", "bfloat16").replace(num_heads=16, num_kv_heads=8)
+    device = tp.Found(tp.part("MI300X"), None)
+    plan = Plan(platform="rocm", units=304, groups=8)
+    heads = [unit["heads"] for unit in plan_of_units(spec, plan)]
+    assert [[h for unit in heads[38 * xcd : 38 * xcd + 38] for h in unit] for xcd in range(8)] == [
+        [2 * xcd, 2 * xcd + 1] for xcd in range(8)
+    ]
+    (_, path) = draw(device, tmp_path, spec=spec, plan=plan, format="svg")
+    text = path.read_text()
+    assert "8 groups of neighbouring units" in text
+    assert text.count("columns, of its group") == 4
+    (_, path) = draw(device, tmp_path, spec=spec, format="svg")
+    assert "of its group" not in path.read_text()  # by published constants the flat plan is taken
+
+
+@settings(max_examples=60, deadline=None)
+@given(specs(), st.integers(1, 20), st.sampled_from([1, 1, 2, 3]), st.sampled_from(["cpu", "cuda", "rocm"]))
+def test_what_units_hold(spec, members, groups, platform):
+    groups = 1 if platform == "cpu" else groups
+    plan = Plan(platform=platform, units=members * groups, groups=groups)
     try:
         geo = geometry(spec, plan)
     except ValueError:
-        return  # a head dimension that GPUs do not do
+        return  # a head dimension that GPUs do not do, or fewer rows than groups
     held = plan_of_units(spec, plan)
+    assert [unit["group"] for unit in held] == [u // members for u in range(plan.units)]
+    parts = dict.fromkeys(("qkv", "o"), geo.attention_groups) | dict.fromkeys(("gate_up", "down"), geo.mlp_groups)
+    real = {"qkv": (spec.q_size + 2 * spec.kv_size) // geo.attention_groups, "head": spec.vocab_size}
+    real |= {"o": spec.hidden_size, "down": spec.hidden_size}
     for phase, matrix in geo.matrices.items():
-        end = 0
-        for unit in held:
-            first, last = unit["rows"][phase]
-            assert first in (end, last)
-            end = max(end, last)
-        assert end <= matrix.rows
-        assert end >= {"qkv": spec.q_size + 2 * spec.kv_size, "head": spec.vocab_size, "o": spec.hidden_size}.get(
-            phase, 1
-        )
-    heads = Counter(h for unit in held for h in unit["heads"])
-    assert heads == ({} if platform == "cpu" else dict.fromkeys(range(spec.num_heads), 1))
+        for group in range(parts.get(phase, 1)):
+            end = 0
+            for unit in held if parts.get(phase, 1) == 1 else held[group * members : (group + 1) * members]:
+                first, last = unit["rows"][phase]
+                assert first == end
+                assert first <= last
+                end = last
+            assert real.get(phase, 1) <= end <= matrix.rows // parts.get(phase, 1)
+    heads = [Counter(h for unit in held if unit["group"] == g for h in unit["heads"]) for g in range(groups)]
+    every = {} if platform == "cpu" else dict.fromkeys(range(spec.num_heads), 1)
+    assert sum(heads, Counter()) == every
+    if geo.attention_groups > 1:  # whole KV heads, each in one group
+        each = spec.num_heads // groups
+        assert [sorted(of_group) for of_group in heads] == [
+            list(range(g * each, g * each + each)) for g in range(groups)
+        ]

@@ -88,6 +88,12 @@ def test_latencies_and_rates_are_found(simulated):
     assert not np.isnan(found.latency[off]).any()
     ratio = np.median(found.latency_loaded[off] / found.latency[off])
     assert ratio == pytest.approx(4, rel=0.2)
+    if len(set(device.group_of)) > 1:
+        whole = np.bincount(device.group_of).max()
+        rate = topology.constant("stream_group_gb_s")
+        assert device.unit_gb_s * 0.99 < rate / whole < device.unit_gb_s * device.near_gain * 1.01
+    else:
+        assert "stream_group_gb_s" not in topology.constants
     if len(set(device.domain_of)) > 1:
         near, far = topology.constant("stream_device_near_gb_s"), topology.constant("stream_device_far_gb_s")
         assert near / far == pytest.approx(device.near_gain, rel=0.02)

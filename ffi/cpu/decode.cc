@@ -314,6 +314,7 @@ ffi::Error decode(const Operands& in, Results& out, const Attributes& attributes
   place(job, parts);
   job.barrier.reset(job.threads);
   lease.team()->run([&](int thread) { kernel->run(job, thread); });
+  if (mail.box) mail.box->end_nap();
 
   if (job.cancelled) {
     if (ffi::Error error = ended_early(); error.failure()) return error;

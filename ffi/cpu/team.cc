@@ -155,4 +155,12 @@ Lease::~Lease() {
   p.released.notify_all();
 }
 
+bool all_cpus_decode() {
+  Pool& p = pool();
+  std::unique_lock lock(p.mutex);
+  const int busy = p.busy;
+  lock.unlock();
+  return busy > 0 && busy >= available_cpus();
+}
+
 }  // namespace monokernel::cpu

@@ -66,4 +66,7 @@ class Lease {
   std::unique_ptr<Team> team_;
 };
 
+// Whether the calls that run have at least as many threads as there are CPUs, so that anything else slows them.
+bool all_cpus_decode();
+
 }  // namespace monokernel::cpu

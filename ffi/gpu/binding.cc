@@ -51,21 +51,35 @@ py::dict handlers(XLA_FFI_Handler* (*handler)(Vendor)) {
   return platforms;
 }
 
+// The devices that the kernel runs on. If there are others only, why it does not run on the first of them is thrown.
 py::list devices(const std::string& platform) {
   const Vendor vendor = vendor_of(platform);
   int count = 0;
   driver(vendor).check(driver(vendor).device_count(&count), "count its devices");
   py::list all;
+  std::exception_ptr problem;
   for (int i = 0; i < count; i++) {
-    const Device& device = Device::get(vendor, i);
+    const Device* found = nullptr;
+    try {
+      found = &Device::get(vendor, i);
+    } catch (const Failure& failure) {
+      if (failure.code != Code::kUnsupported) throw;
+      if (!problem) problem = std::current_exception();
+      continue;
+    }
+    const Device& device = *found;
     py::dict d;
+    d["ordinal"] = i;
     d["name"] = device.name();
     d["arch"] = device.architecture().name;
     d["units"] = device.multiprocessors();
     d["clock_khz"] = device.clock_khz();
     d["driver_version"] = device.api().version;
+    d["bus"] = device.bus();
+    d["uuid"] = device.uuid();
     all.append(d);
   }
+  if (all.empty() && problem) std::rethrow_exception(problem);
   return all;
 }
 
@@ -248,7 +262,7 @@ void bind(py::module_& m) {
     const Driver& d = driver(vendor_of(platform));
     return py::make_tuple(d.version, d.path);
   }, py::arg("platform"), "Version and library of the driver.");
-  m.def("gpu_devices", &devices, py::arg("platform"), "Name, architecture, number of units, rate of the kernel's ticks and driver version of each device.");
+  m.def("gpu_devices", &devices, py::arg("platform"), "Ordinal, name, architecture, number of units, rate of the kernel's ticks, driver version, bus and UUID of each device it runs on.");
   bind_probe(m);
   m.def("gpu_compiler", [](const std::string& platform) {
     const Compiler& c = compiler(vendor_of(platform));

@@ -68,6 +68,21 @@ std::string Device::architecture_name() const {
   return "an unknown architecture";
 }
 
+std::string Device::bus() const {
+  char bus[64] = {};
+  api_.check(api_.device_bus(bus, sizeof(bus) - 1, handle_), "tell where the device is");
+  return bus;
+}
+
+std::string Device::uuid() const {
+  unsigned char bytes[kUuidBytes] = {};
+  if (api_.device_uuid(bytes, handle_) != 0) return "";
+  constexpr char digits[] = "0123456789abcdef";
+  std::string text;
+  for (const unsigned char byte : bytes) text += {digits[byte >> 4], digits[byte & 15]};
+  return text.find_first_not_of('0') == std::string::npos ? "" : text;
+}
+
 // Asking what a device is must not take its memory, so this waits for the first call.
 void Device::open() {
   std::lock_guard lock(open_mutex_);

@@ -77,6 +77,8 @@ class Device {
   const Driver& api() const { return api_; }
   const Architecture& architecture() const { return architecture_; }
   const std::string& name() const { return name_; }
+  std::string bus() const;   // its PCI address, 0000:c1:00.0
+  std::string uuid() const;  // hexadecimal; "" if the driver gives it none
   int multiprocessors() const { return multiprocessors_; }
   int clock_khz() const { return clock_khz_; }  // of the kernel's ticks
   uint64_t ticks(double seconds) const { return static_cast<uint64_t>(seconds * 1e3 * clock_khz_); }

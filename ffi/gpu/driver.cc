@@ -29,7 +29,7 @@ Wanted wanted_driver(Vendor vendor) {
           .dirs = dirs,
           .only = s.hip_library,
           .variable = "MONOKERNEL_HIP_LIBRARY",
-          .install = "Install ROCm 6 or later (its system packages, or the ROCm wheels: pip install 'rocm[libraries]')"};
+          .install = "Install ROCm 6 or later (its system packages, or AMD's wheels: docs/rocm.md)"};
 }
 
 std::shared_ptr<Driver> open_driver(Vendor vendor, const Wanted& wanted) {

@@ -27,6 +27,7 @@ inline const char* platform_name(Vendor vendor) { return vendor == Vendor::kCuda
   X(device_properties, int(void*, int), none, hipGetDevicePropertiesR0600)                                             \
   X(device_memory, int(size_t*, int), cuDeviceTotalMem_v2, hipDeviceTotalMem)                                          \
   X(device_bus, int(char*, int, int), cuDeviceGetPCIBusId, hipDeviceGetPCIBusId)                                       \
+  X(device_uuid, int(void*, int), cuDeviceGetUuid_v2, hipDeviceGetUuid)                                                \
   X(can_access_peer, int(int*, int, int), cuDeviceCanAccessPeer, hipDeviceCanAccessPeer)                               \
   X(retain_context, int(void**, int), cuDevicePrimaryCtxRetain, none)                                                  \
   X(push_context, int(void*), cuCtxPushCurrent_v2, none)                                                               \
@@ -70,6 +71,7 @@ constexpr DeviceAttributes kHipAttributes{
     .multiprocessors = 63, .shared_limit_bytes = 74, .cooperative = 10, .clock_khz = 10017, .major = 23, .minor = 61};
 constexpr unsigned kHostMapped = 2;               // host_alloc, both vendors
 constexpr unsigned kHipHostCoherent = 0x40000000;  // likewise, HIP only
+constexpr size_t kUuidBytes = 16;                 // that device_uuid writes, both vendors
 constexpr size_t kHipPropertiesBytes = 16384;     // more than device_properties ever wrote
 
 struct Driver {

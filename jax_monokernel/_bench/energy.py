@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ def find_meter(device: jax.Device) -> Meter:
         bus = _native.gpu_describe(platform)[device.local_hardware_id or 0]["bus"]
         if platform == "cuda":
             return nvml(ctypes.CDLL("libnvidia-ml.so.1"), bus)
-        return rocm_smi(ctypes.CDLL("librocm_smi64.so"), bus)
-    except (OSError, RuntimeError, ValueError, IndexError, KeyError) as error:
+        return rocm_smi(open_rocm_smi(_gpu.library_dirs()), bus)
+    except (OSError, RuntimeError, ValueError, LookupError, AttributeError) as error:
         raise NotReported(f"the driver's library cannot be used: {error}") from error
 
 
@@ -103,8 +103,43 @@ def nvml(library: Any, bus: str) -> Meter:
     return Meter("NVML, the whole board", joules)
 
 
+# Of ROCm SMI, what is called: arguments; each returns rsmi_status_t, 0 for success. tests/test_hip_headers.py holds
+# them against AMD's header.
+ROCM_SMI: dict[str, tuple[Any, ...]] = {
+    "rsmi_init": (ctypes.c_uint64,),
+    "rsmi_num_monitor_devices": (ctypes.POINTER(ctypes.c_uint32),),
+    "rsmi_dev_pci_id_get": (ctypes.c_uint32, ctypes.POINTER(ctypes.c_uint64)),
+    "rsmi_dev_energy_count_get": (
+        ctypes.c_uint32,
+        ctypes.POINTER(ctypes.c_uint64),
+        ctypes.POINTER(ctypes.c_float),
+        ctypes.POINTER(ctypes.c_uint64),
+    ),
+}
+
+
+def open_rocm_smi(folders: Iterable[str]) -> Any:
+    """The library, from one of the folders or where ROCm 6 and 7 have it.
+
+    Raises:
+      OSError: it is in none of these places.
+    """
+    found = [
+        str(path) for folder in (*folders, "/opt/rocm/lib") for path in sorted(Path(folder).glob("librocm_smi64.so*"))
+    ]
+    for name in (*found, "librocm_smi64.so.7", "librocm_smi64.so.1"):
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        for function, arguments in ROCM_SMI.items():
+            getattr(library, function).argtypes = arguments
+        return library
+    return ctypes.CDLL("librocm_smi64.so")
+
+
 def rocm_smi(library: Any, bus: str) -> Meter:
-    """A GPU of AMD's, by rsmi_dev_energy_count_get: ticks of so many microjoules. From the documentation; not tried.
+    """A GPU of AMD's, by rsmi_dev_energy_count_get: ticks of so many microjoules. Not tried on a device.
 
     Raises:
       NotReported: what the library said.

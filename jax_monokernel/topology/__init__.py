@@ -5,6 +5,7 @@ from jax_monokernel.topology.host import host_topology
 from jax_monokernel.topology.measure import measure
 from jax_monokernel.topology.measurement import Measurement, topology_of
 from jax_monokernel.topology.model import CONSTANTS, Constant, Group, Interleave, MemoryDomain, Topology
+from jax_monokernel.topology.partition import Partition, partition_of
 from jax_monokernel.topology.parts import modes, part, part_for, part_names
 from jax_monokernel.topology.placement import Placement, apply_order, page_traffic, place, place_tape, undo_order
 from jax_monokernel.topology.probe import ProbeError
@@ -18,6 +19,7 @@ __all__ = [
     "Interleave",
     "Measurement",
     "MemoryDomain",
+    "Partition",
     "Placement",
     "ProbeError",
     "Topology",
@@ -33,6 +35,7 @@ __all__ = [
     "part",
     "part_for",
     "part_names",
+    "partition_of",
     "place",
     "place_tape",
     "topology_of",

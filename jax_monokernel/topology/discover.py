@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,8 +15,10 @@ from jax_monokernel.plan import Platform
 from jax_monokernel.topology import store
 from jax_monokernel.topology.host import host_topology
 from jax_monokernel.topology.measure import MEMORY_BYTES, homes_of_pages, measure
+from jax_monokernel.topology.measure_host import measure_host, save_host, with_saved
 from jax_monokernel.topology.measurement import Measurement, topology_of
 from jax_monokernel.topology.model import Topology
+from jax_monokernel.topology.partition import Partition, partition_of
 from jax_monokernel.topology.parts import part_for
 
 
@@ -44,7 +47,7 @@ def _search() -> tuple[list[tuple[Platform, int, dict[str, Any]]], list[str]]:
         except (RuntimeError, ValueError) as error:  # no driver, or a device that kernels are not for
             problems.append(str(error))
             continue
-        found += [(platform, i, device) for i, device in enumerate(devices)]
+        found += [(platform, device["ordinal"], device) for device in devices]
     return found, problems
 
 
@@ -55,30 +58,43 @@ def _pick(platform: Platform | None, device: int) -> tuple[Platform, int, dict[s
     here = [g for g in gpus() if platform in (None, g[0])]
     if not here and platform is None:
         return None
-    if not 0 <= device < len(here):
+    mine = [g for g in here if g[1] == device] or (here if device == 0 else [])
+    if not mine:
         problems = "" if here else ". " + " ".join(_search()[1])
         raise ValueError(f"there is no {platform or 'GPU'} device {device} here; {len(here)} were found{problems}")
-    return here[device]
+    return mine[0]
 
 
-def discover(platform: Platform | None = None, device: int = 0) -> Found:
+def discover(platform: Platform | None = None, device: int = 0, *, sysfs: Path = Path("/sys")) -> Found:
     """The topology of a device: as measured, if `measure_device` was called for it with its driver, else as published.
 
     Args:
       platform: "cpu", "cuda" or "rocm"; by default that of the first GPU, or the CPUs where there is none.
-      device: its number among the GPUs of that platform.
+      device: its number among the GPUs of that platform, the driver's. 0 is the first that kernels are for.
+      sysfs: where the partition mode of an AMD GPU is looked for.
 
     Raises:
       ValueError: no such device.
     """
     gpu = _pick(platform, device)
     if gpu is None:
-        return Found(host_topology(), None)
+        return Found(with_saved(host_topology()), None)
     name, _, described = gpu
-    found = store.load(described["name"], described["units"], described["driver_version"])
+    partition = _partition(gpu, sysfs)
+    found = store.load(
+        described["name"], described["units"], described["driver_version"], _device_id(described), partition.mode
+    )
     if found is not None:
         return Found(topology_of(found), found)
-    return Found(part_for(described["name"], described["arch"], described["units"], name), None)
+    return Found(part_for(described["name"], described["arch"], described["units"], name, partition), None)
+
+
+def _partition(gpu: tuple[Platform, int, dict[str, Any]], sysfs: Path) -> Partition:
+    return partition_of(gpu[2]["bus"], sysfs) if gpu[0] == "rocm" else Partition()
+
+
+def _device_id(described: dict[str, Any]) -> str:
+    return described["uuid"] or described["bus"]
 
 
 def page_homes(array: jax.Array, found: Found) -> np.ndarray:
@@ -101,6 +117,7 @@ def page_homes(array: jax.Array, found: Found) -> np.ndarray:
     devices = list(array.devices())
     if len(devices) != 1 or devices[0].platform != "gpu":
         raise ValueError(f"the array is on {devices}; expected one GPU")
+    _check_device(m, devices[0])
     array.block_until_ready()
     return _homes_at(m, devices[0].local_hardware_id or 0, array.unsafe_buffer_pointer(), array.nbytes)
 
@@ -111,29 +128,47 @@ def _homes_at(m: Measurement, ordinal: int, address: int, size: int) -> np.ndarr
     return homes_of_pages(session, m).homes
 
 
+def _check_device(m: Measurement, device: jax.Device) -> None:
+    """That the device is the one that was measured, and not another of its kind."""
+    ordinal = device.local_hardware_id or 0
+    here = [_device_id(described) for platform, i, described in gpus() if (platform, i) == (m.platform, ordinal)]
+    if m.device_id and here and here[0] != m.device_id:
+        raise ValueError(f"the array is on device {ordinal}; another {m.name} was measured: discover(device={ordinal})")
+
+
 def measure_device(
-    platform: Platform | None = None, device: int = 0, *, report: Callable[[str], None] = lambda text: None
+    platform: Platform | None = None,
+    device: int = 0,
+    *,
+    report: Callable[[str], None] = lambda text: None,
+    sysfs: Path = Path("/sys"),
 ) -> Found:
     """Probes a GPU, in a few seconds, and keeps the result for `discover`. Nothing else should run on it meanwhile.
 
     Args:
-      platform: as `discover`; not "cpu", whose topology the operating system knows.
+      platform: as `discover`. With "cpu", hand-offs between this machine's cores and reads of its memory are measured.
       device: as `discover`.
       report: is told what is being measured.
+      sysfs: as `discover`.
 
     Raises:
       ValueError: no such device.
       RuntimeError: what the device or its driver said, or no compiler.
     """
     gpu = _pick(platform, device)
+    if platform == "cpu":
+        host = measure_host(host_topology(), report=report)
+        _report_path(save_host(host), report)
+        return Found(host, None)
     if gpu is None:
-        problems = "" if platform == "cpu" else ". " + " ".join(_search()[1])
-        raise ValueError(
-            f"there is no GPU to measure; the topology of CPUs is what the operating system says{problems}"
-        )
-    name, ordinal, _ = gpu
+        raise ValueError(f"there is no GPU to measure. {' '.join(_search()[1])}")
+    name, ordinal, described = gpu
     session = _native.GpuProbe(name, ordinal, MEMORY_BYTES)
     found = measure(session, name, report=report)
-    path = store.save(found)
-    report("the result could not be saved" if path is None else f"saved as {path}")
+    found = dataclasses.replace(found, device_id=_device_id(described), mode=_partition(gpu, sysfs).mode)
+    _report_path(store.save(found), report)
     return Found(topology_of(found), found)
+
+
+def _report_path(path: Path | None, report: Callable[[str], None]) -> None:
+    report("the result could not be saved" if path is None else f"saved as {path}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jax_monokernel.performance import choose_groups
 from jax_monokernel.plan import PHASES, Plan, attention_tasks, geometry
 from jax_monokernel.topology.discover import Found
 from jax_monokernel.topology.layout import DOMAIN_COLOURS, INK, LINE, Layout
@@ -35,7 +36,7 @@ def draw(
       found: the device.
       folder: where files go; made if needed.
       spec: the model whose plan is drawn; none by default.
-      plan: by default the model's plan for as many units as the device has.
+      plan: by default the model's plan for as many units as the device has, and what `choose_groups` says of it.
       model: its name, for the title.
       format: "png" or "svg".
 
@@ -55,7 +56,7 @@ def draw(
         makers.append(("latency", lambda p: draw_latency(p, found)))
         makers.append(("homes", lambda p: draw_homes(p, found)))
     if spec is not None:
-        laid = plan or Plan(platform=found.topology.platform, units=found.topology.units)
+        laid = plan or _default_plan(found.topology, spec)
         makers.append(("plan", lambda p: draw_plan(p, found.topology, spec, laid, model)))
     written = []
     with pyplot.rc_context(
@@ -68,6 +69,10 @@ def draw(
             pyplot.close(figure)
             written.append(path)
     return written
+
+
+def _default_plan(topology: Topology, spec: DecoderSpec) -> Plan:
+    return Plan(platform=topology.platform, units=topology.units, groups=choose_groups(spec, topology))
 
 
 def _pyplot() -> Any:
@@ -221,27 +226,36 @@ def draw_homes(pyplot: Any, found: Found, rows: int = 64) -> Any:
 
 
 def plan_of_units(spec: DecoderSpec, plan: Plan) -> list[dict[str, Any]]:
-    """What each unit of a plan holds: {"rows": {phase: (first, end)}, "heads": query heads that it attends with}.
+    """What each unit of a plan holds: {"group": number, "rows": {phase: (first, end)}, "heads": query heads}.
 
-    Rows are of the phase's matrix (gate_up: pairs of a gate and an up row on GPUs count as two). Heads are of a request
-    alone with a short context.
+    Rows are of the phase's matrix, or where that is cut for groups of its group's part of it (gate_up: a gate and an up
+    row on GPUs count as two). Heads are those that it attends with for a request alone with a short context.
     """
     geo = geometry(spec, plan)
+    parts = {"qkv": geo.attention_groups, "o": geo.attention_groups, "gate_up": geo.mlp_groups, "down": geo.mlp_groups}
+    pair = 2 if spec.gated else 1
+    real = {"qkv": (spec.q_size + 2 * spec.kv_size) // geo.attention_groups, "head": spec.vocab_size}
+    if plan.platform != "cpu":
+        real |= {"gate_up": geo.inner_cols * pair, "o": spec.hidden_size, "down": spec.hidden_size}
     held: list[dict[str, Any]] = []
     for unit in range(plan.units):
+        group = unit // plan.members
         rows = {}
         for phase in PHASES:
             m = geo.matrices[phase]
-            per_tile = m.rows // m.tiles
-            limit = {"qkv": spec.q_size + 2 * spec.kv_size, "head": spec.vocab_size}.get(phase, m.rows)
-            first, end = m.begin[unit] * per_tile, min(m.begin[unit + 1] * per_tile, limit)
-            rows[phase] = (first, max(first, end))
-        held.append({"rows": rows, "heads": []})
+            per_tile, per_group = m.rows // m.tiles, m.rows // parts.get(phase, 1)
+            before = group * per_group if parts.get(phase, 1) > 1 else 0
+            first, end = (min(m.begin[i] * per_tile - before, real.get(phase, m.rows)) for i in (unit, unit + 1))
+            rows[phase] = (first, end)
+        held.append({"group": group, "rows": rows, "heads": []})
     if plan.platform == "cpu":
         return held
     _, heads = attention_tasks(spec, plan, 1, 2048)
-    for task in range(spec.num_heads // heads):
-        held[task % plan.units]["heads"] += list(range(task * heads, (task + 1) * heads))
+    each = spec.num_heads // geo.attention_groups  # heads of a group, whose units take them by turns
+    among = plan.units // geo.attention_groups
+    for head in range(0, spec.num_heads, heads):
+        unit = head // each * among + head % each // heads % among
+        held[unit]["heads"] += list(range(head, head + heads))
     return held
 
 
@@ -271,14 +285,19 @@ def draw_plan(pyplot: Any, topology: Topology, spec: DecoderSpec, plan: Plan, mo
     width, height = layout.inches()
     figure.set_size_inches(max(width, 9), height * max(1, 9 / width) * 0.8 + 4.2)
     colours = "a colour is a key/value head" if any(h["heads"] for h in held) else "attention is not tied to units"
+    where = (
+        f"{plan.groups} groups of neighbouring units, one after the other"
+        if plan.groups > 1
+        else "it runs where its work-group starts"
+    )
     top.set_title(
-        f"attention: unit → query heads ({colours}). Unit i of the plan is drawn at the i-th place; it runs where its "
-        "work-group starts",
+        f"attention: unit → query heads ({colours}). Unit i of the plan is drawn at the i-th place; {where}",
         loc="left",
         fontsize=9,
     )
 
     geo = geometry(spec, plan)
+    cut = {p for p in PHASES[:2] if geo.attention_groups > 1} | {p for p in PHASES[2:4] if geo.mlp_groups > 1}
     for row, phase in enumerate(PHASES):
         counts = np.array([h["rows"][phase][1] - h["rows"][phase][0] for h in held], float)
         m = geo.matrices[phase]
@@ -288,7 +307,11 @@ def draw_plan(pyplot: Any, topology: Topology, spec: DecoderSpec, plan: Plan, mo
         low, high = int(counts.min()), int(counts.max())
         each = f"{high}" if low == high else f"{low} to {high}"
         bottom.text(
-            plan.units + 0.01 * plan.units, row, f"{each} rows a unit, {m.cols:,} columns", va="center", fontsize=7
+            plan.units + 0.01 * plan.units,
+            row,
+            f"{each} rows a unit, {m.cols:,} columns{', of its group' * (phase in cut)}",
+            va="center",
+            fontsize=7,
         )
         for unit in _labelled(plan.units):
             first, end = held[unit]["rows"][phase]

@@ -62,7 +62,7 @@ def measure(
     shift = block_bytes.bit_length() - 1
     loaded, load = _loaded(probe, domains, homes.homes, block_bytes, rng.permutation(blocks), shift)
     report("reads from near and far memory")
-    stream = _streams(probe, domains, homes.homes, shift, rng)
+    stream = _streams(probe, domains, groups, homes.homes, shift, rng)
     return Measurement(
         name=session.name,
         platform=platform,
@@ -246,9 +246,15 @@ def _loaded(
 
 
 def _streams(
-    probe: Probe, domains: np.ndarray, homes: np.ndarray, shift: int, rng: np.random.Generator, repeats: int = 3
+    probe: Probe,
+    domains: np.ndarray,
+    groups: np.ndarray,
+    homes: np.ndarray,
+    shift: int,
+    rng: np.random.Generator,
+    repeats: int = 3,
 ) -> dict[str, float]:
-    """Rates of units, domains and the device, from near, far and all memory."""
+    """Rates of units, groups, domains and the device; but for groups from near and far memory too."""
     count = int(domains.max()) + 1
     everything = rng.permutation(len(homes))
     near_of = [everything[homes[everything] == d] for d in range(count)]
@@ -259,10 +265,10 @@ def _streams(
         """Each domain's chosen units share its source."""
         out = [np.zeros(0, np.uint32)] * probe.units
         for d in range(count):
-            units = np.flatnonzero(chosen & (domains == d))
-            if len(units):
-                for unit, part in zip(units, np.array_split(source(d), len(units)), strict=True):
-                    out[unit] = part[: len(part) // least * least]
+            mine = chosen & (domains == d)
+            if mine.any():
+                dealt = _deal_to(mine, source(d), least)
+                out = [b if chosen_ else a for a, b, chosen_ in zip(out, dealt, mine, strict=True)]
         return out
 
     def rate(blocks_of: list[np.ndarray]) -> float:
@@ -272,11 +278,14 @@ def _streams(
 
     everyone = np.ones(probe.units, bool)
     # Who reads everything deals it among all units, not among those of each domain.
-    shares = np.array_split(everything, probe.units)
-    all_blocks = [part[: len(part) // least * least] for part in shares]
-    found = {"device": rate(all_blocks)}
+    found = {"device": rate(_deal_to(everyone, everything, least))}
+    largest = np.bincount(groups)
+    if len(largest) > 1:
+        # Of whole groups, four at most: others are alike. They read all memory.
+        several = np.flatnonzero(largest == largest.max())[:4]
+        found["group"] = float(np.median([rate(_deal_to(groups == g, everything, least)) for g in several]))
     first = np.array([int(np.argmax(domains == d)) for d in range(count)])
-    units, groups = {"all": [], "near": [], "far": []}, {"all": [], "near": [], "far": []}  # type: ignore[var-annotated]
+    units, parts = {"all": [], "near": [], "far": []}, {"all": [], "near": [], "far": []}  # type: ignore[var-annotated]
     sources = {"all": lambda d: everything}
     if count > 1:
         sources |= {"near": lambda d: near_of[d], "far": lambda d: far_of[d]}
@@ -287,13 +296,22 @@ def _streams(
             alone = np.arange(probe.units) == first[d]
             units[kind].append(rate(deal(source, alone)))
             if count > 1:
-                groups[kind].append(rate(deal(source, domains == d)))
+                parts[kind].append(rate(deal(source, domains == d)))
     for kind in sources:
         suffix = "" if kind == "all" else f"_{kind}"
         found[f"unit{suffix}"] = float(np.median(units[kind]))
-        if groups[kind]:
-            found[f"domain{suffix}"] = float(np.median(groups[kind]))
+        if parts[kind]:
+            found[f"domain{suffix}"] = float(np.median(parts[kind]))
     return found
+
+
+def _deal_to(chosen: np.ndarray, blocks: np.ndarray, least: int) -> list[np.ndarray]:
+    """Blocks for each unit: those that are chosen share them, in whole multiples of `least`."""
+    out = [np.zeros(0, np.uint32)] * len(chosen)
+    units = np.flatnonzero(chosen)
+    for unit, part in zip(units, np.array_split(blocks, len(units)), strict=True):
+        out[unit] = part[: len(part) // least * least]
+    return out
 
 
 def _dealt_far(far_of: list[np.ndarray], near_of: list[np.ndarray]) -> Callable[[int], np.ndarray]:

@@ -38,8 +38,10 @@ class Measurement:
     near_ns: float
     far_ns: float
     home_margin: float  # `evaluate.Homes.margin`
-    stream: Mapping[str, float]  # medians by name
+    stream: Mapping[str, float]  # medians by name: unit, group, domain, device, with _near and _far
     seconds: float
+    device_id: str = ""  # which device it was: its UUID, or where it has none its PCI address
+    mode: str = ""  # partition mode, as `Topology.mode`
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` takes. Latencies are rounded to nanoseconds; of homes the first 65,536 are kept."""
@@ -132,12 +134,13 @@ def topology_of(found: Measurement) -> Topology:
         "hand_off_in_group_loaded_us": loaded.inside / 1e3,
         "hand_off_across_groups_loaded_us": loaded.across / 1e3,
         "stream_unit_gb_s": found.stream.get("unit"),
-        "stream_group_gb_s": found.stream.get("domain"),
+        "stream_group_gb_s": found.stream.get("group"),
+        "stream_domain_gb_s": found.stream.get("domain"),
         "stream_device_gb_s": found.stream.get("device"),
         "stream_device_near_gb_s": found.stream.get("device_near"),
         "stream_device_far_gb_s": found.stream.get("device_far"),
-        "stream_group_near_gb_s": found.stream.get("domain_near"),
-        "stream_group_far_gb_s": found.stream.get("domain_far"),
+        "stream_domain_near_gb_s": found.stream.get("domain_near"),
+        "stream_domain_far_gb_s": found.stream.get("domain_far"),
         "near_word_us": found.near_ns / 1e3 if count > 1 else None,
         "far_word_us": found.far_ns / 1e3 if count > 1 else None,
     }
@@ -160,6 +163,7 @@ def topology_of(found: Measurement) -> Topology:
         name=found.name,
         platform=found.platform,  # type: ignore[arg-type]
         arch=found.arch,
+        mode=found.mode,
         root=Group("device", found.name, (), children),
         group_kind=kind,
         domains=tuple(MemoryDomain(f"domain {d}", 0) for d in range(count)),

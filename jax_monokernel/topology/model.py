@@ -18,12 +18,13 @@ CONSTANTS = {
     "near_word_us": "one flag, one way, between units of one memory domain, over a word that lives there",
     "far_word_us": "the same over a word that lives in another domain",
     "stream_unit_gb_s": "reads of one unit that is alone",
-    "stream_group_gb_s": "reads of all units of one group or memory domain that are alone",
+    "stream_group_gb_s": "reads of all units of one group that are alone",
+    "stream_domain_gb_s": "reads of all units of one memory domain that are alone",
     "stream_device_gb_s": "reads of all units",
     "stream_device_near_gb_s": "reads of all units, each from its own memory domain",
     "stream_device_far_gb_s": "reads of all units, each from other memory domains",
-    "stream_group_near_gb_s": "reads of the units of one memory domain, alone, from it",
-    "stream_group_far_gb_s": "reads of the units of one memory domain, alone, from others",
+    "stream_domain_near_gb_s": "reads of the units of one memory domain, alone, from it",
+    "stream_domain_far_gb_s": "reads of the units of one memory domain, alone, from others",
     "memory_peak_gb_s": "the memory's data sheet rate",
 }
 

@@ -7,10 +7,12 @@ import re
 
 from jax_monokernel.plan import Platform
 from jax_monokernel.topology.model import Constant, Group, Interleave, MemoryDomain, Topology
+from jax_monokernel.topology.partition import Partition
 
 _GIB = 1 << 30
 # XCDs of a compute partition, as a divisor of all, and the memory partitions that go with it: the amdgpu driver's rule
-# (drivers/gpu/drm/amd/amdgpu/aqua_vanjaram.c of Linux). Virtual functions may also have CPX with NPS2.
+# (drivers/gpu/drm/amd/amdgpu/aqua_vanjaram.c of Linux). With gfx950, and in some versions on virtual functions, NPS2
+# goes with QPX and CPX too.
 COMPUTE_MODES: dict[str, tuple[int, tuple[str, ...]]] = {
     "SPX": (1, ("NPS1",)),
     "DPX": (2, ("NPS1", "NPS2")),
@@ -126,7 +128,7 @@ def modes(name: str) -> list[str]:
       ValueError: an unknown part.
     """
     p = _find(name)
-    return [f"{c}/{m}" for c in p.compute for m in COMPUTE_MODES[c][1] if m in p.memory and _is_valid(p, c)]
+    return [f"{c}/{m}" for c in p.compute if _is_valid(p, c) for m in p.memory if m in _memory_modes(p, c)]
 
 
 def part(name: str, *, compute: str = "SPX", memory: str = "NPS1") -> Topology:
@@ -147,11 +149,10 @@ def part(name: str, *, compute: str = "SPX", memory: str = "NPS1") -> Topology:
         return _flat(p, f"NVIDIA {p.name}", p.units)
     if f"{compute}/{memory}" not in modes(name):
         raise ValueError(f"{p.name} has no mode {compute}/{memory}; its modes are {', '.join(modes(name))}")
-    divisor = COMPUTE_MODES[compute][0] or p.xcds
-    return _partition(p, f"AMD Instinct {p.name}", compute, memory, p.xcds // divisor, p.units // p.xcds)
+    return _partition(p, f"AMD Instinct {p.name}", compute, memory, p.xcds // _divisor(p, compute), p.units // p.xcds)
 
 
-def part_for(name: str, arch: str, units: int, platform: Platform) -> Topology:
+def part_for(name: str, arch: str, units: int, platform: Platform, partition: Partition | None = None) -> Topology:
     """What is published of a device that was not measured.
 
     Args:
@@ -159,25 +160,64 @@ def part_for(name: str, arch: str, units: int, platform: Platform) -> Topology:
       arch: likewise.
       units: likewise; a partition, or a device with fewer active units than its part has, is recognised by it.
       platform: "cuda" or "rocm".
+      partition: what the system says of how the GPU is divided (`partition_of`). Units have the last word: where they
+        contradict it, it is not used, and a note says so.
     """
     found = next((p for p in PARTS if p.platform == platform and re.search(p.match, name)), None)
     if found is None or found.arch != arch:
         return _unknown(name, arch, units, platform)
     if not found.compute:
         return _flat(found, name, units)
-    each = found.units // found.xcds
-    for compute in found.compute:
-        divisor = COMPUTE_MODES[compute][0] or found.xcds
-        if units * divisor == found.units:
-            made = _partition(found, name, compute, "NPS1", found.xcds // divisor, each)
-            return made if compute == "SPX" else _with_note(made, "the memory partition is not known, NPS1 is assumed")
-    if units % found.xcds == 0:
-        made = _partition(found, name, "SPX", "NPS1", found.xcds, units // found.xcds)
-        note = f"{units} of {found.units} units are active; XCDs are taken to have as many each. The probe counts them"
-        return _with_note(made, note)
-    return _with_note(
-        _unknown(name, arch, units, platform), f"a {found.name} has {found.units} units. The probe says where these are"
-    )
+    known = partition or Partition()
+    notes = []
+    wrong = _contradiction(found, known, units)
+    if wrong:
+        notes.append(f"{wrong}: what the system says of partitions is not used")
+        known = Partition()
+    compute = known.compute or _compute_mode(found, units, known.xcds)
+    xcds = known.xcds or (found.xcds // _divisor(found, compute) if compute else found.xcds)
+    if units % xcds:
+        note = f"a {found.name} has {found.units} units. The probe says where these are"
+        return _with_notes(_unknown(name, arch, units, platform), [*notes, note])
+    compute = compute or "SPX"
+    if not known.memory and compute != "SPX":
+        notes.append("the memory partition is not known, NPS1 is assumed")
+    if units * _divisor(found, compute) != found.units:
+        counted = f"{xcds} XCDs, by the driver's count," if known.xcds else "XCDs"
+        spread = f"; {counted} are taken to have as many each. The probe counts them" if xcds > 1 else ""
+        notes.append(f"{units} of {found.units // _divisor(found, compute)} units are active{spread}")
+    return _with_notes(_partition(found, name, compute, known.memory or "NPS1", xcds, units // xcds), notes)
+
+
+def _divisor(p: Part, compute: str) -> int:
+    """Devices that a compute mode makes of a part."""
+    return COMPUTE_MODES[compute][0] or p.xcds
+
+
+def _compute_mode(p: Part, units: int, xcds: int) -> str:
+    """The mode whose devices have so many XCDs, or if that is not known so many units; "" if there is none."""
+    fits = (c for c in p.compute if (xcds or units) * _divisor(p, c) == (p.xcds if xcds else p.units))
+    return next(fits, "")
+
+
+def _contradiction(p: Part, known: Partition, units: int) -> str:
+    """Why `known` cannot be true of a device of so many units, or ""."""
+    if known.units and known.units != units:
+        return f"KFD counts {known.units} compute units and HIP {units}"
+    if known.compute and (known.compute not in COMPUTE_MODES or p.xcds % _divisor(p, known.compute)):
+        return f"a {p.name} has no compute partition mode {known.compute}"
+    if known.memory and known.memory not in p.memory:
+        return f"a {p.name} has no memory partition mode {known.memory}"
+    if not known.compute:
+        return f"{known.xcds} XCDs are not those of a {p.name}" if known.xcds > p.xcds else ""
+    most = p.units // _divisor(p, known.compute)
+    if units > most:
+        return f"{known.compute} gives a device of a {p.name} at most {most} compute units, and it has {units}"
+    if known.xcds and known.xcds * _divisor(p, known.compute) != p.xcds:
+        return (
+            f"{known.compute} gives a device {p.xcds // _divisor(p, known.compute)} XCDs, and KFD counts {known.xcds}"
+        )
+    return ""
 
 
 def _find(name: str) -> Part:
@@ -187,8 +227,13 @@ def _find(name: str) -> Part:
     raise ValueError(f"{name} is not a part that is known; these are: {', '.join(part_names())}")
 
 
+def _memory_modes(p: Part, compute: str) -> tuple[str, ...]:
+    more = ("NPS2",) if p.arch == "gfx950" and compute in ("QPX", "CPX") else ()
+    return COMPUTE_MODES[compute][1] + more
+
+
 def _is_valid(p: Part, compute: str) -> bool:
-    return p.xcds % (COMPUTE_MODES[compute][0] or p.xcds) == 0
+    return p.xcds % _divisor(p, compute) == 0
 
 
 def _constants(p: Part, whole: bool) -> dict[str, Constant]:
@@ -219,7 +264,7 @@ def _partition(p: Part, name: str, compute: str, memory: str, xcds: int, each: i
             near = (iod,) if iod < len(domains) and len(domains) > 1 else ()
             groups.append(Group("iod", f"IOD {iod}", (), tuple(inside), near))
     alone = len(domains) == 1
-    whole = compute == "SPX" and each * p.xcds == p.units
+    whole = xcds * each == p.units
     return Topology(
         name=name,
         platform="rocm",
@@ -265,5 +310,5 @@ def _unknown(name: str, arch: str, units: int, platform: Platform) -> Topology:
     )
 
 
-def _with_note(topology: Topology, note: str) -> Topology:
-    return dataclasses.replace(topology, notes=(*topology.notes, note))
+def _with_notes(topology: Topology, notes: list[str]) -> Topology:
+    return dataclasses.replace(topology, notes=(*topology.notes, *notes))

@@ -1,4 +1,8 @@
-"""Measurements on disk: JSON in the folder of compiled programs, one file for each device and driver."""
+"""Measurements on disk: JSON in the folder of compiled programs, one file for each device, partition mode and driver.
+
+A device is one chip, not one product: which units are near which memory differs from chip to chip, so its UUID is a
+part of the file's name, and a folder may be shared by several machines.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from jax_monokernel.topology.measurement import Measurement
 
@@ -24,37 +29,50 @@ def cache_dir() -> Path | None:
     return None
 
 
-def path_of(name: str, units: int, driver_version: int) -> Path | None:
+def path_of(name: str, units: int, driver_version: int, device_id: str = "", mode: str = "") -> Path | None:
     """The file for a device and driver."""
     folder = cache_dir()
-    plain = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() or "device"
-    return None if folder is None else folder / f"topology-{plain}-{units}-{driver_version}.json"
+    parts = (name or "device", units, mode, driver_version, device_id)
+    plain = "-".join(re.sub(r"[^A-Za-z0-9]+", "-", str(part)).strip("-").lower() for part in parts if part != "")
+    return None if folder is None else folder / f"topology-{plain}.json"
 
 
 def save(found: Measurement) -> Path | None:
-    """Writes a measurement aside and renames it. None if there is no folder that can be written."""
-    path = path_of(found.name, len(found.places), found.driver_version)
+    """Writes a measurement. None if there is no folder that can be written."""
+    path = path_of(found.name, len(found.places), found.driver_version, found.device_id, found.mode)
     if path is None:
         return None
+    return write(path, {"version": VERSION, "measurement": found.to_json()})
+
+
+def write(path: Path, data: Any) -> Path | None:
+    """Writes JSON aside and renames it. None if that cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".topology-", delete=False) as file:
-            json.dump({"version": VERSION, "measurement": found.to_json()}, file)
+            json.dump(data, file)
         os.replace(file.name, path)
     except OSError:
         return None
     return path
 
 
-def load(name: str, units: int, driver_version: int) -> Measurement | None:
-    """The measurement of a device with a driver, or None: there is none, or it is damaged or of another version."""
-    path = path_of(name, units, driver_version)
-    if path is None:
-        return None
+def read(path: Path) -> Any:
+    """What `write` wrote with this version; None if there is none, or it is damaged."""
     try:
         data = json.loads(path.read_text())
-        if data["version"] != VERSION:
-            return None
-        return Measurement.from_json(data["measurement"])
+        return data if data["version"] == VERSION else None
     except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def load(name: str, units: int, driver_version: int, device_id: str = "", mode: str = "") -> Measurement | None:
+    """The measurement of a device with a driver, or None: there is none, or it is damaged or of another version."""
+    path = path_of(name, units, driver_version, device_id, mode)
+    if path is None:
+        return None
+    data = read(path)
+    try:
+        return None if data is None else Measurement.from_json(data["measurement"])
+    except (ValueError, KeyError, TypeError):
         return None

@@ -28,7 +28,7 @@ enum Error : int { kInvalidValue = 1, kNoBinary = 209, kNotReady = 600, kIllegal
 #define VARIABLE __attribute__((visibility("default")))
 
 extern "C" {
-VARIABLE int fake_devices = 2, fake_major = 9, fake_minor = 0, fake_units = 132, fake_occupancy = 1, fake_cooperative = 1;
+VARIABLE int fake_devices = 2, fake_major = 9, fake_minor = 0, fake_units = 132, fake_uuid = 17, fake_old_device = -1, fake_occupancy = 1, fake_cooperative = 1;
 VARIABLE int fake_shared_bytes = 227 * 1024, fake_driver_version = 13000, fake_nvrtc_major = 13, fake_launch = kRuns;
 VARIABLE int fake_compile_ms = 0, fake_compile_error = 0, fake_no_memory = 0, fake_launch_ms = 0;
 VARIABLE int fake_groups = 2, fake_most_bytes = 0;
@@ -190,14 +190,18 @@ BOTH(cuDeviceGetPCIBusId, hipDeviceGetPCIBusId, (char* bus, int size, int device
   std::snprintf(bus, static_cast<size_t>(size), "0000:%02x:00.0", 0xc1 + device);
   return 0;
 })
+BOTH(cuDeviceGetUuid_v2, hipDeviceGetUuid, (void* uuid, int device), {
+  std::memset(uuid, fake_uuid + device, 16);
+  return 0;
+})
 BOTH(cuDeviceCanAccessPeer, hipDeviceCanAccessPeer, (int* can, int, int), {
   *can = 1;
   return 0;
 })
-EXPORT int cuDeviceGetAttribute(int* value, int number, int) {
+EXPORT int cuDeviceGetAttribute(int* value, int number, int device) {
   return attribute(value, number,
                    {{16, fake_units}, {10, 32}, {1, 1024}, {97, fake_shared_bytes}, {95, fake_cooperative}, {13, 1980000},
-                    {75, fake_major}, {76, fake_minor}});
+                    {75, device == fake_old_device ? 7 : fake_major}, {76, fake_minor}});
 }
 EXPORT int hipDeviceGetAttribute(int* value, int number, int) {
   return attribute(value, number,

@@ -71,6 +71,8 @@ static_assert(offsetof(hipDeviceProp_tR0600, name) == 0 && sizeof(hipDeviceProp_
 static_assert(offsetof(hipDeviceProp_tR0600, gcnArchName) >= 256 && sizeof(hipDeviceProp_tR0600::gcnArchName) == 256);
 static_assert(sizeof(hipDeviceProp_tR0600) <= gpu::kHipPropertiesBytes);
 
+static_assert(sizeof(hipUUID) == gpu::kUuidBytes);
+
 // ---- The stand-in ----
 
 static_assert(rocm::kInvalidValue == hipErrorInvalidValue && rocm::kOutOfMemory == hipErrorOutOfMemory &&
@@ -86,6 +88,7 @@ static_assert(rocm::kCooperative == hipDeviceAttributeCooperativeLaunch &&
 static_assert(rocm::kStaticShared == HIP_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES && rocm::kLocal == HIP_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES &&
               rocm::kRegisters == HIP_FUNC_ATTRIBUTE_NUM_REGS);
 static_assert(rocm::kMappedAndCoherent == (hipHostMallocMapped | hipHostMallocCoherent) && rocm::kNoTiming == hipEventDisableTiming);
+static_assert(rocm::kUuidBytes == sizeof(hipUUID));
 static_assert(rocm::kArchOffset == offsetof(hipDeviceProp_tR0600, gcnArchName));
 static_assert(rocm::kPropertiesBytes == sizeof(hipDeviceProp_tR0600));
 

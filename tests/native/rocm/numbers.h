@@ -17,6 +17,7 @@ enum FunctionAttribute : int { kStaticShared = 1, kLocal = 3, kRegisters = 4 }; 
 enum Result : int { kInvalidInput = 3, kInvalidProgram = 4, kInvalidOption = 5, kCompilation = 6 };  // hiprtcResult
 constexpr unsigned kMappedAndCoherent = 0x40000002;  // of hipHostMalloc
 constexpr unsigned kNoTiming = 2;                    // of hipEventCreateWithFlags
+constexpr size_t kUuidBytes = 16;                    // hipUUID
 constexpr size_t kPropertiesBytes = 1472, kArchOffset = 1160;  // hipDeviceProp_tR0600
 
 }  // namespace rocm

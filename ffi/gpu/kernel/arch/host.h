@@ -180,9 +180,6 @@ MK_DEVICE Vec4 load_shared_data(const void* p, host::Where at = host::here()) { 
 MK_DEVICE Vec4 load_once(const void* p, host::Where at = host::here()) { return host::load_data(p, true, at); }
 MK_DEVICE void prefetch(const void* p, int bytes, host::Where at = host::here()) {
   if (bytes <= 0 || bytes % 16 != 0 || (unsigned long)p % 16 != 0) host::fail(at, "a prefetch of %d bytes at %p", bytes, p);
-  const volatile char* from = (const char*)p;  // for those who watch memory
-  (void)from[0];
-  (void)from[bytes - 1];
 }
 MK_DEVICE void release(host::Where at = host::here()) { host::release(at); }
 MK_DEVICE void acquire(host::Where at = host::here()) { host::acquire(at); }
