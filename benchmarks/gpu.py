@@ -3,7 +3,8 @@
     python -m benchmarks.gpu --shapes llama3.2-1b,qwen3-0.6b --output benchmarks/results/gpu
 
 One JSON file for each shape, batch and prompt: every peer's times, a hash of its tokens, the device, driver and
-commit. Rounds are interleaved; a first one, in which everything is compiled, is not counted.
+commit. Rounds are interleaved; a first one, in which everything is compiled, is not counted. --dry-run does all of it
+on whatever device JAX has, for trying it where there is no GPU: the numbers say nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import datetime
+import itertools
 import json
 import os
 import shlex
@@ -24,13 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu_kernel import Driver, compile_kernel
+from jax_monokernel._bench import probe as reading
 from jax_monokernel._bench.energy import find_meter, find_meter_or_reason
 from jax_monokernel._bench.machine import describe_commit, describe_device, describe_machine, versions
 from jax_monokernel._bench.peers import PEERS, make_peers
-from jax_monokernel._bench.runner import Peer, Workload, make_prompt
+from jax_monokernel._bench.runner import Peer, Workload, bytes_per_step, make_prompt
 from jax_monokernel._bench.runner import measure as measure_peers
 from jax_monokernel._bench.shapes import SHAPES, random_weights_on_device
 from jax_monokernel._bench.summary import describe, summarize
+from jax_monokernel.plan import default_platform
 from jax_monokernel.spec import DecoderSpec
 from jax_monokernel.weights import DecoderWeights
 
@@ -51,9 +55,9 @@ class _ProbeArgs(ctypes.Structure):
 class Probe:
     """Reads memory with a kernel that does nothing else, as the decode kernel reads weights (read_bandwidth.cu)."""
 
-    def __init__(self) -> None:
+    def __init__(self, units: int) -> None:
         self.settings: dict[str, Any] = {"how": "read_bandwidth.cu"}
-        self._units = jax.devices()[0].core_count
+        self._units = units
         size = _PROBE_BYTES // (_PROBE_COPY * self._units) * _PROBE_COPY * self._units
         self._data = jnp.ones(size // 4, jnp.uint32)
         self._sums = jnp.zeros(self._units, jnp.uint32)
@@ -70,6 +74,16 @@ class Probe:
         if (np.asarray(self._sums) != copies).any():
             raise RuntimeError("the probe has not read all that it was to read")
         return {"seconds": best, "bytes": _PROBE_PASSES * self._data.nbytes}
+
+
+def _probe(step_bytes: int) -> Peer:
+    """The probe of this device: on NVIDIA's our kernel, elsewhere that of `jax-monokernel bench`."""
+    if default_platform() == "cuda":
+        try:
+            return Probe(jax.devices()[0].core_count)
+        except (OSError, RuntimeError) as error:  # no NVRTC, an architecture that the kernel is not for
+            print(f"read_bandwidth.cu cannot run here, so XLA's sum is the probe: {error}", file=sys.stderr)
+    return reading.Probe(step_bytes, len(os.sched_getaffinity(0)))
 
 
 def _transformers(folder: Path, spec: DecoderSpec, weights: DecoderWeights, workload: Workload) -> Peer:
@@ -96,13 +110,14 @@ def measure(shape: str, batch: int, prompt_tokens: int, new_tokens: int, repeats
             peers["transformers"] = _transformers(Path(folder, "checkpoint"), spec, weights, workload)
     del weights
     if "probe" in names:
-        peers["probe"] = Probe()
+        peers["probe"] = _probe(bytes_per_step(spec, batch, prompt_tokens, new_tokens))
     meter, energy = find_meter_or_reason(lambda: find_meter(jax.devices()[0]))
     return {"energy": energy, **summarize(measure_peers(spec, workload, peers, rounds=repeats, meter=meter))}
 
 
-def main() -> None:
-    """Prints a line for each peer and writes the files."""
+def main(argv: list[str] | None = None) -> None:
+    """Prints a line for each peer and writes the files. What fails does not keep the rest from being measured."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="llama3.2-1b,qwen3-0.6b,smollm2-135m", help=", ".join(SHAPES))
     parser.add_argument("--batch", default="1")
@@ -117,36 +132,47 @@ def main() -> None:
     )
     parser.add_argument("--commit", help="of the code, where it is measured outside its repository")
     parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+    parser.add_argument("--dry-run", action="store_true", help="go through all of it, with or without a GPU")
+    options = parser.parse_args(argv)
+    if unknown := [shape for shape in options.shapes.split(",") if shape not in SHAPES]:
+        parser.error(f"unknown shape {unknown[0]!r}; expected one of {', '.join(SHAPES)}")
     if "transformers" in options.peers:  # PyTorch needs some of the memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if jax.devices()[0].platform != "gpu":
+    if jax.devices()[0].platform != "gpu" and not options.dry_run:
         sys.exit("JAX sees no GPU here")
-    for shape in options.shapes.split(","):
-        for batch in map(int, options.batch.split(",")):
-            for prompt in map(int, options.prompt.split(",")):
-                name = f"{shape}-p{prompt}-b{batch}"
-                found = measure(shape, batch, prompt, options.new_tokens, options.repeats, options.peers)
-                for peer, numbers in found["peers"].items():
-                    print(f"{name}  {describe(peer, numbers)}", flush=True)
-                if options.output is None:
-                    continue
-                commit = (
-                    describe_commit(Path(__file__).resolve().parents[1])
-                    if options.commit is None
-                    else {"commit": options.commit, "dirty": False}
-                )
-                result = {
-                    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                    "command": shlex.join(["python", "-m", "benchmarks.gpu", *_without_places(sys.argv[1:])]),
-                    **commit,
-                    "device": describe_device(jax.devices()[0]),
-                    "machine": describe_machine(),
-                    "versions": versions(),
-                    **found,
-                }
-                options.output.mkdir(parents=True, exist_ok=True)
-                (options.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+    commit = (
+        describe_commit(Path(__file__).resolve().parents[1])
+        if options.commit is None
+        else {"commit": options.commit, "dirty": False}
+    )
+    failed = []
+    batches, prompts = (map(int, text.split(",")) for text in (options.batch, options.prompt))
+    for shape, batch, prompt in itertools.product(options.shapes.split(","), batches, prompts):
+        name = f"{shape}-p{prompt}-b{batch}"
+        try:
+            found = measure(shape, batch, prompt, options.new_tokens, options.repeats, options.peers)
+        except (RuntimeError, ValueError) as error:
+            print(f"{name}  failed: {error}", file=sys.stderr, flush=True)
+            failed.append(name)
+            continue
+        for peer, numbers in found["peers"].items():
+            print(f"{name}  {describe(peer, numbers)}", flush=True)
+        if options.output is None:
+            continue
+        result = {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": shlex.join(["python", "-m", "benchmarks.gpu", *_without_places(argv)]),
+            **commit,
+            "device": describe_device(jax.devices()[0]),
+            "machine": describe_machine(),
+            "versions": versions(*(("torch", "transformers") if "transformers" in options.peers else ())),
+            **found,
+        }
+        (options.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 def _without_places(arguments: list[str]) -> list[str]:

@@ -126,7 +126,7 @@ def compile_kernel(stub: str, headers: Path = KERNEL) -> bytes:
     log = ctypes.create_string_buffer(size.value)
     nvrtc.nvrtcGetProgramLog(handle, log)
     if failed:
-        sys.exit(log.value.decode())
+        raise RuntimeError(log.value.decode())
     nvrtc.nvrtcGetCUBINSize(handle, ctypes.byref(size))
     binary = ctypes.create_string_buffer(size.value)
     nvrtc.nvrtcGetCUBIN(handle, binary)

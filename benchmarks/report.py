@@ -74,28 +74,29 @@ def section(results: list[dict[str, Any]]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        *_llama_settings(results),
         *_slowdowns(results),
         f"![Decode speed]({PICTURE.as_posix()})",
         "",
-        *_provenance(results),
+        *_folded([*_settings(results), *_provenance(results)]),
     ]
     return "\n".join(lines)
 
 
-def _llama_settings(results: list[dict[str, Any]]) -> list[str]:
-    """Which of the settings measured is shown as llama.cpp, where there were several."""
-    places: dict[tuple[str, int], list[str]] = {}
+def _settings(results: list[dict[str, Any]]) -> list[str]:
+    """Which of a peer's settings is shown, where several were measured."""
+    places: dict[tuple[str, str, int], list[str]] = {}
     for result in results:
-        tried = [label for label in result["peers"] if label.startswith("llama_cpp")]
-        if len(tried) > 1:
-            workload, (label, _) = result["workload"], _fastest(result)["llama_cpp"]
-            place = f"{SHAPES[_shape(workload)].title}, batch {workload['batch']}, prompt {workload['prompt_tokens']}"
-            places.setdefault((label.partition(":")[2], len(tried)), []).append(place)
+        for kind in ("llama_cpp", "transformers"):
+            tried = [label for label in result["peers"] if label.partition(":")[0] == kind]
+            if len(tried) > 1:
+                workload, (label, _) = result["workload"], _fastest(result)[kind]
+                sizes = f"batch {workload['batch']}, prompt {workload['prompt_tokens']}"
+                key = NAMES[kind], label.partition(":")[2], len(tried)
+                places.setdefault(key, []).append(f"{SHAPES[_shape(workload)].title}, {sizes}")
     lines = []
-    for (setting, count), at in places.items():
+    for (peer, setting, count), at in places.items():
         name = f"`{setting}`" if setting else "its defaults"
-        lines.append(f"- llama.cpp with {name}, the fastest of {count} settings: {'; '.join(at)}.")
+        lines.append(f"- {peer} with {name}, the fastest of {count} settings: {'; '.join(at)}.")
     return [*lines, ""] if lines else []
 
 
@@ -167,7 +168,18 @@ def gpu_section(results: list[dict[str, Any]]) -> str:
         )
         notes.append(line)
     picture = f"![Decode speed on a GPU]({GPU_PICTURE.as_posix()})"
-    return "\n".join([*lines, "", picture, "", *dict.fromkeys(notes)])
+    return "\n".join([*lines, "", picture, "", *_folded(list(dict.fromkeys(notes)))])
+
+
+def _folded(lines: list[str]) -> list[str]:
+    """What few readers look for, behind a line that unfolds it."""
+    return [
+        "<details><summary>Device, commit, versions and commands of these numbers</summary>",
+        "",
+        *lines,
+        "",
+        "</details>",
+    ]
 
 
 def _number(value: float | None, form: str | None = None) -> str:

@@ -71,6 +71,13 @@ class Worker:
         self._child.send_signal(signal.SIGSTOP)
         return found
 
+    def steps(self) -> list[float]:
+        """Seconds of single steps, of a peer that is asked for them apart from its measurements."""
+        self._child.send_signal(signal.SIGCONT)
+        found = self._ask("steps")["steps"]
+        self._child.send_signal(signal.SIGSTOP)
+        return found
+
     def close(self) -> None:
         """Ends the child process."""
         self._child.send_signal(signal.SIGCONT)
@@ -164,6 +171,9 @@ def measure(
                 python = llama_python if kind == "llama_cpp" else sys.executable
                 workers.append(Worker(label, this_job, python=python, environment=environment | own))
             measured, busy = _interleave(workers, repeats, at_most, meter)
+            for worker in workers:
+                if parse_peer(worker.label)[0] == "ours":
+                    measured[worker.label]["steps"] = worker.steps()
         finally:
             for worker in workers:
                 worker.close()
@@ -249,9 +259,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="PEER[:NAME=VALUE,...]",
         help=f"of {', '.join(PEERS)}; settings are arguments of the peer, or environment variables in capitals",
     )
+    parser.add_argument("--also", nargs="+", default=[], metavar="PEER", help="peers besides those of --peers")
     parser.add_argument("--llama-python", default=sys.executable, help="interpreter that has llama-cpp-python")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON files")
     arguments = parser.parse_args(argv)
+    arguments.peers += arguments.also
     try:
         for shape in arguments.shapes.split(","):
             if shape not in SHAPES:
@@ -272,12 +284,13 @@ def _affinity() -> list[int]:
 def main(argv: list[str] | None = None) -> None:
     """Runs every combination of shape, prompt length and batch, and writes one JSON file for each."""
     arguments = _arguments(argv)
+    kinds = {parse_peer(peer)[0] for peer in arguments.peers}
     provenance = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": _command(arguments),
         **describe_commit(Path(__file__).resolve().parents[1]),
         "machine": describe_machine(),
-        "versions": versions(),
+        "versions": versions(*(("torch", "transformers") if "transformers" in kinds else ())),
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
     for shape, prompt, batch in itertools.product(arguments.shapes.split(","), arguments.prompt, arguments.batch):

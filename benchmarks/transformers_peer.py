@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._inductor.config
 import transformers
 
 
@@ -24,12 +25,24 @@ class Transformers:
       threads: of PyTorch on a CPU.
       dtype: of weights and cache.
       compiled: 0 runs the model as it is.
+      mode: of torch.compile. By default reduce-overhead (CUDA graphs) on a GPU, and default on a CPU.
+      freezing: 1 has the compiler take weights for constants, and lay them out as its kernels like.
     """
 
     def __init__(
-        self, folder: Path, prompt: np.ndarray, new_tokens: int, threads: int, dtype: str, *, compiled: int = 1
+        self,
+        folder: Path,
+        prompt: np.ndarray,
+        new_tokens: int,
+        threads: int,
+        dtype: str,
+        *,
+        compiled: int = 1,
+        mode: str | None = None,
+        freezing: int = 0,
     ):
         cuda = torch.cuda.is_available()
+        mode = mode or ("reduce-overhead" if cuda else "default")
         device = torch.device("cuda" if cuda else "cpu")
         if not cuda:
             torch.set_num_threads(threads)
@@ -37,7 +50,8 @@ class Transformers:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "device": str(device),
-            "compiled": compiled and ("reduce-overhead" if cuda else "default"),
+            "compiled": compiled and mode,
+            "freezing": freezing,
         }
         self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
         self._model.eval()
@@ -58,7 +72,7 @@ class Transformers:
             logits = self._model(token, past_key_values=self._cache, position_ids=position).logits
             return logits[:, -1].argmax(-1, keepdim=True)
 
-        mode = "reduce-overhead" if cuda else None
+        torch._inductor.config.freezing = bool(freezing)
         self._step = torch.compile(step, mode=mode, fullgraph=True, dynamic=False) if compiled else step
         self._synchronize = torch.cuda.synchronize if cuda else contextlib.nullcontext
 

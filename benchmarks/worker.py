@@ -1,6 +1,7 @@
 """A child process that measures one peer, so that peers share neither threads nor allocators.
 
-Reads a job (one line of JSON) from stdin, answers with {"settings": ...}; then one measurement per line "measure".
+Reads a job (one line of JSON) from stdin, answers with {"settings": ...}; then one measurement per line "measure",
+and the seconds of single steps for "steps", which ours knows.
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ def main() -> None:
     peer = make_peer(job)
     print(json.dumps({"settings": peer.settings}), file=answers)
     for line in sys.stdin:
-        assert line.strip() == "measure", line
-        print(json.dumps(peer.measure()), file=answers)
+        what = line.strip()
+        assert what in ("measure", "steps"), line
+        print(json.dumps(peer.measure() if what == "measure" else {"steps": peer.steps()}), file=answers)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,16 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+try:
+    import jax_monokernel._native  # noqa: F401  before what would fail in less clear words without it
+except ModuleNotFoundError as error:
+    if error.name != "jax_monokernel._native":
+        raise
+    raise ImportError(
+        f"this is the source folder of jax_monokernel ({__path__[0]}), which has no native part. Python prefers it to "
+        "an installed package when it is started beside it: start it in another folder, or pip install -e . in this one"
+    ) from None
+
 from jax_monokernel import _export as _export  # for what it registers
 from jax_monokernel._version import __version__
 from jax_monokernel.decode import cancel, decode

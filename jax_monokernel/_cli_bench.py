@@ -3,25 +3,48 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 SCHEMA = 1  # of the JSON file
+_CLEAR = "\r\x1b[2K"
+
+
+def _say(line: str) -> None:
+    _progress("")
+    typer.echo(line)
+
+
+def _progress(text: str) -> None:
+    """In a terminal, what is being done now, in a line that the next one takes the place of."""
+    if sys.stderr.isatty():
+        sys.stderr.write(_CLEAR + text)
+        sys.stderr.flush()
 
 
 def bench(
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Checkpoint folder, Hugging Face model id, or small, the default; may be given again."),
+        typer.Option(
+            metavar="MODEL", help="Checkpoint folder, Hugging Face model id, or small, the default; may be given again."
+        ),
     ] = None,
     shape: Annotated[
         list[str] | None,
-        typer.Option(help="Random weights of a published shape: smollm2-135m, qwen3-0.6b, ...; may be given again."),
+        typer.Option(
+            metavar="SHAPE",
+            help="Random weights of a published shape: smollm2-135m, qwen3-0.6b, ...; may be given again.",
+        ),
     ] = None,
-    batch: Annotated[list[int], typer.Option(min=1, max=16, help="Requests together; may be given again.")] = [1],  # noqa: B006
-    prompt: Annotated[list[int], typer.Option(min=2, help="Tokens of the prompts; may be given again.")] = [32],  # noqa: B006
+    batch: Annotated[
+        list[int], typer.Option(min=1, max=16, metavar="N", help="Requests together; may be given again.")
+    ] = [1],  # noqa: B006
+    prompt: Annotated[
+        list[int], typer.Option(min=2, metavar="N", help="Tokens of the prompts; may be given again.")
+    ] = [32],  # noqa: B006
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a call.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="In each, every peer is measured once.")] = 10,
     peers: Annotated[
@@ -58,7 +81,7 @@ def bench(
             dtype=dtype,
             threads=threads,
         )
-        results = run(sweep, typer.echo)
+        results = run(sweep, _say, _progress)
         if output is not None:
             output.write_text(json.dumps({"schema": SCHEMA, "results": results}, indent=1) + "\n")
         if plot is not None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,7 +44,9 @@ def chat(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens of an answer.")] = 512,
     capacity: Annotated[int, typer.Option(min=1, help="Tokens of the whole conversation.")] = 4096,
-    stop: Annotated[list[str], typer.Option(help="A text before which answers end; may be given again.")] = [],  # noqa: B006
+    stop: Annotated[
+        list[str], typer.Option(metavar="TEXT", help="A text before which answers end; may be given again.")
+    ] = [],  # noqa: B006
     temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.")] = 0.7,
     top_k: Annotated[int, typer.Option(min=0, help="Choose among this many likeliest tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens of this total probability.")] = 0.9,
@@ -208,8 +211,12 @@ class _Session:
         answer = self.chat.send(text)
         with _CtrlC() as ctrl_c:
             try:
-                show = _show_live if self.terminal else _show_plain
-                show(self.console, ctrl_c.until_pressed(answer), self.status)
+                pieces = ctrl_c.until_pressed(answer)
+                if self.terminal:
+                    waiting = "prefilling" if self.chat.last else "compiling, which the first answer waits for"
+                    _show_live(self.console, pieces, _Growing(waiting, ctrl_c))
+                else:
+                    _show_plain(pieces)
             except (jax.errors.JaxRuntimeError, ValueError) as error:
                 if not ctrl_c.pressed:  # a decode that is stopped raises one of these
                     raise ValueError(error) from error
@@ -222,29 +229,27 @@ class _Session:
         if self.stats:
             self.note(self.summary())
 
-    def status(self, count: int, seconds: float) -> str:
-        """While an answer is made."""
-        return f"{count} tokens, {count / seconds:,.0f} tok/s" if seconds > 0 else ""
-
     def summary(self) -> str:
         """After an answer."""
         turn, tape = self.chat.last, self.chat.prepared.tape
         assert turn is not None
-        if not turn.tokens_per_second:
-            return "no tokens"
+        made = f"{turn.new_tokens or 'no'} token{'s' if turn.new_tokens != 1 else ''}"
+        prefilled = (
+            f"{turn.prefilled_tokens} of {turn.conversation_tokens} tokens before them prefilled in "
+            f"{turn.prefill_seconds:.2f} s"
+        )
+        if not turn.tokens_per_second:  # of a single token there is no speed
+            return f"{made}; {prefilled}"
         if not self._roof_known:
             from jax_monokernel._roof import read_roof
 
             self._roof, self._roof_known = read_roof(tape), True
         speed = turn.tokens_per_second
         share = "" if self._roof is None else f", {self._roof.share(speed * tape.bytes_per_token)}"
-        return (
-            f"{turn.new_tokens} tokens, {speed:,.0f} tok/s{share}; {turn.prefilled_tokens} of "
-            f"{turn.conversation_tokens} tokens before them prefilled in {turn.prefill_seconds:.2f} s"
-        )
+        return f"{made}, {speed:,.0f} tok/s{share}; {prefilled}"
 
 
-def _show_plain(_console: Console, pieces: Iterable[Piece], _status: Any) -> None:
+def _show_plain(pieces: Iterable[Piece]) -> None:
     for piece in pieces:
         sys.stdout.write(piece.text)
         sys.stdout.flush()
@@ -252,29 +257,60 @@ def _show_plain(_console: Console, pieces: Iterable[Piece], _status: Any) -> Non
     sys.stdout.flush()
 
 
-def _show_live(console: Console, pieces: Iterable[Piece], status: Callable[[int, float], str]) -> None:
+class _Growing:
+    """What is redrawn under the finished lines of an answer: the line that grows and the speed, or what is awaited."""
+
+    def __init__(self, waiting: str, ctrl_c: _CtrlC):
+        from rich.spinner import Spinner
+
+        self.line = ""
+        self._waiting = waiting
+        self._ctrl_c = ctrl_c
+        self._spinner = Spinner("dots", style="dim")
+        self._count, self._first, self._last = 0, 0.0, 0.0
+
+    def put(self, piece: Piece) -> list[str]:
+        """The lines that this piece finishes."""
+        self._first = self._first or piece.time
+        self._count, self._last = self._count + (piece.token is not None), piece.time
+        *done, self.line = (self.line + piece.text).split("\n")
+        return done
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.text import Text
+
+        note = self._waiting
+        if self._ctrl_c.pressed:
+            note = "stopping; Ctrl-C again ends the session"
+        if not self._count:
+            self._spinner.update(text=Text(note, style="dim"))
+            return self._spinner
+        seconds, count = self._last - self._first, self._count - 1
+        speed = f"{count} tokens, {count / seconds:,.0f} tok/s" if seconds > 0 else ""
+        return Group(Text(self.line), Text(note if self._ctrl_c.pressed else speed, style="dim"))
+
+
+def _show_live(console: Console, pieces: Iterable[Piece], growing: _Growing) -> None:
     """Finished lines stay; the line that grows and the speed so far are redrawn under them."""
-    from rich.console import Group
     from rich.live import Live
     from rich.text import Text
 
-    line, count, first = "", 0, 0.0
-    with Live(console=console, transient=True, refresh_per_second=15) as live:
+    with Live(growing, console=console, transient=True, refresh_per_second=15):
         for piece in pieces:
-            first = first or piece.time
-            count += piece.token is not None
-            *done, line = (line + piece.text).split("\n")
-            live.update(Group(Text(line), Text(status(count - 1, piece.time - first), style="dim")))
-            for text in done:
+            for text in growing.put(piece):
                 console.print(Text(text))
-    console.print(Text(line))
+    console.print(Text(growing.line))
 
 
 class _CtrlC:
-    """While it is entered, the first Ctrl-C is only noted (a running decode stops by itself), a second one raises."""
+    """While it is entered, Ctrl-C is only noted: a running decode stops by itself, compiling and prefill cannot be.
+
+    Pressed again after more than a second, it raises.
+    """
 
     def __init__(self) -> None:
-        self.pressed = False
+        self.pressed = 0.0  # when, on the clock of time.monotonic
         self._before: Any = None
 
     def __enter__(self) -> _CtrlC:
@@ -285,9 +321,9 @@ class _CtrlC:
         signal.signal(signal.SIGINT, self._before)
 
     def _press(self, *_: object) -> None:
-        if self.pressed:
+        if self.pressed and time.monotonic() > self.pressed + 1:
             raise KeyboardInterrupt
-        self.pressed = True
+        self.pressed = self.pressed or time.monotonic()
 
     def until_pressed(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
         for piece in pieces:

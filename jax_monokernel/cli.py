@@ -184,7 +184,9 @@ def compile_(
         str | None,
         typer.Option(help="Checkpoint folder or Hugging Face model id. By default the small model in this package."),
     ] = None,
-    batch: Annotated[list[int], typer.Option(min=1, max=16, help="Requests of a call; may be given again.")] = [1],  # noqa: B006
+    batch: Annotated[
+        list[int], typer.Option(min=1, max=16, metavar="N", help="Requests of a call; may be given again.")
+    ] = [1],  # noqa: B006
     capacity: Annotated[
         int, typer.Option(min=1, help="Positions of the KV cache. Up to 2048 all give the same kernel.")
     ] = 2048,

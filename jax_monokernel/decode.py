@@ -20,6 +20,7 @@ from jax_monokernel.sampling import SamplingParams, check_sampling_params
 from jax_monokernel.spec import DecoderSpec
 from jax_monokernel.state import DecodeResult, DecodeState, check_state
 from jax_monokernel.tape import Tape, check_layout, unpack
+from jax_monokernel.weights import used_up
 
 Backend = Literal["reference", "cpu", "cuda", "rocm"]
 
@@ -66,23 +67,34 @@ def decode(
       at an end-of-sequence token and which have run out of KV cache.
 
     Raises:
-      ValueError: operands whose shapes do not fit together, a tape of another layout version, or a backend that the
-        tape was not packed for.
+      ValueError: operands whose shapes do not fit together or that were donated before, a tape of another layout
+        version, or a backend that the tape was not packed for.
+      TypeError: max_new_tokens that is traced, or no integer.
     """
+    if isinstance(max_new_tokens, jax.core.Tracer):
+        raise TypeError(
+            "max_new_tokens is being traced, but it is the length of the result: pass a Python int, under jit with "
+            'static_argnames="max_new_tokens". sampling.max_new_tokens can stop requests earlier, and may be traced'
+        )
+    if not isinstance(max_new_tokens, int | np.integer) or isinstance(max_new_tokens, bool):
+        raise TypeError(f"max_new_tokens is {max_new_tokens!r}; expected an integer of at least 1")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    check_layout(tape)
     if spec is not None and spec != tape.spec:
         raise ValueError("spec is not the one that the tape was packed for; pack the weights again, or leave spec out")
     if backend is not None and backend not in get_args(Backend):
         raise ValueError(f"backend is {backend!r}; expected one of {get_args(Backend)}")
     if backend not in (None, "reference", tape.plan.platform):
-        raise ValueError(
-            f"the tape is packed for {tape.plan.platform}; to decode on {backend}, pack the weights with "
-            f"make_plan(spec, platform={backend!r})"
-        )
-    check_layout(tape)
+        raise ValueError(f"the tape is packed for {tape.plan.platform}; {_how_to_pack(backend)}")
     check_state(tape.spec, state)
     check_sampling_params(sampling, batch=state.batch, vocab_size=tape.spec.vocab_size)
+    for name, operand, remedy in (
+        ("tape", tape, "use the one that took its memory over, or pack again"),
+        ("state", state, "go on from the state of its result, or copy it before: jax.tree.map(jnp.copy, state)"),
+    ):
+        if used_up(operand):
+            raise ValueError(f"the {name} was used up, by a call that it was donated to; {remedy}")
     if mailbox is not None:
         check_mailbox(mailbox, batch=state.batch)
         mailbox = jnp.asarray(mailbox)
@@ -107,6 +119,15 @@ def cancel() -> None:
     Ctrl-C does the same for decodes of a process whose SIGINT handler is Python's own.
     """
     _native.cancel()
+
+
+def _how_to_pack(platform: str) -> str:
+    """What to do for a decode on another platform than the tape's."""
+    try:
+        jax.local_devices(backend=platform)
+    except RuntimeError:  # JAX knows no such platform, or has no device of it
+        return f"JAX sees no {platform} device here (jax-monokernel doctor says what is missing)"
+    return f"to decode on {platform}, prepare or pack with make_plan(spec, platform={platform!r})"
 
 
 @functools.lru_cache(maxsize=256)

@@ -30,7 +30,7 @@ from jax_monokernel.state import (
     request_keys,
 )
 from jax_monokernel.tape import Tape, unpack
-from jax_monokernel.weights import DecoderWeights
+from jax_monokernel.weights import DecoderWeights, used_up
 
 FinishReason = Literal["eos", "length", "capacity"]
 
@@ -342,7 +342,7 @@ def _check_usable(spec: DecoderSpec, state: Any, capacity: int | None) -> None:
         raise ValueError(f"state is {type(state).__name__}; expected the state of an earlier result")
     if capacity is not None:
         raise ValueError(f"capacity goes with a new state; the one that is given has room for {state.capacity} tokens")
-    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+    if used_up(state):
         raise ValueError(
             "the state was used up by an earlier call; to use one twice, copy it: jax.tree.map(jnp.copy, state)"
         )

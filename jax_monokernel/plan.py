@@ -134,6 +134,8 @@ def make_plan(
       ValueError: units or groups out of range, or units not given where JAX sees no device of that platform.
     """
     platform = platform or default_platform()
+    if platform not in get_args(Platform):
+        raise ValueError(f"platform is {platform!r}; expected one of {', '.join(get_args(Platform))}")
     if units is None:
         units = _default_threads(spec) if platform == "cpu" else _device_units(platform)
     if platform != "rocm":

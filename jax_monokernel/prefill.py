@@ -14,7 +14,7 @@ from jax_monokernel.forward import forward_cached
 from jax_monokernel.spec import DecoderSpec
 from jax_monokernel.state import FULL, RUNNING, STOPPED, DecodeState, check_state
 from jax_monokernel.tape import Tape, check_layout
-from jax_monokernel.weights import DecoderWeights
+from jax_monokernel.weights import DecoderWeights, check_weights
 
 # Prompt tokens that go through the model together. Longer chunks hold more activations at once and are hardly faster.
 CHUNK = 512
@@ -62,8 +62,9 @@ def prefill(
       chunk: prompt tokens that go through the model together (static).
 
     Raises:
-      ValueError: wrong shapes or dtypes; and, where the values are known (outside jit), token ids outside the
-        vocabulary, lengths outside 0 to width, and prompts for which there is no room.
+      TypeError: tokens or lengths that are no arrays.
+      ValueError: weights of another spec, wrong shapes or dtypes; and, where the values are known (outside jit), token
+        ids outside the vocabulary, lengths outside 0 to width, and prompts for which there is no room.
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; expected at least 1")
@@ -71,6 +72,8 @@ def prefill(
         check_layout(weights)
         if weights.spec != spec:
             raise ValueError("spec is not the one that the tape was packed for; pass tape.spec")
+    else:
+        check_weights(spec, weights)
     _check(spec, tokens, lengths, state)
     return _prefill(spec, weights, tokens, lengths, state, chunk)
 
@@ -135,6 +138,8 @@ def _prefill(
 def _check(spec: DecoderSpec, tokens: jax.Array, lengths: jax.Array, state: DecodeState) -> None:
     check_state(spec, state)
     for name, array in (("tokens", tokens), ("lengths", lengths)):
+        if not isinstance(array, jax.Array | np.ndarray):
+            raise TypeError(f"{name} are {type(array).__name__}; expected an array of integers: jnp.asarray({name})")
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise ValueError(f"{name} are {array.dtype}; expected integers")
     if tokens.ndim != 2 or tokens.shape[0] != state.batch or tokens.shape[1] < 1:

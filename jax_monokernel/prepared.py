@@ -19,7 +19,7 @@ from jax_monokernel.protocol import DecoderModel, PrefillFunction, TextTokenizer
 from jax_monokernel.spec import DecoderSpec
 from jax_monokernel.state import DecodeState
 from jax_monokernel.tape import Tape, pack, unpack
-from jax_monokernel.weights import DecoderWeights, check_weights
+from jax_monokernel.weights import DecoderWeights, check_weights, used_up
 
 # As `PrefillFunction`, from weights by role or from a tape.
 SourcePrefill = Callable[[DecoderSpec, DecoderWeights | Tape, jax.Array, jax.Array, DecodeState], DecodeState]
@@ -213,6 +213,7 @@ def _packed_once(model: DecoderModel) -> PackedWeights:
         entry = _cache.get(id(model))
         if (
             lasting
+            and not used_up(leaves)
             and entry is not None
             and entry.model() is model
             and entry.packed.spec == spec
@@ -277,4 +278,9 @@ def _checked_weights(model: DecoderModel, spec: DecoderSpec) -> DecoderWeights:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(weights)):
         raise ValueError("the model's weights are being traced; inside jit, use prefill, pack and decode themselves")
     check_weights(spec, weights)
+    if used_up(weights):
+        raise ValueError(
+            "the model's parameters were donated to another call, a training step say, and are gone; give the model "
+            "those that came back (nnx.update), or prepare(model, keep_weights=False) before it is trained"
+        )
     return weights

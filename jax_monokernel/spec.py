@@ -146,6 +146,11 @@ class DecoderSpec:
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads}) so that "
                 f"every key/value head serves the same number of query heads"
             )
+        for name, member in (("layers", LayerSpec), ("ropes", RopeSpec)):
+            parts = getattr(self, name)
+            if not isinstance(parts, tuple | list) or not all(isinstance(part, member) for part in parts):
+                raise ValueError(f"DecoderSpec.{name} is {parts!r}; expected a tuple of {member.__name__}")
+            object.__setattr__(self, name, tuple(parts))  # a list could not be hashed
         if not self.layers:
             raise ValueError("DecoderSpec.layers is empty; expected one LayerSpec per layer")
         for i, layer in enumerate(self.layers):

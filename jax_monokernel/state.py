@@ -84,6 +84,8 @@ def empty_state(spec: DecoderSpec, *, batch: int, capacity: int, key: jax.Array)
 
 def check_state(spec: DecoderSpec, state: DecodeState) -> None:
     """Raises ValueError naming the first leaf that a state for `spec` cannot have, by its shape or dtype."""
+    if not isinstance(state, DecodeState):
+        raise ValueError(f"state is {type(state).__name__}; expected a DecodeState, from empty_state and prefill")
     batch = state.position.shape[0] if state.position.ndim else 1
     capacity = state.k_cache.shape[3] if state.k_cache.ndim == 5 else 1
     want = {

@@ -180,6 +180,8 @@ def layer_vectors(spec: DecoderSpec, plan: Plan, constants: jax.Array) -> dict[s
 
 def check_layout(tape: Tape) -> None:
     """Raises ValueError for a tape whose layout version, shapes or dtypes are not those of this package's plan."""
+    if not isinstance(tape, Tape):
+        raise ValueError(f"tape is {type(tape).__name__}; expected a Tape: pack(spec, weights), or prepare(model).tape")
     if tape.layout_version != LAYOUT_VERSION:
         raise ValueError(
             f"the tape has layout version {tape.layout_version}, this jax_monokernel reads version {LAYOUT_VERSION}; "

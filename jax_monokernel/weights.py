@@ -107,6 +107,12 @@ def weight_shapes(spec: DecoderSpec) -> DecoderWeights:
 
 def check_weights(spec: DecoderSpec, weights: DecoderWeights) -> None:
     """Raises ValueError naming the first role that is missing, not expected, or of the wrong shape or dtype."""
+    if not isinstance(weights, DecoderWeights) or not isinstance(weights.layers, LayerWeights):
+        inside = "" if not isinstance(weights, DecoderWeights) else f" with layers of {type(weights.layers).__name__}"
+        raise ValueError(
+            f"weights are {type(weights).__name__}{inside}; expected DecoderWeights with LayerWeights in it, as "
+            "model.decoder_weights() gives them"
+        )
     for field, want in _roles(weight_shapes(spec)).items():
         have = _roles(weights).get(field)
         if want is None and have is not None:
@@ -117,6 +123,12 @@ def check_weights(spec: DecoderSpec, weights: DecoderWeights) -> None:
             raise ValueError(
                 f"weights.{field} is {have.dtype}{list(have.shape)}; the spec asks for {want.dtype}{list(want.shape)}"
             )
+
+
+def used_up(tree: Any) -> bool:
+    """Whether some array in `tree` is gone, because it was donated to an earlier call."""
+    leaves = jax.tree.leaves(tree)
+    return any(isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted() for x in leaves)
 
 
 def _roles(weights: DecoderWeights) -> dict[str, jax.Array | None]:

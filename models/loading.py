@@ -143,6 +143,11 @@ def save_pretrained(
 
 
 def _folder(path_or_hub_id: str | os.PathLike[str], revision: str | None) -> Path:
+    if not isinstance(path_or_hub_id, str | os.PathLike):
+        raise CheckpointError(
+            f"{path_or_hub_id!r} is no checkpoint; expected the path of a folder, or a Hugging Face hub id such as "
+            "'organisation/name'"
+        )
     name = os.fspath(path_or_hub_id)
     path = Path(os.path.expanduser(name))  # Path.expanduser raises for users that there are not
     if name and os.path.isdir(path):

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import re
 import subprocess
 
 import jax
@@ -11,7 +12,7 @@ from naive import random_weights
 from typer.testing import CliRunner
 
 from jax_monokernel import LayerSpec
-from jax_monokernel._bench import energy
+from jax_monokernel._bench import energy, machine
 from jax_monokernel._bench.jax_loop import not_covered
 from jax_monokernel._bench.runner import Workload, bytes_per_step, measure
 from jax_monokernel._bench.shapes import SHAPES, kv_bytes
@@ -47,11 +48,21 @@ def test_results_say_what_was_measured(measured):
         assert loop["tokens_as_ours_until"] == [6] * result["workload"]["batch"]
         assert ours["ms_per_step"]["min"] <= ours["ms_per_step"]["median"] <= ours["ms_per_step"]["p90"]
         assert len(ours["seconds"]) == len(loop["seconds"]) == 2
+        single = ours["ms_of_single_steps"]
+        assert 0 < single["min"] <= single["median"] <= single["p90"] <= single["p99"]
+        assert "steps" not in ours
         assert probe["gb_per_second"] > 0.01
         assert ours["share_of_probe"] > 0
         assert result["energy"].startswith(("not reported: ", "RAPL"))
     assert "tok/s" in output
     assert "of the read roof" in output
+
+
+def test_what_does_not_fit_into_memory_is_not_begun(monkeypatch):
+    monkeypatch.setattr(machine, "free_memory", lambda: 10**6)
+    done = run("--shape", "10m")
+    assert done.exit_code == 2
+    assert re.search(r"error: 10m takes about 0 GB .* free here; choose a smaller shape", done.output)
 
 
 def test_a_result_can_be_repeated(measured):

@@ -1,13 +1,17 @@
+import ctypes
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_gpu_build import nvrtc_version
 
 # Last, so that an installed jax_monokernel is not hidden by its sources.
 _REPOSITORY = Path(__file__).resolve().parent.parent
@@ -171,6 +175,7 @@ def test_runner_measures_every_peer(results):
         "peers",
     } <= set(result)
     assert result["peers"]["ours"]["tokens_sha256"] == result["peers"]["jax_loop"]["tokens_sha256"]
+    assert result["peers"]["ours"]["ms_of_single_steps"]["p99"] > 0
     assert all(len(peer["seconds"]) == 1 and peer["gb_per_second"] > 0 for peer in result["peers"].values())
 
 
@@ -189,17 +194,83 @@ def test_report_is_deterministic(results, tmp_path):
     assert written[0][0].endswith(f"{report.END}\nafter\n")
 
 
-def test_gpu_runner_gives_what_the_report_shows():
+def test_gpu_runner_gives_what_the_report_shows(tmp_path, capsys):
     from benchmarks import gpu
 
-    found = gpu.measure("tiny", 1, 4, 6, 2, ["ours", "jax_loop"])  # here JAX's device is a CPU
-    assert found["workload"]["model"] == "tiny"
-    result = found | {"commit": "0" * 40, "dirty": False, "versions": {}, "command": "c", "device": {"name": "GPU"}}
-    table = report.gpu_section([result])
+    sizes = ["--shapes", "tiny", "--batch", "1,2", "--prompt", "4", "--new-tokens", "6", "--repeats", "2"]
+    gpu.main([*sizes, "--dry-run", "--output", str(tmp_path)])  # here JAX's device is a CPU
+    out = capsys.readouterr().out
+    assert len(re.findall(r"tiny-p4-b[12]  (?:ours|jax_loop) .* tok/s .* of the read roof", out)) == 4
+    results = report.load_results(tmp_path)
+    assert [r["workload"]["batch"] for r in results] == [1, 2]
+    assert all(r["peers"]["ours"]["tokens_sha256"] for r in results)
+    assert str(tmp_path) not in json.dumps(results)
+    table = report.gpu_section(results)
+    speeds = [results[1]["peers"][name]["tokens_per_second"] for name in ("ours", "jax_loop")]
     assert "| tiny (made up) | 1 | 4 |" in table
-    assert (
-        f"{found['peers']['ours']['tokens_per_second'] / found['peers']['jax_loop']['tokens_per_second']:.2f}x" in table
-    )
+    assert f"{speeds[0] / speeds[1]:.2f}x" in table
+    assert f"commit {results[0]['commit'][:12]}" in table
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install jax-monokernel[bench]")
+    report.draw(results, tmp_path / "picture.svg")
+    assert "<svg" in (tmp_path / "picture.svg").read_text()
+
+
+def test_gpu_runner_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+    from benchmarks import gpu
+
+    def measure(shape, *_):
+        if shape == "10m":
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return {"peers": {}, "workload": {}}
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    with pytest.raises(SystemExit, match="failed: 10m-p32-b1"):
+        gpu.main(["--shapes", "10m,tiny", "--dry-run", "--output", str(tmp_path)])
+    assert "10m-p32-b1  failed: RESOURCE_EXHAUSTED" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-p32-b1.json"]
+
+
+class FakeDriver:
+    """In place of CUDA's: the probe's kernel says at once that it has read everything."""
+
+    def __init__(self, binary, name, shared_bytes):
+        assert (binary, name) == (b"binary", "read_bandwidth")
+        self.short = 0
+
+    def timed_launch(self, units, threads, args):
+        assert threads == 32
+        copies = args.passes * args.bytes // (16 << 10) // units - self.short
+        ctypes.memmove(args.sums, np.full(units, copies, np.uint32).ctypes.data, 4 * units)
+        return 0.5e-3
+
+
+def test_gpu_probe_on_a_stand_in_for_the_driver(monkeypatch, capsys):
+    from benchmarks import gpu
+
+    monkeypatch.setattr(gpu, "_PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr(gpu, "compile_kernel", lambda source: b"binary" if "read_bandwidth" in source else b"")
+    monkeypatch.setattr(gpu, "Driver", FakeDriver)
+    probe = gpu.Probe(3)
+    assert probe.measure() == {"seconds": pytest.approx(0.5e-3), "bytes": 4 * 21 * 3 * (16 << 10)}
+    probe._driver.short = 1
+    with pytest.raises(RuntimeError, match="has not read all"):
+        probe.measure()
+    # Where the kernel cannot be had, another probe takes its place, and that is said.
+    monkeypatch.setattr(gpu, "default_platform", lambda: "cuda")
+    monkeypatch.setattr(gpu, "Probe", lambda units: (_ for _ in ()).throw(OSError("no libnvrtc.so")))
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(core_count=3)])
+    assert gpu._probe(1 << 20).measure()["bytes"] == 1 << 20
+    assert "XLA's sum is the probe: no libnvrtc.so" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(nvrtc_version() is None, reason="NVRTC is not installed (pip install nvidia-cuda-nvrtc)")
+def test_nvrtc_compiles_the_probe():
+    from benchmarks import gpu_kernel
+
+    source = (_REPOSITORY / "benchmarks" / "read_bandwidth.cu").read_text()
+    assert gpu_kernel.compile_kernel(source).startswith(b"\x7fELF")
+    with pytest.raises(RuntimeError, match="error"):
+        gpu_kernel.compile_kernel("this is no CUDA")
 
 
 @pytest.mark.parametrize("command", ["run", "gpu", "report", "timeline"])

@@ -48,6 +48,12 @@ def test_a_conversation_through_a_pipe(tmp_path):
     assert resumed.stderr == ""
 
 
+def test_an_answer_of_one_token_has_no_speed():
+    result = run("-n", "1", text="import os\n")
+    assert result.exit_code == 0, result.output
+    assert re.fullmatch(r"1 token; (\d+) of \1 tokens before them prefilled in [\d.]+ s\n", result.stderr)
+
+
 def test_a_checkpoint_with_a_template_of_its_own(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(models.SMALL, folder)
@@ -176,11 +182,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_session(terminal):
     terminal.expect("> ")
     terminal.press("\x03", "Ctrl-D or /quit ends")
     terminal.expect("> ")
-    for _ in range(2):
+    for awaited in ("compiling", "prefilling"):
         terminal.type("import os\n")
+        terminal.expect(awaited)
         terminal.expect("[1-9]\\d* tokens, [1-9][\\d,]* tok/s")
         start = time.monotonic()
-        terminal.type("\x03")
+        terminal.type("\x03\x03")  # whoever is impatient does not lose the session
         terminal.expect("stopped")
         assert time.monotonic() - start < 20
         # What was said stays part of the conversation.

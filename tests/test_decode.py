@@ -378,7 +378,7 @@ def test_operands_of_the_wrong_shape_or_dtype_are_named(change, message):
         ({"backend": "tpu"}, "backend is 'tpu'; expected one of"),
         (
             {"backend": "cuda"},
-            r"packed for cpu; to decode on cuda, pack the weights with make_plan\(spec, platform='cuda'",
+            r"packed for cpu; (JAX sees no cuda device here|to decode on cuda, .* make_plan\(spec, platform='cuda'\))",
         ),
         ({"spec": SPECS["nope"]}, "spec is not the one that the tape was packed for"),
     ],

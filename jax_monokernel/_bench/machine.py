@@ -65,6 +65,18 @@ def default_device() -> jax.Device:
     return next(iter(jax.numpy.zeros(()).devices()))
 
 
+def free_memory() -> int | None:
+    """Bytes that the default device could still give; None where nothing says so."""
+    device = default_device()
+    if device.platform == "gpu":
+        stats = device.memory_stats() or {}
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
+    for line in (_read(Path("/proc/meminfo")) or "").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
 def describe_device(device: jax.Device) -> dict[str, Any]:
     """A JAX device: its name; of a GPU the driver's version, and clock rates where nvidia-smi is."""
     if device.platform != "gpu":
@@ -82,10 +94,10 @@ def describe_device(device: jax.Device) -> dict[str, Any]:
     return {"name": device.device_kind, **found}
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that matter, of those that are installed."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of the packages that matter and of `more`, of those that are installed."""
     found = {}
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *more):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -87,6 +87,10 @@ def measure(
                 columns[name]["seconds"].append(found["seconds"])
                 if joules is not None and "tokens" in found:
                     columns[name].setdefault("joules", []).append(joules)
+    for name, peer in peers.items():
+        if steps := getattr(peer, "steps", None):  # of peers that can tell one from another
+            report(f"single steps of {name}")
+            columns[name]["steps"] = steps()
     result: dict[str, Any] = {"workload": _described(spec, workload, rounds), "peers": columns}
     for name, made in tokens.items():
         columns[name]["tokens_sha256"] = hashlib.sha256(made.astype("<i4").tobytes()).hexdigest()[:16]

@@ -32,8 +32,9 @@ def summarize(found: dict[str, Any]) -> dict[str, Any]:
         if "joules" in peer:
             joules = np.median(np.array(peer["joules"])) / steps / workload["batch"]
             numbers["joules_per_token"] = _rounded(joules)
-        if "steps" in peer:  # too many to keep one by one
-            numbers["ms_of_single_steps"] = _distribution(np.array(peer["steps"]) * 1e3)
+        if np.size(peer.get("steps", ())):  # too many to keep one by one
+            single = np.array(peer["steps"]) * 1e3
+            numbers["ms_of_single_steps"] = _distribution(single) | {"p99": _rounded(np.percentile(single, 99))}
         kept = {name: value for name, value in peer.items() if name != "steps"}
         for name in ("seconds", "best", "joules"):
             if name in kept:
@@ -60,6 +61,8 @@ def describe(label: str, peer: dict[str, Any]) -> str:
         ms = peer["ms_per_step"]
         line += f" {peer['tokens_per_second']:9.1f} tok/s"
         line += f"  {ms['median']:.3f} ms/step ({ms['p10']:.3f} to {ms['p90']:.3f})"
+        if "ms_of_single_steps" in peer:
+            line += f", 99% of single steps in {peer['ms_of_single_steps']['p99']:.3f}"
         line += f"  {peer['share_of_probe']:.0%} of the read roof" if "share_of_probe" in peer else ""
         line += f"  {peer['joules_per_token']:.4g} J/token" if "joules_per_token" in peer else ""
         line += f"  ours is {peer['ours_is_faster_by']:.2f}x" if "ours_is_faster_by" in peer else ""

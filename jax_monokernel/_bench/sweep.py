@@ -17,7 +17,7 @@ from jax_monokernel._bench.jax_loop import not_covered
 from jax_monokernel._bench.peers import PEERS, make_peers
 from jax_monokernel._bench.probe import Probe
 from jax_monokernel._bench.runner import Workload, bytes_per_step, measure
-from jax_monokernel._bench.shapes import SHAPES, random_weights_on_device
+from jax_monokernel._bench.shapes import SHAPES, random_weights_on_device, weight_bytes
 from jax_monokernel._bench.summary import describe, summarize
 from jax_monokernel.plan import default_platform, make_plan
 from jax_monokernel.spec import DecoderSpec
@@ -55,8 +55,12 @@ class Sweep:
             raise ValueError("threads are for CPUs, and JAX uses a GPU here; leave them out, or set JAX_PLATFORMS=cpu")
 
 
-def run(sweep: Sweep, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def run(
+    sweep: Sweep, say: Callable[[str], None], progress: Callable[[str], None] = lambda text: None
+) -> list[dict[str, Any]]:
     """A result for each workload: where, when and with what it was measured, and what `summarize` makes of it.
+
+    `say` is told of results, `progress` of what is being done.
 
     Raises:
       ValueError: a model that cannot be loaded.
@@ -75,6 +79,7 @@ def run(sweep: Sweep, say: Callable[[str], None]) -> list[dict[str, Any]]:
     say(f"{about['device']['name']}{f', driver {driver}' if driver else ''}; energy: {energy}")
     results = []
     for title in sweep.models + sweep.shapes:
+        progress(f"loading {title}")
         spec, weights = _load(sweep, title)
         plan = make_plan(spec, units=sweep.threads)
         names = [name for name in sweep.peers if name != "probe"]
@@ -85,11 +90,12 @@ def run(sweep: Sweep, say: Callable[[str], None]) -> list[dict[str, Any]]:
             name = title if title in sweep.shapes else Path(title).name
             work = Workload(model=name, batch=batch, prompt_tokens=prompt, new_tokens=sweep.new_tokens)
             say(f"\n{name}, batch {batch}, prompt {prompt}, {work.new_tokens} new tokens, {sweep.rounds} rounds")
+            progress("packing and prefilling")
             peers = make_peers(spec, weights, work, names, plan)
             if "probe" in sweep.peers:
                 peers["probe"] = Probe(bytes_per_step(spec, batch, prompt, work.new_tokens), plan.units)
             other_work = machine.OtherWork()
-            found = summarize(measure(spec, work, peers, rounds=sweep.rounds, meter=meter))
+            found = summarize(measure(spec, work, peers, rounds=sweep.rounds, meter=meter, report=progress))
             busy = round(other_work.share(), 3) if device.platform == "cpu" else 0.0
             for label, numbers in found["peers"].items():
                 say(describe(label, numbers))
@@ -102,9 +108,20 @@ def run(sweep: Sweep, say: Callable[[str], None]) -> list[dict[str, Any]]:
 def _load(sweep: Sweep, title: str) -> tuple[DecoderSpec, DecoderWeights]:
     if title in sweep.shapes:
         spec = SHAPES[title].spec(sweep.dtype or "bfloat16")
+        _check_room(title, spec)
         return spec, random_weights_on_device(spec)
     loaded = models.from_pretrained(models.SMALL if title == "small" else title, dtype=sweep.dtype)
     return loaded.spec, loaded.decoder_weights()
+
+
+def _check_room(title: str, spec: DecoderSpec) -> None:
+    """Raises ValueError where memory cannot hold the weights, the tape, and what packing takes besides."""
+    need, free = 3 * weight_bytes(spec), machine.free_memory()
+    if free is not None and need > free:
+        raise ValueError(
+            f"{title} takes about {need / 1e9:.0f} GB while its weights are packed, and {free / 1e9:.0f} GB are free "
+            "here; choose a smaller shape"
+        )
 
 
 def _command(sweep: Sweep, title: str, work: Workload) -> str:
