@@ -42,13 +42,18 @@ UNITS = {"gfx942": 304, "gfx950": 256}
 IN_FLIGHT = 8  # loads of weights that a wave has on their way at least, 1 KiB each
 
 
-def large(arch: str, batch: int, capacity: int = 2048, *, near: bool = False, **plan: int) -> Kernel:
+def large(
+    arch: str, batch: int, capacity: int = 2048, *, near: bool = False, placed: bool = False, **plan: int
+) -> Kernel:
     laid_out = Plan(platform="rocm", units=UNITS[arch], **plan)
-    return Kernel(LARGE, laid_out, batch, *attention_tasks(LARGE, laid_out, batch, capacity), arch=arch, near=near)
+    tasks = attention_tasks(LARGE, laid_out, batch, capacity)
+    return Kernel(LARGE, laid_out, batch, *tasks, arch=arch, near=near, placed=placed)
 
 
-def small(name: str, dtype: str, arch: str, batch: int, units: int = 7, **plan: int) -> Kernel:
-    return Kernel(spec_of(name, dtype), Plan(platform="rocm", units=units, **plan), batch, arch=arch)
+def small(
+    name: str, dtype: str, arch: str, batch: int, units: int = 7, *, placed: bool = False, **plan: int
+) -> Kernel:
+    return Kernel(spec_of(name, dtype), Plan(platform="rocm", units=units, **plan), batch, arch=arch, placed=placed)
 
 
 CASES = {
@@ -61,6 +66,11 @@ CASES = {
     "llama-gfx942-batch_1-groups": lambda: large("gfx942", 1, groups=8, near=True),
     "windows-f16-gfx942-batch_3-groups": lambda: small("windows", "float16", "gfx942", 3, units=8, groups=2),
     "nope-bf16-gfx950-batch_1": lambda: small("nope", "bfloat16", "gfx950", 1),
+    "llama-gfx942-batch_1-placed": lambda: large("gfx942", 1, placed=True),
+    "llama-gfx942-batch_4-long-placed": lambda: large("gfx942", 4, capacity=32768, placed=True),
+    "llama-gfx950-batch_16-placed": lambda: large("gfx950", 16, placed=True),
+    "llama-gfx942-batch_1-groups-placed": lambda: large("gfx942", 1, groups=8, near=True, placed=True),
+    "windows-f32-gfx942-batch_3-placed": lambda: small("windows", "float32", "gfx942", 3, placed=True),
 }
 
 

@@ -139,8 +139,12 @@ struct StreamWave {
     lane = arch::lane();
     total = count_atoms(wave, true);
     token = 0;
+#if defined(MK_PLACED)
+    ring.start((const char*)args.streams, pages_of(args, wave), kLastPlace, stream_bytes(wave));
+#else
     ring.start(shared_at<char>(kShared.ring), shared_at<char>(kShared.barriers), stream_of(args, wave),
                stream_bytes(wave));
+#endif
     const char* activations = shared_at<char>(kShared.activations);
     if (start_token() && advance()) {
       for (bool running = true; running;) {
