@@ -50,9 +50,7 @@ def large(
     return Kernel(LARGE, laid_out, batch, *tasks, arch=arch, near=near, placed=placed)
 
 
-def small(
-    name: str, dtype: str, arch: str, batch: int, units: int = 7, *, placed: bool = False, **plan: int
-) -> Kernel:
+def small(name: str, dtype: str, arch: str, batch: int, units: int = 7, *, placed: bool = False, **plan: int) -> Kernel:
     return Kernel(spec_of(name, dtype), Plan(platform="rocm", units=units, **plan), batch, arch=arch, placed=placed)
 
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "control.h"
+#include "pages.h"
 
 namespace mk {
 
@@ -25,17 +26,6 @@ MK_DEVICE u64 stream_bytes(int wave) {
 MK_DEVICE const char* stream_of(const Args& args, int wave) {
   return (const char*)args.streams + (i64)(unit() * kWaves + wave) * MK_WAVE_ELEMS * kWeightBytes;
 }
-
-#if defined(MK_PLACED)
-static_assert(arch::kWave == 64, "waves of 32 lanes read their streams in one piece");
-static_assert((i64)MK_WAVE_ELEMS * kWeightBytes % (2 * kPageBytes) == 0, "a slot of a stream is two pages");
-// Where the pages of a wave's stream are.
-MK_DEVICE const i32* pages_of(const Args& args, int wave) {
-  return args.pages + (i64)(unit() * kWaves + wave) * (MK_WAVE_ELEMS * kWeightBytes / kPageBytes);
-}
-// Where a page can begin at most, whatever the table says.
-constexpr u32 kLastPlace = (u32)((i64)MK_UNITS * MK_UNIT_ELEMS * kWeightBytes / kPlaceBytes);
-#endif
 
 #if defined(MK_FEED_WAVE)
 MK_DEVICE void feed(const Args& args) {

@@ -140,7 +140,7 @@ struct StreamWave {
     total = count_atoms(wave, true);
     token = 0;
 #if defined(MK_PLACED)
-    ring.start((const char*)args.streams, pages_of(args, wave), kLastPlace, stream_bytes(wave));
+    ring.start((const char*)args.streams, pages_of(args, unit(), wave), kLastPlace, stream_bytes(wave));
 #else
     ring.start(shared_at<char>(kShared.ring), shared_at<char>(kShared.barriers), stream_of(args, wave),
                stream_bytes(wave));

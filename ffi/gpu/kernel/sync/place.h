@@ -30,10 +30,11 @@ MK_DEVICE Share share_of(const Args& args, int die) {
 }
 
 // The unit for the work-group that was the nth, from 0, to find no number of its die's, when all have looked.
-MK_DEVICE int left_over(const Args& args, const u32* taken, int nth) {
+MK_DEVICE int left_over(const Args& args, u32* taken, int nth) {
   for (int d = 0; d <= kDies; d++) {
     const Share share = share_of(args, d);
-    const int used = d == kDies ? 0 : smaller(share.count, (int)arch::load_word(taken + d * 32));
+    // A load could give what was there before others took numbers, though they looked after that.
+    const int used = d == kDies ? 0 : smaller(share.count, (int)arch::add(taken + d * 32, 0));
     if (nth < share.count - used) return share.begin + used + nth;
     nth -= share.count - used;
   }
@@ -76,6 +77,9 @@ MK_DEVICE bool find_place(const Args& args) {
         if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, 0, seen, spins == kSpinsBetweenLooks)) break;
         seen = arch::load_word(looked);
       }
+#if !MK_NEAR
+      arch::wave_sync();  // all lanes have seen that there was none
+#endif
       if (arch::lane() == 0) {
 #if MK_NEAR
         place[1] = seen == MK_UNITS;
