@@ -215,7 +215,10 @@ def check_layout(tape: Tape) -> None:
         raise ValueError("tape.embedding must be None exactly when the spec ties the head to the embedding")
     if (tape.pages is None) != (tape.die_units is None):
         raise ValueError("a tape has both of pages and die_units, if it is placed, or none")
-    want = {"streams": ((tape.plan.units, geo.unit_elems), spec.dtype), "constants": ((geo.constants,), "float32")}
+    want: dict[str, tuple[tuple[int, ...], str]] = {
+        "streams": ((tape.plan.units, geo.unit_elems), spec.dtype),
+        "constants": ((geo.constants,), "float32"),
+    }
     if tape.pages is not None:
         pages = page_count(spec, tape.plan)
         if pages == 0:

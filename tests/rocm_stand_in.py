@@ -82,7 +82,8 @@ class StandIn:
         """
         pages, dies = (np.array(x, np.uint8) for x in (of_pages, of_dies))
         homes = gpu_host._Homes.in_dll(self.hip, "hip_homes")
-        homes.begin, homes.of_pages, homes.pages, homes.of_dies = begin, pages.ctypes.data, pages.size, dies.ctypes.data
+        homes.begin, homes.pages = int(begin), pages.size
+        homes.of_pages, homes.of_dies = pages.ctypes.data, dies.ctypes.data
         self.__dict__["_kept"] = pages, dies
         for name in ("near", "far"):
             ctypes.c_uint64.in_dll(self.hip, f"hip_{name}").value = 0

@@ -25,7 +25,8 @@ from decoding import (
     spec_of,
     state_of,
 )
-from gpu_decode import gpu_plan
+from gpu_decode import gpu_plan, gpu_tape_of
+from placed import page_count, scatter
 
 from jax_monokernel.state import FULL, STOPPED
 
@@ -96,11 +97,11 @@ PLACES = {
 }
 
 
-def decode_with_groups(kernel: Kernel, seed: int | None, xcc):
+def decode_with_groups(kernel: Kernel, seed: int | None, xcc, **options):
     rows = slice(3 - kernel.batch, 3)
     state = state_of(kernel.spec, POSITIONS[rows])
     params, want = rows_of((mixed_params(kernel.spec, 3), reference_of_mixed(kernel.spec)), rows)
-    got, run = gfx942.decode_on_emulator(kernel, state, params, want.tokens.shape[1], seed=seed, xcc=xcc)
+    got, run = gfx942.decode_on_emulator(kernel, state, params, want.tokens.shape[1], seed=seed, xcc=xcc, **options)
     assert run.violations == []
     return state, want, got, run
 
@@ -133,6 +134,54 @@ def test_groups_on_several_dies_are_noticed_by_the_check():
     state, params = state_of(kernel.spec, (3,)), params_of(kernel.spec, 1)
     _, run = gfx942.decode_on_emulator(kernel, state, params, 16, xcc=lambda unit: unit % 2, dies=lambda unit: unit)
     assert any("has not released" in violation for violation in run.violations)
+
+
+# XCDs of work-groups: as dealt and measured; one has more work-groups than units, which take what is left over.
+PLACED = {
+    "flat": (one_chunk("plain", "float32", 3), {0: 2, 5: 1}, lambda unit: 0 if unit else 5),
+    "flat-others": (split_up("windows", "float16", 1), {0: 3, 1: 4}, lambda unit: unit // 5),
+    "flat-elsewhere": (one_chunk("nope", "bfloat16", 1), {0: 3}, lambda unit: 7),
+    "groups": (GROUPS["nope"](3), {0: 3, 1: 5}, lambda unit: unit // 2 % 8),
+    "groups-near": (
+        dataclasses.replace(GROUPS["plain"](1), near=True),
+        {2: 3, 7: 3},
+        lambda unit: 7 if unit % 2 else 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PLACED)
+def test_placed(case):
+    """Pages in any order, from any 256 bytes on; work-groups take their units by where they are."""
+    kernel, die_units, xcc = PLACED[case]
+    kernel = dataclasses.replace(kernel, placed=True)
+    tape = gpu_tape_of(kernel.spec, kernel.plan)
+    number = list(PLACED).index(case)
+    order = np.random.default_rng(number).permutation(page_count(tape))
+    tape = scatter(tape, order, die_units, skip=256 * number)
+    state, want, got, run = decode_with_groups(kernel, number or None, xcc, tape=tape)
+    assert run.report["reason"] == 0, run.report
+    assert_same_decode(got, want, kernel.spec, state)
+
+
+def test_a_wrong_page_is_noticed():
+    kernel, die_units, xcc = PLACED["flat"]
+    tape = gpu_tape_of(kernel.spec, kernel.plan)
+    used = np.flatnonzero(np.asarray(tape.streams).view(np.uint8).reshape(page_count(tape), -1).any(axis=1))
+    order = np.arange(page_count(tape))
+    placed = scatter(tape, order, die_units)
+    placed.pages[used[[0, -1]]] = placed.pages[used[[-1, 0]]]
+    _, want, got, _ = decode_with_groups(dataclasses.replace(kernel, placed=True), 1, xcc, tape=placed)
+    assert (np.asarray(got.tokens) != np.asarray(want.tokens)).any()
+
+
+def test_placed_groups_that_are_not_on_one_die_are_noticed():
+    kernel = dataclasses.replace(GROUPS["plain"](1), near=True, placed=True)
+    tape = gpu_tape_of(kernel.spec, kernel.plan)
+    for units in ({0: 3, 1: 3}, {0: 4, 1: 2}):
+        placed = scatter(tape, np.arange(page_count(tape)), units)
+        *_, run = decode_with_groups(kernel, 1, lambda unit: int(unit > 1), tape=placed)
+        assert run.report["reason"] == 4, run.report
 
 
 @pytest.mark.parametrize("groups", [1, 8])

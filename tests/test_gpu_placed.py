@@ -1,4 +1,4 @@
-"""Weights whose pages lie anywhere, on the CPU that runs the GPU kernel: the same tokens, read from where they are near."""
+"""Weights whose pages lie anywhere, on the CPU that runs the GPU kernel: the same tokens, read where they are near."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Which page of a tape lies where, so that units read from the memory that is near them.
 
-Pure functions of a tape's layout and of where pages live. No kernel uses the result yet (docs/topology.md).
+Pure functions of a tape's layout and of where pages live. `pack_near` uses them (docs/topology.md).
 """
 
 from __future__ import annotations
