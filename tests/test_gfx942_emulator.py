@@ -184,13 +184,18 @@ def test_placed_groups_that_are_not_on_one_die_are_noticed():
         assert run.report["reason"] == 4, run.report
 
 
-@pytest.mark.parametrize("groups", [1, 8])
-def test_whole_chip(groups):
+@pytest.mark.parametrize(("groups", "placed"), [(1, False), (8, False), (1, True)])
+def test_whole_chip(groups, placed):
     """As many work-groups as an MI300X has compute units, one on each; in groups, those that it has."""
     spec = spec_of("nope", "bfloat16")
-    kernel = Kernel(spec, gpu_plan(spec, 64, 304, groups=groups), batch=3, near=groups > 1)
+    kernel = Kernel(spec, gpu_plan(spec, 64, 304, groups=groups), batch=3, near=groups > 1, placed=placed)
+    tape = gpu_tape_of(spec, kernel.plan)
+    if placed:
+        order = np.random.default_rng(8).permutation(page_count(tape))
+        tape = scatter(tape, order, dict.fromkeys(range(8), 38), skip=1024)
     state, params = state_of(spec, POSITIONS), mixed_params(spec, 3)
-    got, run = gfx942.decode_on_emulator(kernel, state, params, 16, seed=1, xcc=lambda unit: (unit + 6) % 8)
+    xcc = lambda unit: (unit + 6) % 8  # noqa: E731
+    got, run = gfx942.decode_on_emulator(kernel, state, params, 16, seed=1, xcc=xcc, tape=tape)
     assert run.violations == []
     assert_same_decode(got, reference_of_mixed(spec), spec, state)
 

@@ -328,8 +328,6 @@ struct Ring {
     done<kSlotAtoms>(0);
     done<kSlotAtoms>(kSlotAtoms);
   }
-  MK_METHOD const Global<char>* at(int atom) const { return pages.atom(atom); }
-  MK_METHOD void enter(int slot) { pages.enter(slot); }
 #else
   const Global<char>*begin, *end, *request;
 
@@ -339,11 +337,6 @@ struct Ring {
     place = (u32)lane() * 16;
     done<kSlotAtoms>(0);
     done<kSlotAtoms>(kSlotAtoms);
-  }
-  MK_METHOD const Global<char>* at(int atom) const { return request + atom * kAtomBytes; }
-  MK_METHOD void enter(int) {
-    request += kSlotAtoms * kAtomBytes;
-    if (request == end) request = begin;
   }
 #endif
 
@@ -362,11 +355,22 @@ struct Ring {
     __builtin_amdgcn_sched_barrier(0);
     MK_UNROLL
     for (int i = 0; i < n; i++) {
-      const Global<char>* from = at((atom + i) % kSlotAtoms);
+#if defined(MK_PLACED)
+      const Global<char>* from = pages.atom((atom + i) % kSlotAtoms);
+#else
+      const Global<char>* from = request + (atom + i) % kSlotAtoms * kAtomBytes;
+#endif
       atoms[atom + i] = __builtin_nontemporal_load((const Global<Words4>*)(from + place));
     }
     __builtin_amdgcn_sched_barrier(0);
-    if ((atom + n) % kSlotAtoms == 0) enter((atom + n) / kSlotAtoms % 2);
+    if ((atom + n) % kSlotAtoms == 0) {
+#if defined(MK_PLACED)
+      pages.enter((atom + n) / kSlotAtoms % 2);
+#else
+      request += kSlotAtoms * kAtomBytes;
+      if (request == end) request = begin;
+#endif
+    }
   }
 
   MK_METHOD void next() {}

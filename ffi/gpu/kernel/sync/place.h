@@ -33,8 +33,8 @@ MK_DEVICE Share share_of(const Args& args, int die) {
 MK_DEVICE int left_over(const Args& args, u32* taken, int nth) {
   for (int d = 0; d <= kDies; d++) {
     const Share share = share_of(args, d);
-    // A load could give what was there before others took numbers, though they looked after that.
-    const int used = d == kDies ? 0 : smaller(share.count, (int)arch::add(taken + d * 32, 0));
+    // An addition (that compilers do not see to be of 0): a load could give what was there before others took numbers.
+    const int used = d == kDies ? 0 : smaller(share.count, (int)arch::add(taken + d * 32, (u32)arch::unknown(0)));
     if (nth < share.count - used) return share.begin + used + nth;
     nth -= share.count - used;
   }
