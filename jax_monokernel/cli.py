@@ -210,9 +210,7 @@ def compile_(
         target = _gpu.target(arch, units)
         spec = pretrained_spec(models.SMALL if model is None else model, dtype=dtype)
         for size in batch:
-            compiled = _gpu.compile_ahead(
-                spec, target, batch=size, capacity=capacity, groups=groups, placed=placed
-            )
+            compiled = _gpu.compile_ahead(spec, target, batch=size, capacity=capacity, groups=groups, placed=placed)
             if not compiled.path:
                 _fail("the kernel could not be saved; set MONOKERNEL_CACHE_DIR to a folder that can be written")
             how = f"compiled in {compiled.seconds:.1f} s" if compiled.seconds else "in the cache already"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import sys
 
 import jax
@@ -24,6 +25,8 @@ from gpu_decode import gpu_plan, gpu_tape_of
 from gpu_fakes import make_call, register
 
 from jax_monokernel import Tape, _native, decode, generate, memory_report, pack, prepare, unpack
+from jax_monokernel._gpu_tape import page_count
+from jax_monokernel.decode import TARGET
 from jax_monokernel.plan import Plan, geometry
 from jax_monokernel.tape import DIES, check_layout, pack_placed
 from jax_monokernel.tape_parts import embedding_rows, unpack_layer
@@ -327,3 +330,19 @@ def test_calls_that_cannot_be(make_fake, platform, changes, message):
     call.operands |= {"pages": np.zeros(pages, np.int32), "die_units": np.zeros(DIES, np.int32)} | changes
     with pytest.raises(DECODE_ERRORS, match=message):
         call.run()
+
+
+def test_a_decode_of_a_placed_tape_is_exported():
+    spec = spec_of("windows")
+    plan = gpu_plan(spec, 64, 4)
+    pages, units = jax.ShapeDtypeStruct((page_count(spec, plan),), jnp.int32), jax.ShapeDtypeStruct((DIES,), jnp.int32)
+    tape = jax.eval_shape(lambda w, p, u: pack_placed(spec, w, plan, p, u), weights_of(spec), pages, units)
+    made = jax.export.export(
+        run, platforms=["rocm"], disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(TARGET)]
+    )(tape, state_of(spec), mixed_params(spec, 3))
+    (call,) = re.findall(rf"^.*custom_call @{TARGET}\(.*$", made.mlir_module(), re.MULTILINE)
+    operands = re.findall(r"tensor<(\S*?)>", re.search(r" : \((tensor.*)\) ->", call)[1])
+    assert operands[0] == f"{pages.shape[0] + 1}x1024xf32"
+    assert operands[-2:] == [f"{pages.shape[0]}xi32", "16xi32"]
+    again = jax.export.deserialize(made.serialize())
+    assert again.in_tree == made.in_tree

@@ -37,15 +37,17 @@ def pack_near(
       RuntimeError: what the device or its driver said when homes were looked for.
     """
     plan = make_plan(spec) if plan is None else plan
+    if (pages := page_count(spec, plan)) == 0:
+        return _as_it_is(spec, weights, plan, f"units on {plan.platform} read larger pieces than pages")
     devices = {d for leaf in jax.tree.leaves(weights) if isinstance(leaf, jax.Array) for d in leaf.devices()}
     device = min(devices, key=lambda d: d.id, default=None)
     found = found or discover(plan.platform, 0 if device is None else device.local_hardware_id or 0)
-    reason = _cannot(spec, plan, found) or ("the weights are on several devices" if len(devices) > 1 else None)
+    reason = _cannot(plan, found) or ("the weights are on several devices" if len(devices) > 1 else None)
     if reason is not None:
-        return pack_jitted(spec, weights, plan), Placement(None, float("nan"), float("nan"), reason)
+        return _as_it_is(spec, weights, plan, reason)
     assert found.measurement is not None
 
-    pages, dtype = page_count(spec, plan), jnp.dtype(spec.dtype)
+    dtype = jnp.dtype(spec.dtype)
     memory = jnp.zeros((pages + 1, PAGE_BYTES // dtype.itemsize), dtype, device=device)
     address = memory.block_until_ready().unsafe_buffer_pointer()
     homes = page_homes(memory, found)[:pages]
@@ -60,8 +62,7 @@ def pack_near(
     tape = pack_over(spec, weights, plan, (memory,), table, units)
     if tape.streams.unsafe_buffer_pointer() != address:
         del tape
-        reason = "XLA did not pack the weights into the memory that was looked at"
-        return pack_jitted(spec, weights, plan), Placement(None, placement.local_before, placement.local_before, reason)
+        return _as_it_is(spec, weights, plan, "XLA did not pack the weights into the memory that was looked at")
     return tape, placement
 
 
@@ -82,11 +83,13 @@ def deal_units(measurement: Measurement) -> tuple[np.ndarray, np.ndarray]:
     return counts, np.concatenate(unit_of)
 
 
-def _cannot(spec: DecoderSpec, plan: Plan, found: Found) -> str | None:
-    """Why a tape's pages are not to be placed; None if they are."""
+def _as_it_is(spec: DecoderSpec, weights: DecoderWeights, plan: Plan, reason: str) -> tuple[Tape, Placement]:
+    return pack_jitted(spec, weights, plan), Placement(None, float("nan"), float("nan"), reason)
+
+
+def _cannot(plan: Plan, found: Found) -> str | None:
+    """Why the device is not one to place pages on; None if it is."""
     topology, measurement = found.topology, found.measurement
-    if page_count(spec, plan) == 0:
-        return f"units on {plan.platform} read larger pieces than pages"
     if measurement is None or topology.platform != plan.platform:
         return "the device was not measured (jax-monokernel topology --measure)"
     if (reason := why_not(topology)) is not None:
