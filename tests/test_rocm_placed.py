@@ -24,7 +24,7 @@ from decoding import (
 from gpu_decode import gpu_plan, gpu_tape_of
 from gpu_fakes import make_call, register
 
-from jax_monokernel import Tape, _native, decode, generate, memory_report, pack, prepare, unpack
+from jax_monokernel import Tape, _native, decode, generate, memory_report, pack, prepare, stream, unpack
 from jax_monokernel._gpu_tape import page_count
 from jax_monokernel.decode import TARGET
 from jax_monokernel.plan import Plan, geometry
@@ -188,7 +188,9 @@ def test_prepare_places_by_itself_and_generates_the_same(placing, monkeypatch):
         assert ready.placement is not None
         assert ready.placement.local_after > 0.6
         assert say(ready) == want[0]
-        placing.set_homes(0, np.zeros(0), ())
+    # With a mailbox.
+    pieces = list(stream(ready, [[3, 1, 4]], max_new_tokens=8, do_sample=False))
+    assert [piece.token for piece in pieces] == [t for t in want[0][0] if t >= 0]
     # Other weights: over the same memory, whose homes are known; or in new memory, which is looked at again.
     address = ready.tape.streams.unsafe_buffer_pointer()
     again = ready.repack(models[1], donate=True)
