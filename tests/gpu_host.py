@@ -176,8 +176,9 @@ def run(
     options.policy, options.stores = POLICIES.index(policy), STORES.index(stores)
     die_of = None if dies is None else np.array(dies, np.uint32)
     options.dies = None if die_of is None else die_of.ctypes.data
-    home_of, near_of = (np.array(x, np.uint8) for x in (() if homes is None else homes, near))
-    options.homes = _Homes(operands["streams"].address, home_of.ctypes.data, home_of.size, near_of.ctypes.data)
+    if homes is not None:
+        home_of, near_of = (np.array(x, np.uint8) for x in (homes, near))
+        options.homes = _Homes(operands["streams"].address, home_of.ctypes.data, home_of.size, near_of.ctypes.data)
     if fault is not None:
         start = operands["workspace"].address
         begin, end = start + fault.begin, start + fault.end
