@@ -110,7 +110,13 @@ class Compiled:
 
 
 def compile_ahead(
-    spec: DecoderSpec, target: Target, *, batch: int, capacity: int, groups: int | None = None
+    spec: DecoderSpec,
+    target: Target,
+    *,
+    batch: int,
+    capacity: int,
+    groups: int | None = None,
+    placed: bool = False,
 ) -> Compiled:
     """Compiles the kernel that `decode` will ask for, or finds it in the cache. Needs no GPU.
 
@@ -120,9 +126,10 @@ def compile_ahead(
       batch: requests of a call.
       capacity: positions of the KV cache, which decide how attention is cut.
       groups: of the plan, as for `make_plan`.
+      placed: for tapes that are placed (`topology.pack_near`).
 
     Raises:
-      ValueError: arguments out of range.
+      ValueError: arguments out of range, or weights that cannot be placed.
       RuntimeError: no compiler, naming what to install, or what the compiler said.
     """
     _native.gpu_library_dirs(library_dirs())
@@ -130,6 +137,6 @@ def compile_ahead(
     attributes: dict[str, Any] = program(spec, plan) | call_attributes(spec, plan, batch, capacity)
     near = plan.platform == "rocm" and plan.groups > 1
     if near:  # what it falls back on where work-groups are not as expected
-        _native.gpu_compile(**attributes, batch=batch, arch=target.arch)
-    result = _native.gpu_compile(**attributes, batch=batch, arch=target.arch, near=near)
+        _native.gpu_compile(**attributes, batch=batch, arch=target.arch, placed=placed)
+    result = _native.gpu_compile(**attributes, batch=batch, arch=target.arch, near=near, placed=placed)
     return Compiled(result["code"], result["path"], result["seconds"])

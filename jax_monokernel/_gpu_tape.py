@@ -12,6 +12,11 @@ from jax_monokernel.plan import PHASES, Plan, chunks, geometry
 from jax_monokernel.spec import DecoderSpec
 from jax_monokernel.weights import DecoderWeights, layer_shapes
 
+# Of streams that are placed (docs/topology.md): what lies together, and what its place is counted in.
+PAGE_BYTES = 4096
+PLACE_BYTES = 256
+_PAGE_LINES = PAGE_BYTES // PLACE_BYTES
+
 
 def to_bits(x: jax.Array) -> jax.Array:
     """A float array as integers of its width."""
@@ -23,8 +28,28 @@ def from_bits(x: jax.Array, dtype: str) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, dtype)
 
 
-def pack_atoms(spec: DecoderSpec, plan: Plan, weights: DecoderWeights) -> jax.Array:
-    """The streams of all units: spec.dtype [units, unit_elems]. Jittable."""
+def page_count(spec: DecoderSpec, plan: Plan) -> int:
+    """Pages of a tape's streams, if they can be placed; else 0. ffi/gpu/request.cc has the same rule."""
+    if plan.platform != "rocm" or plan.wave_size != 64:
+        return 0  # NVIDIA's units read larger pieces
+    geo, itemsize = geometry(spec, plan), _itemsize(spec)
+    size = geo.unit_elems * plan.units * itemsize
+    whole = geo.wave_elems * itemsize % (2 * PAGE_BYTES) == 0
+    return size // PAGE_BYTES if whole and size // PLACE_BYTES < 2**31 else 0
+
+
+def pack_atoms(spec: DecoderSpec, plan: Plan, weights: DecoderWeights, pages: jax.Array | None = None) -> jax.Array:
+    """The streams of all units. Jittable.
+
+    Args:
+      spec: the model.
+      plan: how it is cut.
+      weights: of the model.
+      pages: int32 [pages] where each page of the streams is to begin, in PLACE_BYTES; no two overlap.
+
+    Returns:
+      spec.dtype [units, unit_elems]; with `pages`, [pages + 1, elements of a page], where what is no page's is 0.
+    """
     geo = geometry(spec, plan)
     w = jax.tree.map(to_bits, weights.layers)
     attention, mlp, inner = geo.attention_groups, geo.mlp_groups, geo.inner_cols
@@ -41,30 +66,44 @@ def pack_atoms(spec: DecoderSpec, plan: Plan, weights: DecoderWeights) -> jax.Ar
     layers = jnp.concatenate([_to_atoms(stacked[p], spec, plan, p) for p in PHASES[:-1]], axis=1)
     head = _to_atoms(to_bits(weights.output_matrix)[None], spec, plan, "head")
     atoms = jnp.concatenate([layers.reshape(-1, layers.shape[2]), head[0], jnp.zeros_like(head[0, :1])])
-    return from_bits(atoms[_places(spec, plan)].reshape(plan.units, geo.unit_elems), spec.dtype)
+    places = _places(spec, plan)
+    if pages is None:
+        return from_bits(atoms[places].reshape(plan.units, geo.unit_elems), spec.dtype)
+    lines = atoms.reshape(-1, _line(spec))
+    per_atom = lines.shape[0] // atoms.shape[0]
+    wanted = (places.reshape(-1, 1) * per_atom + jnp.arange(per_atom)).reshape(-1, _PAGE_LINES)
+    nothing = jnp.full((len(pages) + 1) * _PAGE_LINES, lines.shape[0] - 1, wanted.dtype)
+    source = nothing.at[pages[:, None] + jnp.arange(_PAGE_LINES)].set(wanted)
+    return from_bits(lines[source].reshape(len(pages) + 1, -1), spec.dtype)
 
 
-def unpack_atoms(spec: DecoderSpec, plan: Plan, streams: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+def unpack_atoms(
+    spec: DecoderSpec, plan: Plan, streams: jax.Array, pages: jax.Array | None = None
+) -> tuple[dict[str, jax.Array], jax.Array]:
     """The matrices of the layers by role, and the head: the inverse of `pack_atoms`. Jittable."""
     per_layer, last = _atom_counts(spec, plan)
     places = _places(spec, plan)
     total = per_layer * spec.num_layers + last
-    bits = to_bits(streams).reshape(*places.shape, -1)
+    if pages is None:
+        bits = to_bits(streams).reshape(*places.shape, -1)
+    else:
+        bits = _atoms_at(spec, plan, streams, pages, jnp.arange(places.size).reshape(places.shape))
     atoms = jnp.zeros((total + 1, bits.shape[-1]), bits.dtype).at[places].set(bits)
     layers = atoms[: per_layer * spec.num_layers].reshape(spec.num_layers, per_layer, -1)
     head = _from_atoms(atoms[None, per_layer * spec.num_layers : total], spec, plan, "head")[0]
     return _by_role(layers, spec, plan), from_bits(head[: spec.vocab_size, : spec.hidden_size], spec.dtype)
 
 
-def unpack_layer_atoms(spec: DecoderSpec, plan: Plan, streams: jax.Array, index: jax.Array) -> dict[str, jax.Array]:
+def unpack_layer_atoms(
+    spec: DecoderSpec, plan: Plan, streams: jax.Array, pages: jax.Array | None, index: jax.Array
+) -> dict[str, jax.Array]:
     """The matrices of one layer by role, [1, out, in]. Jittable; nothing else of the streams is moved."""
     first, step, _ = _atom_places(spec, plan)
     at = jnp.asarray(first) + index * jnp.asarray(step)
-    atoms = _as_atoms(streams, spec, plan)[at]
-    return _by_role(atoms[None], spec, plan)
+    return _by_role(_atoms_at(spec, plan, streams, pages, at)[None], spec, plan)
 
 
-def head_rows(spec: DecoderSpec, plan: Plan, streams: jax.Array, rows: jax.Array) -> jax.Array:
+def head_rows(spec: DecoderSpec, plan: Plan, streams: jax.Array, pages: jax.Array | None, rows: jax.Array) -> jax.Array:
     """Rows of the head, spec.dtype [n, hidden], for int [n]. Jittable."""
     geo, v, m = geometry(spec, plan), _vector(spec), geometry(spec, plan).matrices["head"]
     per_tile = m.cols // geo.atom_cols
@@ -72,15 +111,31 @@ def head_rows(spec: DecoderSpec, plan: Plan, streams: jax.Array, rows: jax.Array
     at = jnp.asarray(_atom_places(spec, plan)[2])[atoms]
     k_blocks = geo.atom_cols // v
     inner = (plan.tile_rows, k_blocks, v) if row_major(plan) else (k_blocks, plan.tile_rows, v)
-    found = _as_atoms(streams, spec, plan)[at].reshape(*at.shape, *inner)
+    found = _atoms_at(spec, plan, streams, pages, at).reshape(*at.shape, *inner)
     row = (rows % plan.tile_rows).reshape(-1, 1, 1, 1, 1)
     found = jnp.take_along_axis(found, row, axis=2 if row_major(plan) else 3)
     return from_bits(found.reshape(rows.shape[0], m.cols)[:, : spec.hidden_size], spec.dtype)
 
 
-def _as_atoms(streams: jax.Array, spec: DecoderSpec, plan: Plan) -> jax.Array:
-    """[units * waves * atoms of a stream, elements of an atom], as bits."""
-    return to_bits(streams).reshape(-1, plan.wave_size * _vector(spec))
+def _atoms_at(spec: DecoderSpec, plan: Plan, streams: jax.Array, pages: jax.Array | None, at: jax.Array) -> jax.Array:
+    """Atoms as bits [*at.shape, elements of an atom], of the streams of all waves one after the other."""
+    size = plan.wave_size * _vector(spec)
+    if pages is None:
+        return to_bits(streams).reshape(-1, size)[at]
+    lines = to_bits(streams).reshape(-1, _line(spec))
+    per_atom = size // _line(spec)
+    per_page = _PAGE_LINES // per_atom
+    first = pages[at // per_page] + at % per_page * per_atom
+    return lines[first[..., None] + jnp.arange(per_atom)].reshape(*at.shape, size)
+
+
+def _itemsize(spec: DecoderSpec) -> int:
+    return 4 if spec.dtype == "float32" else 2
+
+
+def _line(spec: DecoderSpec) -> int:
+    """Elements of PLACE_BYTES."""
+    return PLACE_BYTES // _itemsize(spec)
 
 
 def _by_role(layers: jax.Array, spec: DecoderSpec, plan: Plan) -> dict[str, jax.Array]:

@@ -34,9 +34,19 @@ def gpu_stub(
     shared_bytes: int,
     trace: bool = ...,
     near: bool = ...,
+    placed: bool = ...,
 ) -> str: ...
 def gpu_workspace_bytes(
-    ints: Any, floats: Any, layers: Any, ropes: Any, tiles: Any, *, batch: int, splits: int, task_heads: int
+    ints: Any,
+    floats: Any,
+    layers: Any,
+    ropes: Any,
+    tiles: Any,
+    *,
+    batch: int,
+    splits: int,
+    task_heads: int,
+    placed: bool = ...,
 ) -> int: ...
 def gpu_compile(
     ints: Any,
@@ -51,6 +61,7 @@ def gpu_compile(
     arch: str,
     trace: bool = ...,
     near: bool = ...,
+    placed: bool = ...,
 ) -> dict[str, Any]: ...
 def gpu_shared_bytes(arch: str) -> int: ...
 def gpu_devices(platform: str) -> list[dict[str, Any]]: ...

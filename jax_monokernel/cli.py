@@ -197,6 +197,9 @@ def compile_(
     groups: Annotated[
         int | None, typer.Option(min=1, help="Of units, as for make_plan, which decides by default.")
     ] = None,
+    placed: Annotated[
+        bool, typer.Option("--placed", help="For weights that are placed near units, on AMD GPUs that were measured.")
+    ] = False,
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32. By default as the checkpoint says.")
     ] = None,
@@ -209,7 +212,7 @@ def compile_(
         target = _gpu.target(arch, units)
         spec = pretrained_spec(models.SMALL if model is None else model, dtype=dtype)
         for size in batch:
-            compiled = _gpu.compile_ahead(spec, target, batch=size, capacity=capacity, groups=groups)
+            compiled = _gpu.compile_ahead(spec, target, batch=size, capacity=capacity, groups=groups, placed=placed)
             if not compiled.path:
                 _fail("the kernel could not be saved; set MONOKERNEL_CACHE_DIR to a folder that can be written")
             how = f"compiled in {compiled.seconds:.1f} s" if compiled.seconds else "in the cache already"

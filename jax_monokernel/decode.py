@@ -207,13 +207,14 @@ def _call(
     if tape.plan.platform != "cpu":
         _gpu.register()
         call_attributes = _gpu.call_attributes(spec, tape.plan, batch, state.capacity)
-        size = _native.gpu_workspace_bytes(**attributes, batch=batch, **call_attributes)
+        placed = tape.pages is not None
+        size = _native.gpu_workspace_bytes(**attributes, batch=batch, placed=placed, **call_attributes)
         results["workspace"] = jax.ShapeDtypeStruct((size,), jnp.uint8)
         attributes |= {name: np.int64(value) for name, value in call_attributes.items()}
     call = jax.ffi.ffi_call(TARGET, list(results.values()), input_output_aliases=aliases)
-    # Last, so that calls to which nobody listens are what they would be without it.
-    mail = () if mailbox is None else (mailbox,)
-    values = call(*itertools.chain(operands.values(), carried.values(), mail), **attributes)
+    # Last, so that calls without them are what they would be if there were no such thing.
+    more = [x for x in (tape.pages, tape.die_units, mailbox) if x is not None]
+    values = call(*itertools.chain(operands.values(), carried.values(), more), **attributes)
     out = dict(zip(results, values, strict=True))
     return DecodeResult(
         tokens=out["tokens"],

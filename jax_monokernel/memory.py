@@ -89,19 +89,21 @@ def memory_report(
     parameters = count(nnx.state(model, nnx.Param)) if nnx is not None and isinstance(model, nnx.Module) else 0
     kv_cache = 2 * batch * spec.num_layers * spec.kv_size * capacity * jnp.dtype(spec.kv_dtype).itemsize
     plan = packed.plan or make_plan(spec)
+    placed = packed.tape_if_packed is not None and packed.tape_if_packed.pages is not None
     return MemoryReport(
         checkpoint=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(weight_shapes(spec))),
         parameters=parameters,
         weights=weights,
         tape=tape,
         kv_cache=kv_cache,
-        workspace=_workspace(spec, plan, batch, capacity),
+        workspace=_workspace(spec, plan, batch, capacity, placed),
     )
 
 
-def _workspace(spec: DecoderSpec, plan: Plan, batch: int, capacity: int) -> int:
+def _workspace(spec: DecoderSpec, plan: Plan, batch: int, capacity: int, placed: bool) -> int:
     if plan.platform == "cpu":
         return 0
     largest = min(batch, _native.MAX_BATCH)  # larger batches are split into calls
     attributes: dict[str, Any] = program(spec, plan)
-    return _native.gpu_workspace_bytes(**attributes, batch=largest, **call_attributes(spec, plan, largest, capacity))
+    tasks = call_attributes(spec, plan, largest, capacity)
+    return _native.gpu_workspace_bytes(**attributes, batch=largest, placed=placed, **tasks)

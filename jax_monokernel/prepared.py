@@ -9,28 +9,44 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
+from jax_monokernel._packing import pack_jitted, pack_over
 from jax_monokernel.plan import Plan, make_plan
 from jax_monokernel.prefill import prefill
 from jax_monokernel.protocol import DecoderModel, PrefillFunction, TextTokenizer
 from jax_monokernel.spec import DecoderSpec
 from jax_monokernel.state import DecodeState
-from jax_monokernel.tape import Tape, pack, unpack
+from jax_monokernel.tape import Tape, unpack
 from jax_monokernel.weights import DecoderWeights, check_weights, used_up
+
+if TYPE_CHECKING:
+    from jax_monokernel.topology.placement import Placement
 
 # As `PrefillFunction`, from weights by role or from a tape.
 SourcePrefill = Callable[[DecoderSpec, DecoderWeights | Tape, jax.Array, jax.Array, DecodeState], DecodeState]
 
-_pack = jax.jit(pack, static_argnums=(0, 2))
 
+def pack_for(
+    spec: DecoderSpec, weights: DecoderWeights, plan: Plan, *, near: bool = True
+) -> tuple[Tape, Placement | None]:
+    """Packs weights near the units that read them where that pays and `near` allows it, and elsewhere as `pack` does.
 
-@functools.partial(jax.jit, static_argnums=(0, 2), donate_argnums=3, keep_unused=True)
-def _pack_over(spec: DecoderSpec, weights: DecoderWeights, plan: Plan, old: tuple[jax.Array, jax.Array]) -> Tape:
-    """As `_pack`, into the memory of another tape's streams and constants."""
-    return pack(spec, weights, plan)
+    Returns:
+      The tape, and how its pages were placed; None where that was not asked for, or where nobody would.
+    """
+    if plan.platform != "rocm" or not near:
+        return pack_jitted(spec, weights, plan), None
+    # Not above: they take time to import.
+    from jax_monokernel.topology.near import pack_near
+    from jax_monokernel.topology.placement import Placement
+
+    try:
+        return pack_near(spec, weights, plan)
+    except (ValueError, RuntimeError) as error:  # no such device, or it is in use: decoding does without
+        return pack_jitted(spec, weights, plan), Placement(None, float("nan"), float("nan"), str(error))
 
 
 class PackedWeights:
@@ -45,10 +61,15 @@ class PackedWeights:
         weights: DecoderWeights | None,
         plan: Plan | None = None,
         tape: Tape | None = None,
+        *,
+        near: bool = True,
+        placement: Placement | None = None,
     ):
         self.spec = spec
         self.weights = weights
         self.plan = plan
+        self.near = near  # whether pages may be placed
+        self.placement = placement  # of the tape
         self._tape = tape
         self._gone = False
         self._lock = threading.Lock()
@@ -61,7 +82,8 @@ class PackedWeights:
                 raise ValueError("these weights were used up by repack(donate=True); use what it returned")
             if self._tape is None:
                 assert self.weights is not None
-                self._tape = _pack(self.spec, self.weights, self.plan or make_plan(self.spec))
+                plan = self.plan or make_plan(self.spec)
+                self._tape, self.placement = pack_for(self.spec, self.weights, plan, near=self.near)
             return self._tape
 
     @property
@@ -69,6 +91,11 @@ class PackedWeights:
         """The tape, or None where nothing has asked for it yet."""
         with self._lock:
             return self._tape
+
+    def without_weights(self) -> PackedWeights:
+        """The same, as a tape alone."""
+        tape = self.tape
+        return PackedWeights(self.spec, None, tape.plan, tape, near=self.near, placement=self.placement)
 
     def use_up(self) -> Tape:
         """The tape, for good: it cannot be had again."""
@@ -121,6 +148,11 @@ class Prepared:
         """The weights as decode reads them."""
         return self.packed.tape
 
+    @property
+    def placement(self) -> Placement | None:
+        """How the tape's pages were placed in memory, on ROCm (`topology.pack_near`); None elsewhere, or not packed."""
+        return self.packed.placement
+
     def repack(self, model: DecoderModel | DecoderWeights, *, donate: bool = False) -> Prepared:
         """The same with other weights: after a training step, with a LoRA merged, or another model of equal spec.
 
@@ -143,16 +175,21 @@ class Prepared:
                 raise ValueError("the model has another spec than the one that was packed; use prepare(model)")
             weights, described = _checked_weights(model, spec), _describe(model, self.packed)
         keep = self.keeps_weights
+        near, placement = self.packed.near, self.packed.placement
         if donate:
             old = self.packed.use_up()
-            tape = _pack_over(spec, weights, plan, (old.streams, old.constants))
-        else:
-            tape = _pack(spec, weights, plan)
-        packed = PackedWeights(spec, weights if keep else None, plan, tape)
+            address = old.streams.unsafe_buffer_pointer()
+            tape = pack_over(spec, weights, plan, (old.streams, old.constants), old.pages, old.die_units)
+            moved = old.pages is not None and tape.streams.unsafe_buffer_pointer() != address
+        if not donate or moved:
+            tape, placement = pack_for(spec, weights, plan, near=near)
+        packed = PackedWeights(spec, weights if keep else None, plan, tape, near=near, placement=placement)
         return dataclasses.replace(described, packed=packed)
 
 
-def prepare(model: DecoderModel | Prepared, plan: Plan | None = None, *, keep_weights: bool = True) -> Prepared:
+def prepare(
+    model: DecoderModel | Prepared, plan: Plan | None = None, *, keep_weights: bool = True, placement: bool = True
+) -> Prepared:
     """Packs a model's weights; `generate` takes the result in place of the model.
 
     `generate(model, ...)` does this by itself and keeps the tape while the model lives and its parameters stay the same
@@ -165,6 +202,8 @@ def prepare(model: DecoderModel | Prepared, plan: Plan | None = None, *, keep_we
       keep_weights: whether to hold the weights by role as well. If not, prefill unpacks one layer after the other from
         the tape, and once the model itself is dropped, memory holds one copy of the weights. A `prefill` that the model
         brings gets them unpacked all at once, for the time of a call.
+      placement: whether pages of the tape may be placed near the units that read them, on a GPU of AMD's that was
+        measured and where that is faster (`topology.pack_near`). `Prepared.placement` says what came of it.
 
     Raises:
       ValueError: not such a model, or weights that do not fit its spec.
@@ -172,11 +211,11 @@ def prepare(model: DecoderModel | Prepared, plan: Plan | None = None, *, keep_we
     if isinstance(model, Prepared):
         if keep_weights or not model.keeps_weights:
             return model
-        return dataclasses.replace(model, packed=PackedWeights(model.spec, None, model.tape.plan, model.tape))
+        return dataclasses.replace(model, packed=model.packed.without_weights())
     spec = _checked_spec(model)
-    packed = PackedWeights(spec, _checked_weights(model, spec), plan)
-    tape = jax.block_until_ready(packed.tape)
-    return _describe(model, packed if keep_weights else PackedWeights(spec, None, tape.plan, tape))
+    packed = PackedWeights(spec, _checked_weights(model, spec), plan, near=placement)
+    jax.block_until_ready(packed.tape)
+    return _describe(model, packed if keep_weights else packed.without_weights())
 
 
 def prepared_for(model: DecoderModel | Prepared) -> Prepared:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_monokernel._gpu_tape import from_bits, pack_atoms, to_bits, unpack_atoms
+from jax_monokernel._gpu_tape import PAGE_BYTES, from_bits, pack_atoms, page_count, to_bits, unpack_atoms
 from jax_monokernel.plan import PHASES, VECTOR_ROLES, Geometry, Matrix, Plan, geometry, make_plan
 from jax_monokernel.rope import inverse_frequencies
 from jax_monokernel.spec import DecoderSpec
@@ -26,22 +26,27 @@ from jax_monokernel.weights import DecoderWeights, LayerWeights, check_weights, 
 # Raised whenever the order of bytes in a tape changes.
 LAYOUT_VERSION = 1
 
+DIES = 16  # that a device can tell apart; ffi/gpu/kernel/args.h
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["streams", "constants", "embedding"],
+    data_fields=["streams", "constants", "embedding", "pages", "die_units"],
     meta_fields=["spec", "plan", "layout_version"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tape:
     """Packed weights. `spec`, `plan` and `layout_version` are static: a jitted function recompiles when they change."""
 
-    streams: jax.Array  # spec.dtype [units, unit_elems]
+    streams: jax.Array  # spec.dtype [units, unit_elems]; if placed, [pages + 1, elements of a page of 4096 bytes]
     constants: jax.Array  # f32: final norm, RoPE frequencies, then every layer's norms and biases
     embedding: jax.Array | None  # spec.dtype [vocab, hidden]; None when tied: rows are then read from the head's tiles
     spec: DecoderSpec
     plan: Plan
     layout_version: int = LAYOUT_VERSION
+    # Of a tape that is placed (`topology.pack_near`), else None:
+    pages: jax.Array | None = None  # int32 [pages]: where each page of the units' streams begins, in 256 bytes
+    die_units: jax.Array | None = None  # int32 [16]: units of each XCD, by XCC_ID; the first units are the first one's
 
     @property
     def nbytes(self) -> int:
@@ -108,6 +113,26 @@ def _tape(spec: DecoderSpec, plan: Plan, weights: DecoderWeights, streams: jax.A
     )
 
 
+def pack_placed(spec: DecoderSpec, weights: DecoderWeights, plan: Plan, pages: jax.Array, die_units: jax.Array) -> Tape:
+    """As `pack`, with the pages of the streams in other places. Pure and jittable.
+
+    Args:
+      spec: the model.
+      weights: its weights.
+      plan: device geometry, for ROCm.
+      pages: int32 [pages] where each begins, as in `Tape`; no two overlap.
+      die_units: int32 [16] as in `Tape`.
+
+    Raises:
+      ValueError: weights that do not fit the spec, or a plan whose pages cannot be placed.
+    """
+    check_weights(spec, weights)
+    if page_count(spec, plan) != len(pages):
+        raise ValueError(f"the plan's streams have {page_count(spec, plan)} pages that can be placed, not {len(pages)}")
+    tape = _tape(spec, plan, weights, pack_atoms(spec, plan, weights, pages))
+    return dataclasses.replace(tape, pages=pages, die_units=die_units)
+
+
 def unpack(tape: Tape) -> DecoderWeights:
     """The weights a tape was packed from, bit for bit. Pure and jittable.
 
@@ -117,7 +142,7 @@ def unpack(tape: Tape) -> DecoderWeights:
     check_layout(tape)
     spec, plan, geo = tape.spec, tape.plan, geometry(tape.spec, tape.plan)
     if plan.platform != "cpu":
-        layers, head = unpack_atoms(spec, plan, tape.streams)
+        layers, head = unpack_atoms(spec, plan, tape.streams, tape.pages)
     else:
         bits, m = to_bits(tape.streams), geo.matrices["head"]
         size = geo.layer_elems * spec.num_layers
@@ -190,7 +215,18 @@ def check_layout(tape: Tape) -> None:
     spec, geo = tape.spec, geometry(tape.spec, tape.plan)
     if (tape.embedding is None) != spec.tied_head:
         raise ValueError("tape.embedding must be None exactly when the spec ties the head to the embedding")
-    want = {"streams": ((tape.plan.units, geo.unit_elems), spec.dtype), "constants": ((geo.constants,), "float32")}
+    if (tape.pages is None) != (tape.die_units is None):
+        raise ValueError("a tape has both of pages and die_units, if it is placed, or none")
+    want: dict[str, tuple[tuple[int, ...], str]] = {
+        "streams": ((tape.plan.units, geo.unit_elems), spec.dtype),
+        "constants": ((geo.constants,), "float32"),
+    }
+    if tape.pages is not None:
+        pages = page_count(spec, tape.plan)
+        if pages == 0:
+            raise ValueError(f"the tape is placed, but is packed for {tape.plan.platform}; only ROCm's can be")
+        want["streams"] = ((pages + 1, PAGE_BYTES // jnp.dtype(spec.dtype).itemsize), spec.dtype)
+        want |= {"pages": ((pages,), "int32"), "die_units": ((DIES,), "int32")}
     if not spec.tied_head:
         want["embedding"] = ((spec.vocab_size, spec.hidden_size), spec.dtype)
     for name, (shape, dtype) in want.items():

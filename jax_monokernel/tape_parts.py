@@ -26,7 +26,7 @@ def unpack_layer(tape: Tape, index: jax.Array) -> LayerWeights:
     start = geo.layer_constants_offset + index * geo.layer_constants
     constants = jax.lax.dynamic_slice_in_dim(tape.constants, start, geo.layer_constants)
     if plan.platform != "cpu":
-        matrices = unpack_layer_atoms(spec, plan, tape.streams, index)
+        matrices = unpack_layer_atoms(spec, plan, tape.streams, tape.pages, index)
     else:
         lines = to_bits(tape.streams).reshape(plan.units, -1, _LINE)
         count = geo.layer_elems // _LINE
@@ -43,7 +43,7 @@ def embedding_rows(tape: Tape, tokens: jax.Array) -> jax.Array:
     spec, plan = tape.spec, tape.plan
     rows = tokens.reshape(-1)
     if plan.platform != "cpu":
-        found = head_rows(spec, plan, tape.streams, rows)
+        found = head_rows(spec, plan, tape.streams, tape.pages, rows)
     else:
         found = from_bits(_cpu_head_rows(tape, rows), spec.dtype)
     return found.reshape(*tokens.shape, spec.hidden_size)

@@ -49,6 +49,7 @@ class Kernel:
     task_heads: int = 1
     arch: str = "gfx942"
     near: bool = False
+    placed: bool = False
 
     @property
     def shared_bytes(self) -> int:
@@ -67,18 +68,12 @@ class Kernel:
     @functools.cached_property
     def assembly(self) -> Path:
         """The file with the kernel's instructions."""
-        source = _native.gpu_stub(
-            **program(self.spec, self.plan), **self._request(), shared_bytes=self.shared_bytes, near=self.near
-        )
-        return compile_source(source, self.arch)
+        return compile_source(self._stub(), self.arch)
 
     @functools.cached_property
     def assembly_with_lines(self) -> Path:
         """The same instructions, with comments that say which lines of the source they come from."""
-        source = _native.gpu_stub(
-            **program(self.spec, self.plan), **self._request(), shared_bytes=self.shared_bytes, near=self.near
-        )
-        return compile_source(source, self.arch, "-gline-tables-only")
+        return compile_source(self._stub(), self.arch, "-gline-tables-only")
 
     @functools.cached_property
     def library(self) -> Path:
@@ -86,7 +81,11 @@ class Kernel:
         return link(self.assembly, self.arch)
 
     def _request(self) -> dict[str, int]:
-        return {"batch": self.batch, "splits": self.splits, "task_heads": self.task_heads}
+        return {"batch": self.batch, "splits": self.splits, "task_heads": self.task_heads, "placed": self.placed}
+
+    def _stub(self) -> str:
+        request = {"shared_bytes": self.shared_bytes, "near": self.near} | self._request()
+        return _native.gpu_stub(**program(self.spec, self.plan), **request)
 
 
 def compile_source(source: str, arch: str, *more: str) -> Path:

@@ -52,6 +52,7 @@ class Kernel:
     sanitize: bool = False
     source: Path = gpu_host.KERNEL
     near: bool = False
+    placed: bool = False
 
     @functools.cached_property
     def library(self) -> Path:
@@ -62,6 +63,7 @@ class Kernel:
             task_heads=self.task_heads,
             shared_bytes=self.shared_bytes,
             near=self.near,
+            placed=self.placed,
         )
         return gpu_host.build(stub + _WORKSPACE, sanitize=self.sanitize, kernel=self.source)
 
@@ -112,6 +114,8 @@ def decode_on_host(
         "streams": np.asarray(tape.streams),
         "constants": np.asarray(tape.constants),
         "embedding": None if spec.tied_head else np.asarray(tape.embedding),
+        "pages": None if tape.pages is None else np.asarray(tape.pages),
+        "die_units": None if tape.die_units is None else np.asarray(tape.die_units),
         "row_max_new_tokens": np.asarray(sampling.max_new_tokens),
         "logit_bias": None if sampling.logit_bias is None else np.asarray(sampling.logit_bias),
         "key_data": np.asarray(state.key_data),

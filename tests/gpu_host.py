@@ -79,6 +79,8 @@ class Run:
     stale: int  # loads of words that gave an old value
     faults: int  # injected
     watched: int  # stores in the fault's range
+    near: int  # bytes of weights read from pages that are near the reader's die, where homes are given
+    far: int  # and from others
 
 
 def build(stub: str, *, sanitize: bool = False, kernel: Path = KERNEL) -> Path:
@@ -124,6 +126,8 @@ def run(
     fault: Fault | None = None,
     cancel_step: int = 0,
     dies: Sequence[int] | None = None,
+    homes: np.ndarray | None = None,
+    near: Sequence[int] = (),
     max_steps: int = 20_000_000,
 ) -> Run:
     """Runs a kernel to its end.
@@ -139,6 +143,8 @@ def run(
       fault: what goes wrong.
       cancel_step: the step at which the user's interrupt comes; 0: never.
       dies: of the units; by default all are on one.
+      homes: of the pages of 4096 bytes of args["streams"], for `Run.near` and `Run.far`.
+      near: the home that is near each die.
       max_steps: after which the kernel is taken to hang.
 
     Raises:
@@ -170,6 +176,9 @@ def run(
     options.policy, options.stores = POLICIES.index(policy), STORES.index(stores)
     die_of = None if dies is None else np.array(dies, np.uint32)
     options.dies = None if die_of is None else die_of.ctypes.data
+    if homes is not None:
+        home_of, near_of = (np.array(x, np.uint8) for x in (homes, near))
+        options.homes = _Homes(operands["streams"].address, home_of.ctypes.data, home_of.size, near_of.ctypes.data)
     if fault is not None:
         start = operands["workspace"].address
         begin, end = start + fault.begin, start + fault.end
@@ -347,6 +356,15 @@ class _Fault(ctypes.Structure):
     )
 
 
+class _Homes(ctypes.Structure):
+    _fields_ = (
+        ("begin", ctypes.c_void_p),
+        ("of_pages", ctypes.c_void_p),
+        ("pages", ctypes.c_uint64),
+        ("of_dies", ctypes.c_void_p),
+    )
+
+
 class _Options(ctypes.Structure):
     _fields_ = (
         ("args", _Args),
@@ -360,10 +378,11 @@ class _Options(ctypes.Structure):
         ("unit", ctypes.c_uint64),
         ("fault", _Fault),
         ("dies", ctypes.c_void_p),
+        ("homes", _Homes),
     )
 
 
-_COUNTS = ("steps", "switches", "stores", "delayed", "stale", "faults", "watched")
+_COUNTS = ("steps", "switches", "stores", "delayed", "stale", "faults", "watched", "near", "far")
 
 
 class _Statistics(ctypes.Structure):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gpu_host
+import numpy as np
 from gpu_host import FAULTS, POLICIES, STORES
 
 NATIVE = Path(__file__).parent / "native" / "rocm"
@@ -70,6 +72,29 @@ class StandIn:
             "MONOKERNEL_HIPRTC_LIBRARY": str(self.paths["hiprtc"]),
         }
 
+    def set_homes(self, begin: int, of_pages: np.ndarray, of_dies: Sequence[int]) -> None:
+        """Counts what kernels read of memory from `begin` on, whose pages of 4096 bytes have homes, and forgets counts.
+
+        Args:
+          begin: address of the first page.
+          of_pages: their homes; none: nothing is counted.
+          of_dies: the home that is near each die.
+        """
+        pages, dies = (np.array(x, np.uint8) for x in (of_pages, of_dies))
+        homes = gpu_host._Homes.in_dll(self.hip, "hip_homes")
+        homes.begin, homes.pages = int(begin), pages.size
+        homes.of_pages, homes.of_dies = pages.ctypes.data, dies.ctypes.data
+        self.__dict__["_kept"] = pages, dies
+        for name in ("near", "far"):
+            ctypes.c_uint64.in_dll(self.hip, f"hip_{name}").value = 0
+
+    @property
+    def local(self) -> float:
+        """Share of what was read since `set_homes` that was near its reader."""
+        near, far = (ctypes.c_uint64.in_dll(self.hip, f"hip_{name}").value for name in ("near", "far"))
+        assert near + far > 0
+        return near / (near + far)
+
     def reset(self) -> None:
         """As they are at first, save for counters."""
         first = {
@@ -83,6 +108,7 @@ class StandIn:
         }
         for name, value in first.items():
             setattr(self, name, value)
+        self.set_homes(0, np.zeros(0), ())
         self.take_complaints()
 
     @property

@@ -72,6 +72,17 @@ def test_scope_bits_are_where_the_table_has_them_and_nowhere_else(reviewed):
         assert instruction.text in OPERATIONS.get(function, []), instruction
 
 
+def test_scope_bits_where_pages_are_placed():
+    """The table of pages is only read, so its loads need none; the numbers of units are taken by atomic additions."""
+    found = review(large("gfx942", 1, placed=True))
+    wanted = OPERATIONS | {"add": NEAR_OPERATIONS["add"]}
+    for instruction in found:
+        if re.search(r" (sc0|sc1|nt)|^buffer_", instruction.text) and instruction.text != "global_load_dwordx4 nt":
+            assert instruction.text in wanted.get(instruction.functions[0], []), instruction
+    looks = {i.text for i in found if i.functions[:1] == ("look",) and not i.text.startswith("s_waitcnt")}
+    assert looks == {"global_load_dwordx2"}
+
+
 def loads_words(instruction: Instruction) -> bool:
     """Whether it loads words of a hand-off, until they are there."""
     waits = {"wait_words", "wait_single_words"} & set(instruction.functions)
@@ -184,6 +195,13 @@ def test_the_write_back_is_waited_for(kernel):
 DEVICES = {"gfx942": (4.24e12, 304, 2.1e9), "gfx950": (6.9e12, 256, 2.4e9)}
 NEEDED = 1.3
 RATES = table("Instructions for a KiB of weights")
+
+
+@pytest.mark.parametrize(("arch", "batch"), [("gfx942", 1), ("gfx950", 16)])
+def test_looking_pages_up_takes_few_instructions(arch, batch):
+    plain, placed = (cost(large(arch, batch, placed=p), kernel_atoms()) for p in (False, True))
+    assert placed.group_slots / placed.group_atoms < plain.group_slots / plain.group_atoms + 1
+    assert placed.slots < 1.01 * plain.slots
 
 
 @pytest.mark.parametrize("row", RATES, ids=lambda row: "-".join(row[:3]))

@@ -27,7 +27,8 @@ from decoding import (
     state_of,
     tape_of,
 )
-from gpu_decode import gpu_plan
+from gpu_decode import gpu_plan, gpu_tape_of
+from placed import page_count, scatter
 
 from jax_monokernel.state import FULL, STOPPED
 
@@ -110,11 +111,11 @@ PLACES = {
 }
 
 
-def decode_with_groups(kernel: Kernel, seed: int | None, xcc):
+def decode_with_groups(kernel: Kernel, seed: int | None, xcc, **options):
     rows = slice(3 - kernel.batch, 3)
     state = state_of(kernel.spec, POSITIONS[rows])
     params, want = rows_of((mixed_params(kernel.spec, 3), reference_of_mixed(kernel.spec)), rows)
-    got, run = gfx942.decode_on_emulator(kernel, state, params, want.tokens.shape[1], seed=seed, xcc=xcc)
+    got, run = gfx942.decode_on_emulator(kernel, state, params, want.tokens.shape[1], seed=seed, xcc=xcc, **options)
     assert run.violations == []
     return state, want, got, run
 
@@ -149,13 +150,66 @@ def test_groups_on_several_dies_are_noticed_by_the_check():
     assert any("has not released" in violation for violation in run.violations)
 
 
-@pytest.mark.parametrize("groups", [1, 8])
-def test_whole_chip(groups):
+# XCDs of work-groups: as dealt and measured; one has more work-groups than units, which take what is left over.
+PLACED = {
+    "flat": (one_chunk("plain", "float32", 3), {0: 2, 5: 1}, lambda unit: 0 if unit else 5),
+    "flat-others": (split_up("windows", "float16", 1), {0: 3, 1: 4}, lambda unit: unit // 5),
+    "flat-elsewhere": (one_chunk("nope", "bfloat16", 1), {0: 3}, lambda unit: 7),
+    "groups": (GROUPS["nope"](3), {0: 3, 1: 5}, lambda unit: unit // 2 % 8),
+    "groups-near": (
+        dataclasses.replace(GROUPS["plain"](1), near=True),
+        {2: 3, 7: 3},
+        lambda unit: 7 if unit % 2 else 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PLACED)
+def test_placed(case):
+    """Pages in any order, from any 256 bytes on; work-groups take their units by where they are."""
+    kernel, die_units, xcc = PLACED[case]
+    kernel = dataclasses.replace(kernel, placed=True)
+    tape = gpu_tape_of(kernel.spec, kernel.plan)
+    number = list(PLACED).index(case)
+    order = np.random.default_rng(number).permutation(page_count(tape))
+    tape = scatter(tape, order, die_units, skip=256 * number)
+    state, want, got, run = decode_with_groups(kernel, number or None, xcc, tape=tape)
+    assert run.report["reason"] == 0, run.report
+    assert_same_decode(got, want, kernel.spec, state)
+
+
+def test_a_wrong_page_is_noticed():
+    kernel, die_units, xcc = PLACED["flat"]
+    tape = gpu_tape_of(kernel.spec, kernel.plan)
+    used = np.flatnonzero(np.asarray(tape.streams).view(np.uint8).reshape(page_count(tape), -1).any(axis=1))
+    order = np.arange(page_count(tape))
+    placed = scatter(tape, order, die_units)
+    placed.pages[used[[0, -1]]] = placed.pages[used[[-1, 0]]]
+    _, want, got, _ = decode_with_groups(dataclasses.replace(kernel, placed=True), 1, xcc, tape=placed)
+    assert (np.asarray(got.tokens) != np.asarray(want.tokens)).any()
+
+
+def test_placed_groups_that_are_not_on_one_die_are_noticed():
+    kernel = dataclasses.replace(GROUPS["plain"](1), near=True, placed=True)
+    tape = gpu_tape_of(kernel.spec, kernel.plan)
+    for units in ({0: 3, 1: 3}, {0: 4, 1: 2}):
+        placed = scatter(tape, np.arange(page_count(tape)), units)
+        *_, run = decode_with_groups(kernel, 1, lambda unit: int(unit > 1), tape=placed)
+        assert run.report["reason"] == 4, run.report
+
+
+@pytest.mark.parametrize(("groups", "placed"), [(1, False), (8, False), (1, True)])
+def test_whole_chip(groups, placed):
     """As many work-groups as an MI300X has compute units, one on each; in groups, those that it has."""
     spec = spec_of("nope", "bfloat16")
-    kernel = Kernel(spec, gpu_plan(spec, 64, 304, groups=groups), batch=3, near=groups > 1)
+    kernel = Kernel(spec, gpu_plan(spec, 64, 304, groups=groups), batch=3, near=groups > 1, placed=placed)
+    tape = gpu_tape_of(spec, kernel.plan)
+    if placed:
+        order = np.random.default_rng(8).permutation(page_count(tape))
+        tape = scatter(tape, order, dict.fromkeys(range(8), 38), skip=1024)
     state, params = state_of(spec, POSITIONS), mixed_params(spec, 3)
-    got, run = gfx942.decode_on_emulator(kernel, state, params, 16, seed=1, xcc=lambda unit: (unit + 6) % 8)
+    xcc = lambda unit: (unit + 6) % 8  # noqa: E731
+    got, run = gfx942.decode_on_emulator(kernel, state, params, 16, seed=1, xcc=xcc, tape=tape)
     assert run.violations == []
     assert_same_decode(got, reference_of_mixed(spec), spec, state)
 

@@ -428,6 +428,18 @@ def test_compile_ahead_of_groups_makes_both_kernels(make_fake):
     assert fake.compiles == 2
 
 
+def test_compile_ahead_for_weights_that_are_placed(make_fake):
+    fake = make_fake("rocm")
+    arguments = {"batch": 1, "capacity": 16, "groups": 1}
+    _gpu.compile_ahead(spec_of(), _gpu.Target("rocm", "gfx942", 6), **arguments)
+    assert "MK_PLACED" not in fake.source
+    _gpu.compile_ahead(spec_of(), _gpu.Target("rocm", "gfx942", 6), **arguments, placed=True)
+    assert "#define MK_PLACED 1\n" in fake.source
+    assert fake.compiles == 2
+    with pytest.raises(ValueError, match="can be placed for rocm"):
+        _gpu.compile_ahead(spec_of(), _gpu.Target("cuda", "sm_90", 6), **arguments, placed=True)
+
+
 def stub_of(spec):
     from jax_monokernel.plan import attention_tasks
 

@@ -217,7 +217,7 @@ def test_the_run_time_brings_what_the_device_wrote(make_fake, platform):
         call.run()
     call.operands["mailbox"] = operand(Mailbox(2, 3))
     assert fake.launches == 1
-    call.operands["another"] = call.operands["mailbox"]
+    call.operands |= {f"another {i}": call.operands["mailbox"] for i in range(3)}  # one or two are other things
     with pytest.raises(DECODE_ERRORS, match="made by another version"):
         call.run()
     assert _native.find_mailbox(12345) is None

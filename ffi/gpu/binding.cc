@@ -35,6 +35,11 @@ Attributes attributes(const Array<int64_t>& ints, const Array<float>& floats, co
   return {span(ints), span(floats), span(layers), span(ropes), span(tiles)};
 }
 
+bool placed_if(bool placed, const Request& request) {
+  if (placed && pages(request.program) == 0) throw std::invalid_argument("pages of weights can be placed for rocm, by a plan with waves of 64 lanes");
+  return placed;
+}
+
 Vendor vendor_of(const std::string& platform) {
   if (platform == "cuda") return Vendor::kCuda;
   if (platform == "rocm") return Vendor::kRocm;
@@ -215,28 +220,32 @@ void bind(py::module_& m) {
 #define PROGRAM py::arg("ints"), py::arg("floats"), py::arg("layers"), py::arg("ropes"), py::arg("tiles")
   m.def("gpu_stub",
         [](const Array<int64_t>& ints, const Array<float>& floats, const Array<int64_t>& layers, const Array<double>& ropes,
-           const Array<int64_t>& tiles, int64_t batch, int64_t splits, int64_t task_heads, int64_t shared_bytes, bool trace, bool near) {
+           const Array<int64_t>& tiles, int64_t batch, int64_t splits, int64_t task_heads, int64_t shared_bytes, bool trace, bool near, bool placed) {
           Request request = read_request(attributes(ints, floats, layers, ropes, tiles), batch, splits, task_heads);
           request.trace = trace;
           request.near = near;
+          request.placed = placed_if(placed, request);
           return stub(request, shared_bytes);
         },
         PROGRAM, py::kw_only(), py::arg("batch"), py::arg("splits"), py::arg("task_heads"), py::arg("shared_bytes"),
-        py::arg("trace") = false, py::arg("near") = false, "The source that is compiled for a program (docs/kernel.md).");
+        py::arg("trace") = false, py::arg("near") = false, py::arg("placed") = false, "The source that is compiled for a program (docs/kernel.md).");
   m.def("gpu_workspace_bytes",
         [](const Array<int64_t>& ints, const Array<float>& floats, const Array<int64_t>& layers, const Array<double>& ropes,
-           const Array<int64_t>& tiles, int64_t batch, int64_t splits, int64_t task_heads) {
-          return workspace_size(read_request(attributes(ints, floats, layers, ropes, tiles), batch, splits, task_heads)).bytes;
+           const Array<int64_t>& tiles, int64_t batch, int64_t splits, int64_t task_heads, bool placed) {
+          Request request = read_request(attributes(ints, floats, layers, ropes, tiles), batch, splits, task_heads);
+          request.placed = placed_if(placed, request);
+          return workspace_size(request).bytes;
         },
-        PROGRAM, py::kw_only(), py::arg("batch"), py::arg("splits"), py::arg("task_heads"),
+        PROGRAM, py::kw_only(), py::arg("batch"), py::arg("splits"), py::arg("task_heads"), py::arg("placed") = false,
         "Size of the custom call's last result.");
   m.def("gpu_compile",
         [](const Array<int64_t>& ints, const Array<float>& floats, const Array<int64_t>& layers, const Array<double>& ropes,
-           const Array<int64_t>& tiles, int64_t batch, int64_t splits, int64_t task_heads, const std::string& arch, bool trace, bool near) {
+           const Array<int64_t>& tiles, int64_t batch, int64_t splits, int64_t task_heads, const std::string& arch, bool trace, bool near, bool placed) {
           const Architecture a = architecture(arch);
           Request request = read_request(attributes(ints, floats, layers, ropes, tiles), batch, splits, task_heads);
           request.trace = trace;
           request.near = near;
+          request.placed = placed_if(placed, request);
           if (request.program.platform != static_cast<int64_t>(a.vendor) || request.program.wave_size != a.wave_size) {
             throw std::invalid_argument("the plan is not for " + a.name);
           }
@@ -252,7 +261,7 @@ void bind(py::module_& m) {
           return result;
         },
         PROGRAM, py::kw_only(), py::arg("batch"), py::arg("splits"), py::arg("task_heads"), py::arg("arch"),
-        py::arg("trace") = false, py::arg("near") = false, "Compiles a program's kernel, or takes it from the cache: binary, file and seconds.");
+        py::arg("trace") = false, py::arg("near") = false, py::arg("placed") = false, "Compiles a program's kernel, or takes it from the cache: binary, file and seconds.");
 #undef PROGRAM
   m.def("gpu_shared_bytes", [](const std::string& arch) { return architecture(arch).shared_bytes; }, py::arg("arch"),
         "Shared memory of a unit on an architecture.");

@@ -73,7 +73,7 @@ std::shared_ptr<const Built> build(const Architecture& a, const Request& request
   return build(a, stub(request, a.shared_bytes),
                {.what = "the kernel for this model, batch " + batch + ",",
                 .short_what = "kernel for this model",
-                .ahead = "jax-monokernel compile --model CHECKPOINT --batch " + batch + " --arch " + a.name});
+                .ahead = "jax-monokernel compile --model CHECKPOINT --batch " + batch + " --arch " + a.name + (request.placed ? " --placed" : "")});
 }
 
 std::shared_ptr<const Built> build(const Architecture& a, const std::string& source, const Title& title) {

@@ -23,6 +23,8 @@ enum Operand {
   kStreams, kConstants, kEmbedding, kTemperature, kTopK, kTopP, kMinP, kRepetitionPenalty, kPresencePenalty, kMaxNewTokens,
   kEosTokenId, kLogitBias, kKeyData, kKCache, kVCache, kPosition, kLastToken, kStatus, kSeen, kOperands
 };
+// After them: where pages of the streams are, for weights that are placed; and the mailbox, where somebody listens.
+constexpr size_t kPlaceOperands = 2;
 enum Outcome {
   kTokens, kLengths, kLogProbs, kKCacheOut, kVCacheOut, kPositionOut, kLastTokenOut, kStatusOut, kSeenOut, kWorkspace, kOutcomes
 };
@@ -83,13 +85,17 @@ Call make_call(const std::vector<AnyBuffer>& in, const std::vector<AnyBuffer>& o
   }
   if (bias != 0 && bias != p.vocab_size) throw invalid("logit_bias has the wrong shape; expected [batch, vocab_size]");
   if (log_probs != 0 && log_probs != steps) throw invalid("log_probs has the wrong shape");
+  call.request.placed = in.size() >= kOperands + kPlaceOperands;
+  const int64_t page_count = pages(p), page_elems = mk::kPageBytes / (p.weight_dtype == kF32 ? 4 : 2);
+  if (call.request.placed && page_count == 0) throw invalid("pages of weights can be placed for ROCM, by a plan with waves of 64 lanes");
 
   const DataType weights = xla_type(p.weight_dtype), kv = xla_type(p.kv_dtype);
   const std::vector<int64_t> cache = {batch, p.num_layers, p.num_kv_heads, capacity, p.head_dim};
   const std::vector<int64_t> embedding =
       p.tied_head ? std::vector<int64_t>{0, 0} : std::vector<int64_t>{p.vocab_size, p.hidden_size};
   const Field operands[kOperands] = {
-      {"streams", weights, {p.units, p.unit_elems}},
+      {"streams", weights,
+       call.request.placed ? std::vector<int64_t>{page_count + 1, page_elems} : std::vector<int64_t>{p.units, p.unit_elems}},
       {"constants", DataType::F32, {p.constants}},
       {"embedding", weights, embedding},
       {"temperature", DataType::F32, {batch}},
@@ -124,9 +130,15 @@ Call make_call(const std::vector<AnyBuffer>& in, const std::vector<AnyBuffer>& o
   };
   for (int i = 0; i < kOperands; i++) check_field(in[i], operands[i]);
   for (int i = 0; i < kOutcomes; i++) check_field(out[i], outcomes[i]);
-  if (in.size() > kOperands) {
-    check_field(in[kOperands], {"mailbox", DataType::S32, {batch, 2}});
-    call.mailbox = pointer<void>(in[kOperands]);
+  if (call.request.placed) {
+    check_field(in[kOperands], {"pages", DataType::S32, {page_count}});
+    check_field(in[kOperands + 1], {"die_units", DataType::S32, {mk::kDies}});
+    call.args.pages = pointer<int32_t>(in[kOperands]);
+    call.args.die_units = pointer<int32_t>(in[kOperands + 1]);
+  }
+  if (in.size() % kPlaceOperands != kOperands % kPlaceOperands) {
+    check_field(in.back(), {"mailbox", DataType::S32, {batch, 2}});
+    call.mailbox = pointer<void>(in.back());
   }
   // XLA gives an aliased result its operand's memory. Where it could not, the operand's contents are brought along.
   for (int i = kKCache; i < kOperands; i++) {
@@ -186,8 +198,7 @@ using Doubles = ffi::Span<const double>;
 ffi::Error decode(Vendor vendor, void* stream, int32_t ordinal, ffi::RemainingArgs args, ffi::RemainingRets rets, Ints ints,
                   Floats floats, Ints layers, Doubles ropes, Ints tiles, int64_t splits, int64_t task_heads) {
   try {
-    const bool mailbox = args.size() == kOperands + 1;  // where somebody listens: the last operand
-    if ((args.size() != kOperands && !mailbox) || rets.size() != kOutcomes) {
+    if (args.size() < kOperands || args.size() > kOperands + kPlaceOperands + 1 || rets.size() != kOutcomes) {
       throw Failure(Code::kInvalid, "the call has " + std::to_string(args.size()) + " operands and " +
                                         std::to_string(rets.size()) + " results; it was made by another version of "
                                         "jax_monokernel: trace or export it again");

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "gpu/failure.h"
+#include "gpu/kernel/args.h"
 #include "read_fields.h"
 
 namespace monokernel::gpu {
@@ -165,9 +166,17 @@ Request read_request(const Attributes& a, int64_t batch, int64_t splits, int64_t
   return request;
 }
 
+int64_t pages(const Program& p) {
+  // NVIDIA's units read larger pieces than pages. A wave's slot of 8 atoms of 64 * 16 bytes is two pages.
+  if (p.platform != 2 || p.wave_size != 64) return 0;
+  const int64_t itemsize = p.weight_dtype == kF32 ? 4 : 2, most = std::numeric_limits<int32_t>::max();
+  if (p.unit_elems > most * mk::kPlaceBytes / itemsize / p.units || p.wave_elems * itemsize % (2 * mk::kPageBytes) != 0) return 0;
+  return p.units * p.unit_elems * itemsize / mk::kPageBytes;
+}
+
 std::string request_key(const Attributes& a, const Request& r) {
   std::string key;
-  const int64_t call[] = {r.batch, r.splits, r.task_heads, r.trace, r.near};
+  const int64_t call[] = {r.batch, r.splits, r.task_heads, r.trace, r.near, r.placed};
   const auto add = [&key](const void* data, size_t bytes) { key.append(static_cast<const char*>(data), bytes); };
   // The program's first numbers give the sizes of its tables, so that no two requests run together.
   add(a.ints.data(), a.ints.size_bytes());

@@ -27,12 +27,16 @@ struct Request {
   int64_t task_heads = 0;  // query heads of one attention task
   bool trace = false;
   bool near = false;  // words that stay inside a group go no further than the cache of its die
+  bool placed = false;  // the streams' pages lie where a table says, and units are dealt to dies
 
   int threads() const {
     const int64_t feed_waves = program.wave_size == 32;  // MK_FEED_WAVE of kernel/arch/cuda.h
     return static_cast<int>((program.waves + program.service_waves + feed_waves) * program.wave_size);
   }
 };
+
+// Pages of the streams, if they can be placed; else 0.
+int64_t pages(const Program& program);
 
 constexpr int64_t kMaxBatch = 16;
 constexpr int64_t kMaxSplits = 4096;

@@ -21,6 +21,7 @@ WorkspaceSize workspace_size(const Request& request) {
   dims.attention_groups = p.attention_groups;
   dims.mlp_groups = p.mlp_groups;
   dims.inner_cols = p.inner_cols;
+  dims.dies = request.placed ? mk::kDies : p.groups > 1 ? p.groups : 0;
   // What the kernel needs at most: it keeps small residuals in shared memory. They come last, so no offset depends on it.
   dims.own_residual = p.post_norm ? request.batch * p.hidden_size : 0;
   if (mk::has_packed_hand_offs(p.groups == 1 && p.wave_size == 32 && p.weight_dtype != kF16 && !p.post_norm, request.batch)) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,10 @@ import numpy as np
 from jax_monokernel import DecoderSpec, DecodeState, empty_state
 from jax_monokernel.decode import decode
 from jax_monokernel.mailbox import Mailbox, operand
-from jax_monokernel.plan import Plan
+from jax_monokernel.plan import Plan, make_plan
 from jax_monokernel.prefill import prefill
+from jax_monokernel.prepared import pack_for
 from jax_monokernel.sampling import GenerationConfig, sampling_params
-from jax_monokernel.tape import pack
 from jax_monokernel.weights import DecoderWeights
 
 
@@ -39,12 +40,15 @@ class Ours:
         plan: Plan | None = None,
     ):
         self._state = prefilled(spec, weights, prompt, new_tokens)
-        self._tape = jax.block_until_ready(jax.jit(functools.partial(pack, spec, plan=plan))(weights))
+        self._tape, placement = pack_for(spec, weights, plan or make_plan(spec))
+        jax.block_until_ready(self._tape)
         config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens)
         self._sampling = sampling_params(config, batch=len(prompt), vocab_size=spec.vocab_size)
         self._decode = jax.jit(functools.partial(decode, max_new_tokens=new_tokens), donate_argnames="state")
         self._shape = len(prompt), new_tokens
-        self.settings = {"plan_units": self._tape.plan.units}
+        self.settings: dict[str, Any] = {"plan_units": self._tape.plan.units}
+        if placement is not None:
+            self.settings["placement"] = placement.describe()
 
     def measure(self) -> dict:
         """{"seconds": of new_tokens steps, "tokens": int [batch][new_tokens]}."""

@@ -5,6 +5,7 @@ from jax_monokernel.topology.host import host_topology
 from jax_monokernel.topology.measure import measure
 from jax_monokernel.topology.measurement import Measurement, topology_of
 from jax_monokernel.topology.model import CONSTANTS, Constant, Group, Interleave, MemoryDomain, Topology
+from jax_monokernel.topology.near import pack_near
 from jax_monokernel.topology.partition import Partition, partition_of
 from jax_monokernel.topology.parts import modes, part, part_for, part_names
 from jax_monokernel.topology.placement import Placement, apply_order, page_traffic, place, place_tape, undo_order
@@ -30,6 +31,7 @@ __all__ = [
     "measure",
     "measure_device",
     "modes",
+    "pack_near",
     "page_homes",
     "page_traffic",
     "part",

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jax_monokernel import _gpu, _native
+from jax_monokernel._gpu_tape import PAGE_BYTES
 from jax_monokernel.plan import Platform
 from jax_monokernel.topology import store
 from jax_monokernel.topology.host import host_topology
@@ -100,15 +101,15 @@ def _device_id(described: dict[str, Any]) -> str:
 def page_homes(array: jax.Array, found: Found) -> np.ndarray:
     """Where the 4 KiB pages of an array on a GPU live: int8 [whole pages] domains, -1 if undecided. For `place_tape`.
 
-    Words of the array are written while that is found out, and hold again afterwards what they held: nothing else may
-    use the array meanwhile.
+    The first page is that which begins at the first multiple of 4096 bytes in the array. Words of the array are written
+    while that is found out, and hold again afterwards what they held: nothing else may use the array meanwhile.
 
     Args:
-      array: of any shape, on one GPU, such as a tape's streams.
+      array: of any shape, on one GPU.
       found: that GPU, measured.
 
     Raises:
-      ValueError: a device that was not measured, or an array that is not on it or does not begin at a page.
+      ValueError: a device that was not measured, or an array that is not on it.
       RuntimeError: what the device or its driver said.
     """
     m = found.measurement
@@ -119,7 +120,10 @@ def page_homes(array: jax.Array, found: Found) -> np.ndarray:
         raise ValueError(f"the array is on {devices}; expected one GPU")
     _check_device(m, devices[0])
     array.block_until_ready()
-    return _homes_at(m, devices[0].local_hardware_id or 0, array.unsafe_buffer_pointer(), array.nbytes)
+    address = array.unsafe_buffer_pointer()
+    before = -address % PAGE_BYTES
+    size = max(0, array.nbytes - before) // PAGE_BYTES * PAGE_BYTES
+    return _homes_at(m, devices[0].local_hardware_id or 0, address + before, size)
 
 
 def _homes_at(m: Measurement, ordinal: int, address: int, size: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Which page of a tape lies where, so that units read from the memory that is near them.
 
-Pure functions of a tape's layout and of where pages live. No kernel uses the result yet (docs/topology.md).
+Pure functions of a tape's layout and of where pages live. `pack_near` uses them (docs/topology.md).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jax_monokernel._gpu_tape import PAGE_BYTES
 from jax_monokernel.plan import Plan, geometry
 from jax_monokernel.topology.model import Topology
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from jax_monokernel.spec import DecoderSpec
     from jax_monokernel.topology.discover import Found
 
-PAGE_BYTES = 4096
 LEAST_GAIN = 1.02  # of reads from near memory over reads from all of it, below which nothing is moved
 
 

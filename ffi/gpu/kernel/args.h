@@ -32,7 +32,7 @@ enum Reason : u32 {
 
 // Device pointers; shapes as in jax_monokernel.decode. Everything carried is read and written in place.
 struct Args {
-  const void* streams;      // weights [units][waves][wave_elems]
+  const void* streams;      // weights [units][waves][wave_elems]; MK_PLACED: see pages
   const float* constants;   // [constants]
   const void* embedding;    // weights [vocab][hidden]; null when tied
   const float* temperature;         // [batch]
@@ -64,6 +64,12 @@ struct Args {
   i32 max_new_tokens;
   i32 eos_count;
   u64 timeout_ticks;  // of arch::ticks()
+  // MK_PLACED builds; else null. The streams' pages, one after the other, lie anywhere in [pages + 1][kPageBytes] at `streams`.
+  const i32* pages;      // [pages] where each begins, in kPlaceBytes
+  const i32* die_units;  // [kDies] units that each die has; the first units are the first die's
 };
+
+constexpr i32 kPageBytes = 4096, kPlaceBytes = 256;
+constexpr i32 kDies = 16;  // that a device can tell apart
 
 }  // namespace mk

@@ -33,6 +33,13 @@ constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 constexpr int common_divisor(int a, int b) { return b == 0 ? a : common_divisor(b, a % b); }
 
+// Whether the streams' pages lie where a table says, and units are dealt to the dies that they are near to (sync/place.h).
+#if defined(MK_PLACED)
+constexpr bool kPlaced = true;
+#else
+constexpr bool kPlaced = false;
+#endif
+
 constexpr int kBatch = MK_BATCH;
 constexpr int kWaves = MK_WAVES;                 // stream waves
 constexpr int kServiceWaves = MK_SERVICE_WAVES;  // waves kWaves and up
@@ -340,7 +347,7 @@ MK_DEVICE T* shared_at(int offset) {
 
 // The unit that this work-group is: its number, or what it has found at the start (sync/place.h).
 MK_DEVICE int unit() {
-#if MK_NEAR
+#if MK_NEAR || defined(MK_PLACED)
   return arch::shared_number(shared_at<int>(kShared.place));
 #else
   return arch::unit();

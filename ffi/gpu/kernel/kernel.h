@@ -192,7 +192,7 @@ MK_DEVICE void serve(const Args& args) {
 
 MK_KERNEL(mk::kThreads) void monokernel(mk::Args args) {
   mk::arch::enter();
-#if MK_NEAR
+#if MK_NEAR || defined(MK_PLACED)
   if (!mk::find_place(args)) return;
 #endif
 #if defined(MK_FEED_WAVE)

@@ -5,6 +5,7 @@
 #include "control.h"
 #include "math/elementary.h"
 #include "math/matrix.h"
+#include "pages.h"
 #include "sync/packed.h"
 #include "sync/place.h"
 
@@ -232,7 +233,11 @@ MK_DEVICE void store_activations(char* row, int column, const Float4& x) {
 
 // Row `token` of a tied embedding, inside the head's tiles.
 struct HeadRow {
+#if defined(MK_PLACED)
+  const Args* args;
+#else
   const char* unit_stream;
+#endif
   int tile, row, tiles_of_segment, unit;
 };
 
@@ -248,7 +253,11 @@ MK_DEVICE HeadRow find_head_row(const Args& args, int token) {
   r.tile = tile - t.begin;
   r.row = token % kTileRows;
   r.tiles_of_segment = smaller(kSegmentTiles, t.count - r.tile / kSegmentTiles * kSegmentTiles);
+#if defined(MK_PLACED)
+  r.args = &args;
+#else
   r.unit_stream = (const char*)args.streams + (i64)unit * MK_UNIT_ELEMS * kWeightBytes;
+#endif
   return r;
 }
 
@@ -269,7 +278,12 @@ MK_DEVICE Vec4 load_head_row(const HeadRow& r, int column) {
   before += r.tile % kSegmentTiles * run.count + atom - run.begin;
   const int block = column % kAtomCols / kVector, element = column % kVector;
   const int place = (MK_ROW_MAJOR_ATOM ? r.row * kBlocks + block : block * kTileRows + r.row) * kVector + element;
-  const char* p = r.unit_stream + ((i64)wave * MK_WAVE_ELEMS + (i64)before * arch::kWave * kVector + place) * kWeightBytes;
+  const i64 in_unit = (i64)wave * MK_WAVE_ELEMS + (i64)before * arch::kWave * kVector + place;
+#if defined(MK_PLACED)
+  const char* p = placed(*r.args, (u64)((i64)r.unit * MK_UNIT_ELEMS + in_unit) * kWeightBytes);
+#else
+  const char* p = r.unit_stream + in_unit * kWeightBytes;
+#endif
   if constexpr (kWeightType == kF32) return *(const Vec4*)p;
   const u32* pair = (const u32*)p;
   return {pair[0], pair[1], 0, 0};

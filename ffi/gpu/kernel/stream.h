@@ -2,6 +2,7 @@
 #pragma once
 
 #include "control.h"
+#include "pages.h"
 
 namespace mk {
 

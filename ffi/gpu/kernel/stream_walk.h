@@ -177,8 +177,12 @@ struct StreamWave {
     token = 0;
     over = false;
     place = product_place(wave, lane);
+#if defined(MK_PLACED)
+    ring.start((const char*)args.streams, pages_of(args, unit(), wave), kLastPlace, stream_bytes(wave));
+#else
     ring.start(shared_at<char>(kShared.ring), shared_at<char>(kShared.barriers), stream_of(args, wave),
                stream_bytes(wave));
+#endif
     clear(sums);
     const char* activations = shared_at<char>(kShared.activations);
     start_token();

@@ -48,6 +48,13 @@ void check_near(size_t word, size_t count, Where where) {
   }
 }
 
+void count_reading(const char* p) {
+  const Homes& homes = machine->options.homes;
+  if (p < homes.begin || p >= homes.begin + homes.pages * 4096) return;
+  const bool near = homes.of_pages[(p - homes.begin) / 4096] == homes.of_dies[die()];
+  (near ? machine->statistics.near : machine->statistics.far) += 16;
+}
+
 }  // namespace
 
 u32 load_word(const u32* p, Where where) {
@@ -112,6 +119,7 @@ Vec4 load_data(const void* p, bool once, Where where) {
   watch(p, 16, Kind::kRead, __builtin_return_address(0), where);
   Vec4 value;
   std::memcpy(&value, p, 16);
+  if (once) count_reading(static_cast<const char*>(p));
   if (!once) machine->pass(where, true);
   return value;
 }

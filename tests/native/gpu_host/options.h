@@ -43,6 +43,14 @@ struct Fault {
   Watched watched;  // which stores are counted
 };
 
+// Which pages of 4096 bytes are near which dies: what is read once (weights) is counted by that.
+struct Homes {
+  const char* begin;  // of the first page
+  const u8* of_pages;
+  u64 pages;          // 0: nothing is counted
+  const u8* of_dies;  // the home that is near each
+};
+
 struct Options {
   Args args;
   const Region* regions;
@@ -55,6 +63,7 @@ struct Options {
   u64 unit;  // Policy::kStarve
   Fault fault;
   const u32* dies;  // of the units; null: all are on one
+  Homes homes;
 };
 
 struct Statistics {
@@ -65,6 +74,7 @@ struct Statistics {
   u64 stale;    // loads that gave an old value
   u64 faults;   // injected
   u64 watched;  // stores between the addresses of the fault
+  u64 near, far;  // bytes read once from pages with a home, by units that are near to it or not
 };
 
 }  // namespace mk::host

@@ -14,7 +14,10 @@ mk::u64 regions(const mk::Args& a, mk::host::Region* out) {
   const auto add = [&](const char* name, const void* begin, mk::u64 bytes, bool writable, bool blank = false, bool narrow = false) {
     out[n++] = {name, static_cast<char*>(const_cast<void*>(begin)), bytes, writable, blank, narrow, 0};
   };
-  add("streams", a.streams, mk::u64{MK_UNITS} * MK_UNIT_ELEMS * mk::kWeightBytes, false);
+  const mk::u64 streams = mk::u64{MK_UNITS} * MK_UNIT_ELEMS * mk::kWeightBytes;
+  add("streams", a.streams, streams + (mk::kPlaced ? mk::kPageBytes : 0), false);
+  add("pages", a.pages, mk::kPlaced ? streams / mk::kPageBytes * 4 : 0, false);
+  add("die_units", a.die_units, mk::kPlaced ? mk::kDies * 4 : 0, false);
   add("constants", a.constants, mk::u64{MK_CONSTANTS} * 4, false);
   add("embedding", a.embedding, MK_TIED_HEAD ? 0 : mk::u64{MK_VOCAB_SIZE} * MK_HIDDEN_SIZE * mk::kWeightBytes, false);
   add("temperature", a.temperature, kVectors, false);

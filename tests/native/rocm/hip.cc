@@ -38,6 +38,8 @@ VARIABLE char hip_arch[64] = "gfx942:sramecc+:xnack-";
 // How the executor goes about it, and what goes wrong: numbers of gpu_host/options.h. The fault is in bytes of the workspace.
 VARIABLE int hip_policy = 3, hip_stores = 1, hip_seed = 1, hip_fault = 0, hip_fault_store = 0;
 VARIABLE int hip_dies = 1;  // work-groups are dealt to so many by turns
+VARIABLE mk::host::Homes hip_homes = {};  // of memory: what is read of it is counted
+VARIABLE std::atomic<uint64_t> hip_near = 0, hip_far = 0;
 VARIABLE int hip_break_set = 0;  // 1: hipMemsetD8Async does nothing
 // What was done.
 VARIABLE std::atomic<int> hip_loads = 0, hip_launches = 0, hip_allocations = 0, hip_steps = 0;
@@ -279,7 +281,10 @@ int execute(const Module& module, const mk::Args& args) {
   std::vector<mk::u32> dies(4096);
   for (size_t i = 0; i < dies.size(); i++) dies[i] = static_cast<mk::u32>(i) % static_cast<mk::u32>(hip_dies);
   options.dies = dies.data();
+  options.homes = hip_homes;
   const int error = module.run(&options, &statistics, message, sizeof message);
+  hip_near += statistics.near;
+  hip_far += statistics.far;
   hip_steps = static_cast<int>(std::min<uint64_t>(statistics.steps, 1u << 30));
   return error == 0 ? 0 : complain(kLaunchFailure, "the kernel: %s", message);
 }

@@ -277,6 +277,48 @@ MK_DEVICE void mfma_4x4x4(float (&c)[4], const u32 (&a)[2], const u32 (&b)[2]) {
 
 // ---- Stream ----
 
+#if defined(MK_PLACED)
+// Where the slots of a stream are whose pages lie anywhere. What the table says of a slot is asked for two slots before the slot is,
+// so that it is there when 16 atoms that were asked for later may still be on their way.
+struct Pages {
+  static constexpr int kPageAtoms = kPageBytes / (kWave * 16);  // half a slot
+
+  const Global<char>* streams;
+  const Global<char>* table;  // Words2 [slots]
+  u32 end, next;  // in bytes; next: what is to be looked up
+  u32 last;         // place of a page at most
+  Words2 found[2];  // of the slots after the one that is requested, the same in all lanes
+  const Global<char>* page[2];  // of the slot that is requested
+
+  MK_METHOD void start(const char* all, const i32* places, u32 last_place, u64 bytes) {
+    streams = (const Global<char>*)all;
+    table = (const Global<char>*)places;
+    end = (u32)(bytes / kPageBytes) * (u32)sizeof(i32);
+    last = last_place;
+    next = 0;
+    look(0);
+    look(1);
+    enter(0);
+  }
+  MK_METHOD void look(int i) {
+    // By a vector load: a scalar one would be waited for with the next load of shared memory.
+    found[i] = *(const Global<Words2>*)(table + fresh(next));
+    next += (u32)sizeof(Words2);
+    if (next == end) next = 0;
+  }
+  // Slot i of the ring is requested from now on.
+  MK_METHOD void enter(int i) {
+    MK_UNROLL
+    for (int half = 0; half < 2; half++) {
+      const u32 place = (u32)__builtin_amdgcn_readfirstlane(found[i][half]);
+      page[half] = streams + (u64)(place < last ? place : last) * kPlaceBytes;
+    }
+    look(i);
+  }
+  MK_METHOD const Global<char>* atom(int i) const { return page[i / kPageAtoms] + i % kPageAtoms * (kWave * 16); }
+};
+#endif
+
 // One wave's stream through registers. Every atom that is done makes room for the one kAtoms later, whose load is then on its
 // way for as long as the wave multiplies the others, and across barriers. All indices are constants where this is used.
 struct Ring {
@@ -285,8 +327,18 @@ struct Ring {
   static constexpr int kAtomBytes = kWave * 16;
 
   Words4 atoms[kAtoms];
-  const Global<char>*begin, *end, *request;
   u32 place;  // of this lane in an atom
+#if defined(MK_PLACED)
+  Pages pages;
+
+  MK_METHOD void start(const char* streams, const i32* places, u32 last_place, u64 bytes) {
+    pages.start(streams, places, last_place, bytes);
+    place = (u32)lane() * 16;
+    done<kSlotAtoms>(0);
+    done<kSlotAtoms>(kSlotAtoms);
+  }
+#else
+  const Global<char>*begin, *end, *request;
 
   MK_METHOD void start(char*, char*, const void* stream, u64 bytes) {
     begin = request = (const Global<char>*)stream;
@@ -295,6 +347,7 @@ struct Ring {
     done<kSlotAtoms>(0);
     done<kSlotAtoms>(kSlotAtoms);
   }
+#endif
 
   MK_METHOD void wait() {}
 
@@ -311,13 +364,21 @@ struct Ring {
     __builtin_amdgcn_sched_barrier(0);
     MK_UNROLL
     for (int i = 0; i < n; i++) {
+#if defined(MK_PLACED)
+      const Global<char>* from = pages.atom((atom + i) % kSlotAtoms);
+#else
       const Global<char>* from = request + (atom + i) % kSlotAtoms * kAtomBytes;
+#endif
       atoms[atom + i] = __builtin_nontemporal_load((const Global<Words4>*)(from + place));
     }
     __builtin_amdgcn_sched_barrier(0);
     if ((atom + n) % kSlotAtoms == 0) {
+#if defined(MK_PLACED)
+      pages.enter((atom + n) / kSlotAtoms % 2);
+#else
       request += kSlotAtoms * kAtomBytes;
       if (request == end) request = begin;
+#endif
     }
   }
 

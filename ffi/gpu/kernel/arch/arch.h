@@ -34,12 +34,13 @@
 //   store_half(p, v)            likewise, 16 bits
 //   halves_not_zero(v)          whether none of a vector's 16-bit halves is 0
 //   store_byte(p, v)            of a word whose other bytes may be other units'
-//   With MK_NEAR only, for words that are written and read on one die, whose units share a cache:
-//   die()                       the die's number, from 0
-//   load_near_word(p), load_near_words(p), store_near_word(p, v)   as those above, of this scope
-//   look_again()                before such loads, that may otherwise give what they gave before
+//   With MK_NEAR or MK_PLACED only:
+//   die()                       the number of the die where this lane is, from 0 to kDies - 1
 //   add(p, v)                   device scope: adds to a u32 and returns what it was
 //   shared_number(p)            an int of shared memory that all lanes read, of which the compiler knows nothing
+//   With MK_NEAR only, for words that are written and read on one die, whose units share a cache:
+//   load_near_word(p), load_near_words(p), store_near_word(p, v)   as those above, of this scope
+//   look_again()                before such loads, that may otherwise give what they gave before
 //   load_shared_data(p)         16 bytes of device memory that other units may have written before the last acquire
 //   load_once(p)                16 bytes of read-only memory that is not needed again
 //   prefetch(p, bytes)          brings device memory nearer, if the machine can; both are multiples of 16
@@ -69,7 +70,10 @@
 //     void next()                                goes to the next slot
 //     void drain()                               waits for all that was requested; nothing is requested after
 //   A Ring in registers (MK_REGISTER_RING) is no template and has kAtoms instead of slots: read and done take the index of an
-//   atom of the ring, a constant after unrolling; kReservedShared bytes at the end of shared memory are the machine's own.
+//   atom of the ring, a constant after unrolling; kReservedShared bytes at the end of shared memory are the machine's own. With
+//   MK_PLACED it has
+//     void start(streams, places, last, bytes)   reads a stream whose pages lie where `places` says, in kPlaceBytes from `streams`, and
+//                                                never further than `last`; bytes is a whole number of slots, and they of pages
 //   Vec4                        struct {u32 x, y, z, w;}, 16-byte aligned
 #pragma once
 

@@ -220,8 +220,18 @@ struct Ring {
 
   Vec4 atoms[kAtoms];
   const char *begin, *end, *request;
+  const i32* pages = nullptr;  // not null: where the stream's pages lie, and `request` is as if it began at `streams`
+  const char* streams;
+  u32 last_place;
   int expected;  // the next atom to be done
   bool open;
+
+  MK_METHOD void start(const char* all, const i32* places, u32 last, u64 bytes, host::Where where = host::here()) {
+    pages = places;
+    streams = all;
+    last_place = last;
+    start(nullptr, nullptr, all, bytes, where);
+  }
 
   MK_METHOD void start(char*, char*, const void* stream, u64 bytes, host::Where where = host::here()) {
     if (bytes == 0 || bytes % kSlotBytes != 0) {
@@ -262,7 +272,13 @@ struct Ring {
 
  private:
   MK_METHOD void load(int atom, host::Where where) {
-    atoms[atom] = host::load_data(request + (atom % kSlotAtoms * kWave + lane()) * 16, true, where);
+    const char* from = request + (atom % kSlotAtoms * kWave + lane()) * 16;
+    if (pages != nullptr) {
+      const u64 at = (u64)(from - streams);
+      const u32 place = (u32)pages[at / kPageBytes];
+      from = streams + (u64)(place < last_place ? place : last_place) * kPlaceBytes + at % kPageBytes;
+    }
+    atoms[atom] = host::load_data(from, true, where);
     if (atom % kSlotAtoms == kSlotAtoms - 1) request = request + kSlotBytes == end ? begin : request + kSlotBytes;
   }
 

@@ -13,6 +13,7 @@ struct Dims {
   i64 inner_cols;                            // of the MLP's inner activations that a group has, or all of them
   i64 packed_bytes;  // of an activation in packed hand-offs (sync/packed.h); 0: there are none
   i64 square_words;  // sums of squares of a unit for each request, only if there are
+  i64 dies;  // of which units take numbers; 0: units are where they are
 };
 
 constexpr int kCandidateWords = 8;
@@ -50,7 +51,7 @@ struct Workspace {
   i64 token;      // h8: words [batch][kTokenWords]
   i64 out_sums;   // h10: words [attention_groups][batch][hidden], only if there are groups
   i64 down_sums;  // h11: words [mlp_groups][batch][hidden], likewise
-  i64 places;     // h12: u32 [1 + groups] lines, only if there are groups
+  i64 places;     // h12: u32 [1 + dies] lines, only where units take numbers
   i64 exchange_bytes;
   i64 adjusted;   // f32 [batch][vocab rounded up to 4], logits after penalties, bias and temperature
   i64 logits;     // f32 likewise, logits as they were computed: for log-probabilities of filtered requests
@@ -89,7 +90,7 @@ constexpr Workspace make_workspace(Dims d) {
   w.token = place(d.batch * line(kTokenWords));
   w.out_sums = place(d.groups > 1 ? d.attention_groups * d.batch * line(d.hidden) : 0);
   w.down_sums = place(d.groups > 1 ? d.mlp_groups * d.batch * line(d.hidden) : 0);
-  w.places = place(d.groups > 1 ? (1 + d.groups) * 32 : 0);
+  w.places = place(d.dies > 0 ? (1 + d.dies) * 32 : 0);
   w.exchange_bytes = at;
   w.adjusted = place(d.batch * line(d.vocab));
   w.logits = place(d.batch * line(d.vocab));

@@ -77,7 +77,8 @@ struct Look {
 
 constexpr Workspace kWorkspace = make_workspace({kBatch, MK_UNITS, kSplits, kHidden, kQSize, kQkvSize, kHeads, kVocab,
                                                  kPostNorm && !kResidualInShared ? kBatch * kHidden : 0, kGroups,
-                                                 kAttentionGroups, kMlpGroups, kInnerCols, kPacked ? kWeightBytes : 0, kSquareWords});
+                                                 kAttentionGroups, kMlpGroups, kInnerCols, kPacked ? kWeightBytes : 0, kSquareWords,
+                                                 kPlaced ? kDies : kGroups > 1 ? kGroups : 0});
 
 constexpr int line(int words) { return round_up(words, 32); }
 
