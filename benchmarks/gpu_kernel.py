@@ -80,6 +80,8 @@ class Args(ctypes.Structure):
         ("max_new_tokens", ctypes.c_int32),
         ("eos_count", ctypes.c_int32),
         ("timeout_ticks", ctypes.c_uint64),
+        ("pages", ctypes.c_void_p),
+        ("die_units", ctypes.c_void_p),
     )
 
 
@@ -241,7 +243,8 @@ class Launcher:
         self.tape, self.batch, self.capacity = tape, batch, capacity
         attributes = variant.attributes(tape.spec, tape.plan, batch, capacity)
         self.driver = Driver(binary, "monokernel", SHARED_BYTES)
-        self.workspace = jnp.zeros(_native.gpu_workspace_bytes(**attributes), jnp.uint8)
+        # Headers from elsewhere may want more than those that the package was built with.
+        self.workspace = jnp.zeros(4 * _native.gpu_workspace_bytes(**attributes) + (1 << 20), jnp.uint8)
         self.trace = jnp.zeros((2 * tape.plan.units, 2048, 2, 2), jnp.uint32) if trace else None
         self.host = ctypes.c_void_p()
         self.driver.check(self.driver.calls.cuMemHostAlloc(ctypes.byref(self.host), 4096, 2))
