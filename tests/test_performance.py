@@ -12,6 +12,7 @@ from rocm_stand_in import StandIn
 from simulated_gpu import SimulatedGpu
 
 from benchmarks import predictions
+from benchmarks.calibration import MEASURED_H200
 from jax_monokernel import performance
 from jax_monokernel._bench.shapes import SHAPES
 from jax_monokernel.performance import Calibration, choose_groups, predict
@@ -28,19 +29,6 @@ from jax_monokernel.topology import (
     topology_of,
 )
 
-# (shape, batch, mean context, capacity): microseconds a token; docs/performance.md says where they come from.
-MEASURED_H200 = {
-    ("qwen3-0.6b", 1, 96, 160): 391,
-    ("llama3.2-1b", 1, 96, 160): 604,
-    ("smollm2-135m", 1, 96, 160): 278,
-    ("llama3.1-8b", 1, 96, 160): 3482,
-    ("qwen3-0.6b", 1, 576, 1024): 468,
-    ("llama3.2-1b", 1, 576, 1024): 638,
-    ("llama3.2-1b", 2, 576, 1024): 703,
-    ("llama3.2-1b", 4, 576, 1024): 892,
-    ("llama3.2-1b", 8, 576, 1024): 958,
-    ("llama3.2-1b", 16, 576, 1024): 1449,
-}
 SMALL = ("qwen3-0.6b", "llama3.2-1b", "smollm2-135m")
 
 
