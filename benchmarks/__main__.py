@@ -5,13 +5,14 @@ gpu       likewise on a GPU, in one process
 report    the README's tables and pictures, from the committed JSON files
 timeline  a picture of what each unit of a GPU did, from a trace
 predictions  what the performance model says of AMD's parts
+calibration  how well it describes an H200, and its numbers fitted anew
 streaming  what streaming costs, and when tokens come
 """
 
 import importlib
 import sys
 
-_COMMANDS = ("run", "gpu", "report", "timeline", "predictions", "streaming")
+_COMMANDS = ("run", "gpu", "report", "timeline", "predictions", "calibration", "streaming")
 
 
 def main() -> None:
