@@ -1,6 +1,8 @@
 """Settings for the whole test session."""
 
+import gc
 import signal
+from pathlib import Path
 
 import jax
 import pytest
@@ -34,6 +36,19 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "sanitize: exercises the native part; .ci/sanitize runs these under sanitizers")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _room_for_compiled_programs():
+    """Each program that XLA has compiled for the CPU has three mappings of memory, of which Linux allows a process 65,530.
+
+    At that number XLA crashes; a process that runs all tests comes there.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
