@@ -40,9 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _room_for_compiled_programs():
-    """Each program that XLA has compiled for the CPU has three mappings of memory, of which Linux allows a process 65,530.
+    """Each program that XLA has compiled for the CPU takes three mappings of memory. A process may have 65,530 of them.
 
-    At that number XLA crashes; a process that runs all tests comes there.
+    There XLA crashes, and a process that runs all tests comes there.
     """
     yield
     maps = Path("/proc/self/maps")
