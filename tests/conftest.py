@@ -51,6 +51,16 @@ def _room_for_compiled_programs():
         gc.collect()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _time_for_simulated_gpus():
+    """The topology probe's device code runs on more threads than there are CPUs, and they wait by spinning."""
+    from jax_monokernel.topology import probe
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "LIMIT_S", 30.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def backend(request: pytest.FixtureRequest) -> tuple[str, jax.Device]:
     """(platform, device) that test_backend.py tests."""

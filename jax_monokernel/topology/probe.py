@@ -16,6 +16,7 @@ PLACES = 2048  # that the kernel knows
 NO_UNIT = 0xFFFFFFFF
 WORD_BYTES = 32  # what places of words are counted in
 STEP_BYTES = 4096  # what readers take at once
+LIMIT_S = 3.0  # that a launch may take; a device is never stuck for longer
 
 
 class Session(Protocol):
@@ -129,7 +130,7 @@ class Probe:
             "batches": 1,
             "rounds": 1,
             "warm_up": 0,
-            "limit_s": 3.0,
+            "limit_s": LIMIT_S,
         }
         self.launches += 1
         results, reports = (np.asarray(x) for x in self.session.run(**arguments | work))
