@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -395,3 +396,13 @@ def _load(library: Path) -> ctypes.CDLL:
     size = ctypes.c_uint64.in_dll(loaded, "mk_host_options_bytes").value
     assert size == ctypes.sizeof(_Options), (size, ctypes.sizeof(_Options))
     return loaded
+
+
+def broken_copy(folder: Path, file: str, pattern: str, replacement: str) -> Path:
+    """The kernel's headers, of which one has a mistake."""
+    source = folder / "kernel"
+    shutil.copytree(KERNEL, source)
+    text, count = re.subn(pattern, replacement, (source / file).read_text())
+    assert count, f"{file} has changed: say here how to break it"
+    (source / file).write_text(text)
+    return source

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import re
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import gpu_host
@@ -175,11 +173,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_broken_kernel_is_noticed(mistake, tmp_path):
     file, old, new, near = MISTAKES[mistake]
-    source = tmp_path / "kernel"
-    shutil.copytree(gpu_host.KERNEL, source)
-    text, count = re.subn(old, new, (source / file).read_text())
-    assert count, f"{file} has changed: say here how to break it"
-    (source / file).write_text(text)
+    source = gpu_host.broken_copy(tmp_path, file, old, new)
     kernel = make("plain", 64, 4, 2, near=near, source=source)
     for seed in range(3):
         try:

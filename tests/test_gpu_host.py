@@ -461,11 +461,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_broken_kernel_is_noticed(mistake, tmp_path):
     file, old, new, message = MISTAKES[mistake]
-    source = tmp_path / "kernel"
-    shutil.copytree(gpu_host.KERNEL, source)
-    text, count = re.subn(old, new, (source / file).read_text())
-    assert count, f"{file} has changed: say here how to break it"
-    (source / file).write_text(text)
+    source = gpu_host.broken_copy(tmp_path, file, old, new)
     name = "plain" if "stream wave" in mistake or "packed" in mistake else "windows"
     kernel = one_chunk(name, 32, source=source, sanitize=message is not None)
     if "stream wave" in mistake:  # with one request, lanes do not meet before they read what others have gathered

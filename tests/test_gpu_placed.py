@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
-import shutil
 
 import gpu_host
 import numpy as np
@@ -228,11 +226,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_broken_kernel_is_noticed(mistake, tmp_path):
     file, old, new, where = MISTAKES[mistake]
-    source = tmp_path / "kernel"
-    shutil.copytree(gpu_host.KERNEL, source)
-    text, count = re.subn(old, new, (source / file).read_text())
-    assert count, f"{file} has changed: say here how to break it"
-    (source / file).write_text(text)
+    source = gpu_host.broken_copy(tmp_path, file, old, new)
     kernel = dataclasses.replace(CASES["flat"], source=source)
     tape = gpu_tape_of(kernel.spec, kernel.plan)
     placed = scatter(tape, np.random.default_rng(4).permutation(page_count(tape)), {0: 3, 1: 3})

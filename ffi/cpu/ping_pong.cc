@@ -76,7 +76,7 @@ std::vector<double> ping_pong(int cpu, int other, int rounds, int batches) {
     for (uint32_t batch = 0, i = 0; batch < static_cast<uint32_t>(batches); batch++) {
       const auto begin = Clock::now();
       for (int round = 0; round < rounds; round++, i++) {
-          word.value.store(2 * i + 1, std::memory_order_release);
+        word.value.store(2 * i + 1, std::memory_order_release);
         if (!word.wait(2 * i + 2)) return;
       }
       times.push_back(std::chrono::duration<double, std::nano>(Clock::now() - begin).count() / (2.0 * rounds));
