@@ -65,14 +65,14 @@ std::vector<double> ping_pong(int cpu, int other, int rounds, int batches) {
   std::vector<double> times;
   const uint32_t count = static_cast<uint32_t>(rounds) * static_cast<uint32_t>(batches);
   const auto answer = [&] {
-    if (!run_on(other)) word.given_up.store(true);
+    if (!run_on(other)) return word.given_up.store(true);
     for (uint32_t i = 0; i < count; i++) {
       if (!word.wait(2 * i + 1)) return;
       word.value.store(2 * i + 2, std::memory_order_release);
     }
   };
   const auto ask = [&] {
-    if (!run_on(cpu)) word.given_up.store(true);
+    if (!run_on(cpu)) return word.given_up.store(true);
     for (uint32_t batch = 0, i = 0; batch < static_cast<uint32_t>(batches); batch++) {
       const auto begin = Clock::now();
       for (int round = 0; round < rounds; round++, i++) {
