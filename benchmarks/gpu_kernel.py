@@ -348,6 +348,7 @@ def main(argv: list[str] | None = None) -> None:
         runs = [launcher.run(state, params, options.tokens) for _ in range(options.repeats + 1)][1:]
         micros = sorted(m for _, m in runs)
         hashes = sorted({hashlib.sha256(tokens.tobytes()).hexdigest()[:8] for tokens, _ in runs})
+        differ = np.flatnonzero(np.any([tokens != runs[0][0] for tokens, _ in runs], axis=(0, 1)))
         median = statistics.median(micros)
         found = {
             "shape": name,
@@ -363,13 +364,15 @@ def main(argv: list[str] | None = None) -> None:
             "spilled_bytes": launcher.driver.attribute(3),
             "compile_seconds": round(compile_seconds, 2),
             "token_hashes": hashes,
+            "equal_steps": int(differ[0]) if differ.size else options.tokens,  # in which all runs chose the same tokens
         }
         results.append(found)
         print(
             f"{name:13s} batch {batch:2d}, position {position:6d}, {variant.name:12s}: {median:7.1f} us a step (least "
             f"{micros[0]:.1f}), {1e6 / median * batch:6.0f} tok/s, {tape.bytes_per_token / median / 1e3:5.0f} GB/s, "
             f"{found['registers']} registers, {found['spilled_bytes']} bytes spilled, compiled in "
-            f"{compile_seconds:.1f} s, tokens {' '.join(hashes)}",
+            f"{compile_seconds:.1f} s, tokens {' '.join(hashes)}"
+            + (f": RUNS DIFFER from step {differ[0]} on" if differ.size else ""),
             flush=True,
         )
         if options.trace:

@@ -31,7 +31,7 @@ from decoding import (
 from golden.cases import CASES
 from golden.models import golden_model, quick_jit
 
-from jax_monokernel import GenerationConfig, cancel, empty_state, generate, sampling_params, stream
+from jax_monokernel import GenerationConfig, RopeSpec, cancel, empty_state, generate, sampling_params, stream
 from jax_monokernel.decode import decode
 from jax_monokernel.forward import forward_cached, logits
 from jax_monokernel.plan import Plan, make_plan
@@ -181,6 +181,23 @@ def test_runs_are_equal_to_the_bit(target):
     first = target.decode(spec, state, params)
     for _ in range(REPEATS):
         assert_bit_equal(target.decode(spec, state, params), first)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 1, 64), (4, 2, 128)])
+def test_long_contexts_in_16_bits(target, heads, kv_heads, head_dim, batch):
+    """Several query heads share the loads of a key (on NVIDIA, by matrix instructions), in many rounds."""
+    spec, rope = spec_of("plain", "bfloat16"), RopeSpec(theta=1e4, rotary_dim=head_dim)
+    spec = spec.replace(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, ropes=(rope,))
+    state = state_of(spec, (2003, 64, 1190, 1, 700, 1999, 512, 1500)[:batch], capacity=2100)
+    params = params_of(spec, batch)
+    got, want = target.decode(spec, state, params), reference(spec, state, params)
+    agree = agreement(got, want)
+    assert agree.mean() > 0.6
+    error = np.abs(np.asarray(got.log_probs) - np.asarray(want.log_probs))[agree]
+    assert error.max() < 0.15
+    for _ in range(REPEATS):
+        assert_bit_equal(target.decode(spec, state, params), got)
 
 
 def test_soak(target):

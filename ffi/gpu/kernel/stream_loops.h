@@ -68,13 +68,15 @@ struct StreamWave {
   // The next slots of the ring.
   template <int count>
   MK_METHOD void read_slots(Vec4 (&w)[count][kGroup]) {
+    u32 freed[count];
     MK_UNROLL
     for (int k = 0; k < count; k++) {
       ring.wait();
       ring.template read<kGroup>(0, w[k]);
       ring.template done<kGroup>(0);
-      ring.next();
+      freed[k] = ring.next();
     }
+    ring.give_back(freed);
   }
 
   // Multiplies slot `slot` of a chunk's row; x: the chunk's activations, where all requests fit in one fragment.

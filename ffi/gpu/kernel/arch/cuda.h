@@ -245,12 +245,25 @@ struct Ring {
   template <int n>
   MK_METHOD void done(int) {}
 
-  MK_METHOD void next() {
-    wave_sync();
-    if (lane() == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barriers + (slots + slot) * 8) : "memory");
+  // On to the next slot. Returns what give_back needs of this one.
+  MK_METHOD u32 next() {
+    const u32 freed = barriers + (slots + slot) * 8;
     if (++slot == slots) {
       slot = 0;
       parity ^= 1;
+    }
+    return freed;
+  }
+
+  // What has been read of these slots is in registers. The copies that will fill them are not ordered behind loads that are only
+  // on their way when the feed wave is told, unless a fence says so: without it a wave was seen to multiply with what came later.
+  template <int n>
+  MK_METHOD void give_back(const u32 (&freed)[n]) {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    wave_sync();
+    MK_UNROLL
+    for (int i = 0; i < n; i++) {
+      if (lane() == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(freed[i]) : "memory");
     }
   }
 

@@ -348,7 +348,7 @@ struct Ring {
     forget(atom, n);
   }
 
-  MK_METHOD void next(host::Where where = host::here()) {
+  MK_METHOD u32 next(host::Where where = host::here()) {
     if (!waited) host::fail(where, "Ring::next of a slot that was not waited for");
     if (used != (1u << kSlotAtoms) - 1) host::fail(where, "Ring::next of a slot whose atoms are not all done: %#x", used);
     host::ring_meet("Ring::next", where);
@@ -357,7 +357,12 @@ struct Ring {
     slot = slot + 1 == slots ? 0 : slot + 1;
     waited = false;
     used = 0;
+    return 0;
   }
+
+  // done() has taken the slots already.
+  template <int n>
+  MK_METHOD void give_back(const u32 (&)[n]) {}
 
   MK_METHOD void drain(host::Where where = host::here()) {
     if (!open) host::fail(where, "Ring::drain for the second time");
