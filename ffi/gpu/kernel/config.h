@@ -63,7 +63,6 @@ constexpr int kBlocks = arch::kWave / kTileRows;  // k blocks of an atom
 constexpr int kAtomCols = MK_ATOM_COLS;
 constexpr int kChunkCols = MK_CHUNK_COLS;
 constexpr int kChunkAtoms = kChunkCols / kAtomCols;
-constexpr int kSegmentTiles = MK_SEGMENT_TILES;
 static_assert(arch::kWave == MK_WAVE_SIZE, "the plan is for another wave size");
 static_assert(kBlocks * kVector == kAtomCols, "an atom is one vector a lane");
 
@@ -113,6 +112,33 @@ constexpr int atoms(int phase) { return round_up(cols(phase), kAlignAtoms * kAto
 constexpr int padded_cols(int phase) { return atoms(phase) * kAtomCols; }
 constexpr int chunk_count(int phase) { return (atoms(phase) + kChunkAtoms - 1) / kChunkAtoms; }
 constexpr int kWidest = larger(larger(padded_cols(kQkv), padded_cols(kO)), padded_cols(kDown));
+
+constexpr int most_tiles(int phase) {
+  constexpr Tiles table[kPhases * MK_UNITS] = MK_TILE_TABLE;
+  int most = 0;
+  for (int u = 0; u < MK_UNITS; u++) most = larger(most, table[phase * MK_UNITS + u].count);
+  return most;
+}
+
+// Tiles of a segment. Products of a segment take shared memory from the ring, many requests' most of it. Where each of its tiles
+// is in one chunk, or one segment has all tiles, the stream is the same for shorter ones.
+#if !defined(MK_PRODUCTS_BYTES)
+#define MK_PRODUCTS_BYTES (32 * 1024)  // at most, where that can be
+#endif
+constexpr bool can_have_segments_of(int tiles) {
+  for (int phase = 0; phase < kPhases; phase++) {
+    if (chunk_count(phase) > 1 && most_tiles(phase) > tiles) return false;
+  }
+  return tiles > 0;
+}
+constexpr int find_segment_tiles() {
+  int tiles = MK_SEGMENT_TILES;
+#if !defined(MK_REGISTER_RING)
+  while (2 * tiles * kBatch * kTileRows * kWaves * 4 > MK_PRODUCTS_BYTES && tiles % 2 == 0 && can_have_segments_of(tiles / 2)) tiles /= 2;
+#endif
+  return tiles;
+}
+constexpr int kSegmentTiles = find_segment_tiles();
 
 // Atoms of chunk `chunk` of a phase that wave `wave` multiplies: begin within the row, and number.
 struct Run {
@@ -241,12 +267,6 @@ constexpr int kResident = find_resident();
 constexpr int kRowBytes = row_bytes(kResident);
 constexpr int fill_count(int phase) { return (chunk_count(phase) + kResident - 1) / kResident; }
 
-constexpr int most_tiles(int phase) {
-  constexpr Tiles table[kPhases * MK_UNITS] = MK_TILE_TABLE;
-  int most = 0;
-  for (int u = 0; u < MK_UNITS; u++) most = larger(most, table[phase * MK_UNITS + u].count);
-  return most;
-}
 constexpr bool all_have_rows() {
   constexpr Tiles table[kPhases * MK_UNITS] = MK_TILE_TABLE;
   for (int u = 0; u < MK_UNITS; u++) {

@@ -6,9 +6,9 @@
 
 namespace mk {
 
-// Slots whose weights a wave holds in registers at once, of `slots`.
+// Slots whose weights a wave holds in registers at once, of `slots`. They are given back together, so the ring must have as many.
 constexpr int slots_at_once(int slots) {
-  int n = smaller(slots, larger(1, 8 / kGroup));
+  int n = smaller(smaller(slots, kShared.ring_slots), larger(1, 8 / kGroup));
   while (slots % n != 0) n--;
   return n;
 }
@@ -67,8 +67,7 @@ struct StreamWave {
 
   // The next slots of the ring.
   template <int count>
-  MK_METHOD void read_slots(Vec4 (&w)[count][kGroup]) {
-    u32 freed[count];
+  MK_METHOD void read_slots(Vec4 (&w)[count][kGroup], u32 (&freed)[count]) {
     MK_UNROLL
     for (int k = 0; k < count; k++) {
       ring.wait();
@@ -76,7 +75,6 @@ struct StreamWave {
       ring.template done<kGroup>(0);
       freed[k] = ring.next();
     }
-    ring.give_back(freed);
   }
 
   // Multiplies slot `slot` of a chunk's row; x: the chunk's activations, where all requests fit in one fragment.
@@ -112,12 +110,14 @@ struct StreamWave {
     MK_UNROLL
     for (int slot = 0; slot < steps * count; slot += at_once) {
       Vec4 w[at_once][kGroup];
-      read_slots<at_once>(w);
+      u32 freed[at_once];
+      read_slots<at_once>(w, freed);
       MK_UNROLL
       for (int k = 0; k < at_once; k++) {
         const int at = slot + k;
         multiply_slot(sums[at / steps][at % chains], w[k], x, at % steps);
       }
+      ring.give_back(freed);
     }
     MK_UNROLL
     for (int t = 0; t < count; t++) {
@@ -150,9 +150,11 @@ struct StreamWave {
       MK_UNROLL
       for (int slot = 0; slot < steps; slot += at_once) {
         Vec4 w[at_once][kGroup];
-        read_slots<at_once>(w);
+        u32 freed[at_once];
+        read_slots<at_once>(w, freed);
         MK_UNROLL
         for (int k = 0; k < at_once; k++) multiply_slot(held[t][(slot + k) % 2], w[k], x, slot + k);
+        ring.give_back(freed);
       }
     }
   }

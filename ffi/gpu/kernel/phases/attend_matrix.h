@@ -27,13 +27,20 @@ struct Part {
   MK_METHOD int position_of(int place) const {
     return (begin_block + place / kSplitBlock * kSplits) * kSplitBlock + place % kSplitBlock;
   }
+  // Of the steps of kStepPositions places the first with one that is seen.
+  MK_METHOD int first_step() const { return larger(first - position_of(0), 0) / kStepPositions * kStepPositions; }
+  // Whether of a step's positions, which begin at `base`, only that of the token itself is seen.
+  MK_METHOD bool is_alone(int base) const { return position <= larger(first, base); }
 };
 
 // How many positions a unit's waves look at together, and for how many of such rounds keys and values are brought nearer before
 // they are asked for. All of a long context at once would not fit in the cache, and be fetched twice.
 template <int step>
 constexpr int kRoundPositions = kServiceWaves * step;
-constexpr int kRoundsAhead = 4;
+#if !defined(MK_ROUNDS_AHEAD)
+#define MK_ROUNDS_AHEAD 4
+#endif
+constexpr int kRoundsAhead = MK_ROUNDS_AHEAD;
 // With one request a context that is not split is short.
 constexpr bool kManyRounds = kBatch > 1 || kSplits > 1;
 
@@ -72,31 +79,29 @@ struct Rows {
   // 8 more, or 1, 8 and 9 more.
   static MK_METHOD constexpr int offset(int row) { return rows == kEights ? 8 * row : row / 2 * 8 + row % 2; }
 
-  // at: of the first row in the step; element: of its vectors. Rows that are not in the cache, or that nobody sees, come out as
-  // zeros.
+  // at: of the first row in the step; element: of its vectors. Instead of rows that are not in the cache, or that nobody sees, the
+  // step's nearest one that is both: choosing between what was loaded and zeros would wait for it.
   MK_METHOD void load(const Part& part, const char* cache, int step, int at, int element) {
-    const int base = part.position_of(step) + at, low = part.first - base;
-    const int high = smaller(part.end - step - at, part.position - base);
-    const char* from = cache + (i64)base * kRowBytes + element * kKvBytes;
+    const int base = part.position_of(step), low = larger(part.first, base), high = smaller(part.position, base + kStepPositions) - 1;
     MK_UNROLL
     for (int i = 0; i < rows; i++) {
-      const bool wanted = offset(i) >= low && offset(i) < high;
+      const char* from = cache + (i64)larger(smaller(base + at + offset(i), high), low) * kRowBytes + element * kKvBytes;
       MK_UNROLL
-      for (int c = 0; c < vectors; c++) {
-        v[i][c] = zero_vector();
-        if (wanted) v[i][c] = arch::load_words((const u32*)(from + offset(i) * kRowBytes + c * stride * kKvBytes));
-      }
+      for (int c = 0; c < vectors; c++) v[i][c] = arch::load_words((const u32*)(from + c * stride * kKvBytes));
     }
   }
 
-  // The row of the position that is not in the cache.
+  // The row of the position that is not in the cache. If it is alone, the others are zeros.
   MK_METHOD void put_own(const Part& part, int step, int at, int element, const u32* packed) {
-    const int own = part.position - part.position_of(step) - at;
+    const int base = part.position_of(step), own = part.position - base - at;
     MK_UNROLL
     for (int i = 0; i < rows; i++) {
-      if (own != offset(i)) continue;
+      if (own != offset(i) && !part.is_alone(base)) continue;
       MK_UNROLL
-      for (int c = 0; c < vectors; c++) v[i][c] = *(const Vec4*)(packed + (element + c * stride) / 2);
+      for (int c = 0; c < vectors; c++) {
+        v[i][c] = zero_vector();
+        if (own == offset(i)) v[i][c] = *(const Vec4*)(packed + (element + c * stride) / 2);
+      }
     }
   }
 };
@@ -114,7 +119,8 @@ struct MatrixLoads {
   ValueRows values;
 
   MK_METHOD void start(const Service& s, const Part& part) {
-    const int own = s.wave * kStepPositions;
+    const int own = part.first_step() + s.wave * kStepPositions;
+    if (own >= part.end) return;
     keys.load(part, part.keys, own, s.lane / 4, s.lane % 4 * 8);
     values.load(part, part.values, own, s.lane % 4 * 2, s.lane / 4 * 8);
   }
@@ -128,7 +134,7 @@ template <typename Loads>
 MK_DEVICE WaveSums attend_by_matrix(Service& s, const Part& part, const u32* packed, Loads& loads) {
   constexpr bool bf16 = kKvType == kBF16;
   const int g = s.lane / 4, t = s.lane % 4;
-  const int stride = kServiceWaves * kStepPositions, own = s.wave * kStepPositions;
+  const int stride = kServiceWaves * kStepPositions, own = part.first_step() + s.wave * kStepPositions;
   KeyRows& keys = loads.keys;
   ValueRows& values = loads.values;
   WaveSums sums;
@@ -162,7 +168,8 @@ MK_DEVICE WaveSums attend_by_matrix(Service& s, const Part& part, const u32* pac
         arch::mma_16x8x16<bf16>(high[r], x, keys.v[r][c].z, keys.v[r][c].w);
       }
     }
-    keys.load(part, part.keys, step + stride, g, 8 * t);
+    const bool more = step + stride < part.end;
+    if (more) keys.load(part, part.keys, step + stride, g, 8 * t);
     prefetch_round<kStepPositions>(s, part, step + stride);
 
     float score[2 * kEights];
@@ -223,7 +230,7 @@ MK_DEVICE WaveSums attend_by_matrix(Service& s, const Part& part, const u32* pac
         arch::mma_16x8x16<bf16>(sums.out[b][j], x, rest[0], rest[1]);
       }
     }
-    values.load(part, part.values, step + stride, 2 * t, 8 * g);
+    if (more) values.load(part, part.values, step + stride, 2 * t, 8 * g);
   }
   sums.total += arch::shuffle_xor(sums.total, 1);
   sums.total += arch::shuffle_xor(sums.total, 2);
