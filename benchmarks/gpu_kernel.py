@@ -112,8 +112,11 @@ def operands(spec: DecoderSpec, batch: int, capacity: int, position: int) -> tup
     return state, params
 
 
-def compile_kernel(stub: str, headers: Path = KERNEL) -> bytes:
-    """A binary for the H200, by NVRTC. `headers` is a folder like ffi/gpu/kernel. Threads may compile side by side."""
+def compile_kernel(stub: str, headers: Path = KERNEL, *, as_text: bool = False) -> bytes:
+    """A binary for the H200, by NVRTC, or PTX.
+
+    `headers` is a folder like ffi/gpu/kernel. Threads may compile side by side.
+    """
     found = [p for d in _gpu.library_dirs() for p in glob.glob(f"{d}/libnvrtc.so.*")] or ["libnvrtc.so"]
     nvrtc = ctypes.CDLL(found[0])
     names = [str(p.relative_to(headers)) for p in sorted(headers.rglob("*.h"))]
@@ -122,16 +125,18 @@ def compile_kernel(stub: str, headers: Path = KERNEL) -> bytes:
     handle, size = ctypes.c_void_p(), ctypes.c_size_t()
     named = strings(texts), strings([n.encode() for n in names])
     nvrtc.nvrtcCreateProgram(ctypes.byref(handle), stub.encode(), b"stub.cu", len(names), *named)
-    flags = strings([b"--gpu-architecture=sm_90a", b"--std=c++17", b"-default-device", b"-fmad=false"])
+    arch = b"compute_90a" if as_text else b"sm_90a"
+    flags = strings([b"--gpu-architecture=" + arch, b"--std=c++17", b"-default-device", b"-fmad=false"])
     failed = nvrtc.nvrtcCompileProgram(handle, len(flags), flags)
     nvrtc.nvrtcGetProgramLogSize(handle, ctypes.byref(size))
     log = ctypes.create_string_buffer(size.value)
     nvrtc.nvrtcGetProgramLog(handle, log)
     if failed:
         raise RuntimeError(log.value.decode())
-    nvrtc.nvrtcGetCUBINSize(handle, ctypes.byref(size))
+    result = "PTX" if as_text else "CUBIN"
+    getattr(nvrtc, f"nvrtcGet{result}Size")(handle, ctypes.byref(size))
     binary = ctypes.create_string_buffer(size.value)
-    nvrtc.nvrtcGetCUBIN(handle, binary)
+    getattr(nvrtc, f"nvrtcGet{result}")(handle, binary)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(handle))
     return binary.raw
 

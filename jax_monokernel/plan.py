@@ -465,14 +465,14 @@ def attention_tasks(spec: DecoderSpec, plan: Plan, batch: int, capacity: int) ->
     the same order as N + M at once.
     """
     group = spec.num_heads // spec.num_kv_heads
-    most = _most_heads(group)
-    heads = most
-    if capacity <= SHORT_CONTEXT:
-        fit = (h for h in range(1, most) if group % h == 0 and spec.num_heads // h * batch <= plan.units)
-        heads = next(fit, most)
-    tasks = spec.num_heads // heads * batch
-    parts = 1 if capacity <= WHOLE_CONTEXT else -(-capacity // SPLIT_POSITIONS)
-    return max(1, min(plan.units // tasks, parts)), heads
+    most = 1 if capacity <= WHOLE_CONTEXT else -(-capacity // SPLIT_POSITIONS)
+    choices = {}
+    for heads in (h for h in range(_most_heads(group), 0, -1) if group % h == 0):
+        tasks = spec.num_heads // heads * batch
+        parts = max(1, min(plan.units // tasks, most))
+        choices[parts, heads] = tasks * parts / -(-tasks * parts // plan.units)  # units that attend, on average
+    # Query heads together read a key once; but that units idle costs more.
+    return next(cut for cut, units in choices.items() if units >= 0.9 * max(choices.values()))
 
 
 def _most_heads(group: int) -> int:
@@ -481,5 +481,4 @@ def _most_heads(group: int) -> int:
 
 
 WHOLE_CONTEXT = 256  # positions of cache up to which the context is not split: joining parts takes a hand-off
-SHORT_CONTEXT = 2048  # positions of cache up to which as many units attend as there can be
 SPLIT_POSITIONS = 128  # fewest positions worth a part

@@ -17,7 +17,7 @@ from test_gpu_build import nvrtc_version
 _REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(_REPOSITORY))
 
-from benchmarks import report, run  # noqa: E402
+from benchmarks import gpu_kernel, report, run  # noqa: E402
 from benchmarks.bandwidth import Bandwidth  # noqa: E402
 from benchmarks.gguf_model import write_gguf  # noqa: E402
 from jax_monokernel._bench.jax_loop import JaxLoop  # noqa: E402
@@ -265,8 +265,6 @@ def test_gpu_probe_on_a_stand_in_for_the_driver(monkeypatch, capsys):
 
 @pytest.mark.skipif(nvrtc_version() is None, reason="NVRTC is not installed (pip install nvidia-cuda-nvrtc)")
 def test_nvrtc_compiles_the_probe():
-    from benchmarks import gpu_kernel
-
     source = (_REPOSITORY / "benchmarks" / "read_bandwidth.cu").read_text()
     assert gpu_kernel.compile_kernel(source).startswith(b"\x7fELF")
     with pytest.raises(RuntimeError, match="error"):
@@ -339,3 +337,18 @@ def test_bad_arguments_exit_with_2(arguments, capsys):
         run.main(arguments)
     assert e.value.code == 2
     assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(nvrtc_version() is None, reason="NVRTC is not installed (pip install nvidia-cuda-nvrtc)")
+@pytest.mark.parametrize("batch", [1, 16])
+def test_nvrtc_keeps_a_fence_before_slots_are_given_back(batch):
+    """Without it copies are not ordered behind what a wave reads of a slot: weights that came later were seen."""
+    variant = gpu_kernel.Variant()
+    stub = variant.stub(SHAPES["qwen3-0.6b"].spec(), variant.make_plan(132), batch, 160)
+    ptx = gpu_kernel.compile_kernel(stub, as_text=True).decode()
+    events = re.findall(r"ld\.shared\.v4\.u32|fence\.proxy\.async\.shared::cta|mbarrier\.arrive\.shared::cta", ptx)
+    given_back = [events[:i] for i, event in enumerate(events) if event.startswith("mbarrier")]
+    assert given_back
+    for before in given_back:
+        last = [event for event in before if not event.startswith("mbarrier")][-1]
+        assert last.startswith("fence")

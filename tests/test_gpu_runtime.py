@@ -21,6 +21,7 @@ from gpu_fakes import ARCHES, PLATFORMS, WARP, make_call, register, spec_of
 from naive import random_weights
 
 from jax_monokernel import _native, cancel, decode
+from jax_monokernel._program import program
 from jax_monokernel.plan import Plan
 from jax_monokernel.tape import pack
 
@@ -223,6 +224,27 @@ def test_a_tape_for_another_vendor(make_fake):
     call = make_call("rocm")
     call.platform = "cuda"
     with pytest.raises(DECODE_ERRORS, match=r"INVALID_ARGUMENT.*packed for rocm, but this computation runs on cuda"):
+        call.run()
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_tape_for_the_cpu(make_fake, platform):
+    """Its call has other attributes and results too."""
+    make_fake(platform)
+    call = make_call(platform)
+    spec = spec_of()
+    call.attributes = program(spec, Plan(platform="cpu", units=2))
+    del call.results["workspace"]
+    with pytest.raises(DECODE_ERRORS, match=f"packed for the CPU, but this computation runs on {platform}"):
+        call.run()
+
+
+@pytest.mark.parametrize("name", ["ints", "ropes", "splits"])
+def test_attributes_of_another_version(make_fake, name):
+    make_fake()
+    call = make_call()
+    del call.attributes[name]
+    with pytest.raises(DECODE_ERRORS, match=f"no attribute {name}.*another version of jax_monokernel"):
         call.run()
 
 

@@ -133,11 +133,6 @@ std::shared_ptr<const Kernel> Device::kernel(const std::string& key, const Reque
 
 std::shared_ptr<const Kernel> Device::load(const Request& request) {
   const Program& p = request.program;
-  if (p.platform != static_cast<int64_t>(api_.vendor)) {
-    throw Failure(Code::kInvalid, std::string("the weights are packed for ") + (p.platform == 1 ? "cuda" : "rocm") +
-                                      ", but this computation runs on " + platform_name(api_.vendor) +
-                                      "; pack them with a plan for it");
-  }
   if (p.wave_size != architecture_.wave_size) {
     throw Failure(Code::kInvalid, "the plan is for waves of " + std::to_string(p.wave_size) + " lanes, but " + name_ + " has " +
                                       std::to_string(architecture_.wave_size));

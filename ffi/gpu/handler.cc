@@ -195,13 +195,36 @@ using Ints = ffi::Span<const int64_t>;
 using Floats = ffi::Span<const float>;
 using Doubles = ffi::Span<const double>;
 
-ffi::Error decode(Vendor vendor, void* stream, int32_t ordinal, ffi::RemainingArgs args, ffi::RemainingRets rets, Ints ints,
-                  Floats floats, Ints layers, Doubles ropes, Ints tiles, int64_t splits, int64_t task_heads) {
+Failure another_version(const std::string& what) {
+  return Failure(Code::kInvalid, "the call has " + what + "; it was made by another version of jax_monokernel: trace or export it again");
+}
+
+// The first of a program's fields.
+void check_platform(int64_t platform, Vendor vendor) {
+  constexpr const char* kPackedFor[] = {"the CPU", "cuda", "rocm"};
+  if (platform == static_cast<int64_t>(vendor) || platform < 0 || platform >= std::ssize(kPackedFor)) return;  // or reading it says why
+  throw Failure(Code::kInvalid, std::string("the weights are packed for ") + kPackedFor[platform] + ", but this computation runs on " +
+                                    platform_name(vendor) + "; pack them with a plan for it");
+}
+
+template <typename T>
+T attribute(const ffi::Dictionary& attributes, std::string_view name) {
+  auto value = attributes.get<T>(name);
+  if (!value.has_value()) throw another_version("no attribute " + std::string(name) + " of the type that is expected");
+  return *value;
+}
+
+ffi::Error decode(Vendor vendor, void* stream, int32_t ordinal, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                  ffi::Dictionary given) {
   try {
+    const auto ints = attribute<Ints>(given, "ints"), layers = attribute<Ints>(given, "layers"), tiles = attribute<Ints>(given, "tiles");
+    const auto floats = attribute<Floats>(given, "floats");
+    const auto ropes = attribute<Doubles>(given, "ropes");
+    // A call for the CPU has other operands, results and attributes.
+    check_platform(ints.size() > 0 ? ints.begin()[0] : -1, vendor);
+    const auto splits = attribute<int64_t>(given, "splits"), task_heads = attribute<int64_t>(given, "task_heads");
     if (args.size() < kOperands || args.size() > kOperands + kPlaceOperands + 1 || rets.size() != kOutcomes) {
-      throw Failure(Code::kInvalid, "the call has " + std::to_string(args.size()) + " operands and " +
-                                        std::to_string(rets.size()) + " results; it was made by another version of "
-                                        "jax_monokernel: trace or export it again");
+      throw another_version(std::to_string(args.size()) + " operands and " + std::to_string(rets.size()) + " results");
     }
     std::vector<AnyBuffer> in, out;
     for (size_t i = 0; i < args.size(); i++) {
@@ -226,9 +249,8 @@ ffi::Error decode(Vendor vendor, void* stream, int32_t ordinal, ffi::RemainingAr
 }
 
 template <Vendor vendor>
-ffi::Error on_stream(void* stream, int32_t ordinal, ffi::RemainingArgs args, ffi::RemainingRets rets, Ints ints, Floats floats,
-                     Ints layers, Doubles ropes, Ints tiles, int64_t splits, int64_t task_heads) {
-  return decode(vendor, stream, ordinal, args, rets, ints, floats, layers, ropes, tiles, splits, task_heads);
+ffi::Error on_stream(void* stream, int32_t ordinal, ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attributes) {
+  return decode(vendor, stream, ordinal, args, rets, attributes);
 }
 
 // Not compatible with command buffers: the handler waits for the kernel.
@@ -238,13 +260,7 @@ ffi::Error on_stream(void* stream, int32_t ordinal, ffi::RemainingArgs args, ffi
       .Ctx<ffi::DeviceOrdinal>()                \
       .RemainingArgs()                          \
       .RemainingRets()                          \
-      .Attr<Ints>("ints")                       \
-      .Attr<Floats>("floats")                   \
-      .Attr<Ints>("layers")                     \
-      .Attr<Doubles>("ropes")                   \
-      .Attr<Ints>("tiles")                      \
-      .Attr<int64_t>("splits")                  \
-      .Attr<int64_t>("task_heads")
+      .Attrs()
 
 XLA_FFI_DEFINE_HANDLER(kOnCuda, on_stream<Vendor::kCuda>, ON_STREAM);
 XLA_FFI_DEFINE_HANDLER(kOnRocm, on_stream<Vendor::kRocm>, ON_STREAM);

@@ -123,7 +123,7 @@ constexpr int most_tiles(int phase) {
 // Tiles of a segment. Products of a segment take shared memory from the ring, many requests' most of it. Where each of its tiles
 // is in one chunk, or one segment has all tiles, the stream is the same for shorter ones.
 #if !defined(MK_PRODUCTS_BYTES)
-#define MK_PRODUCTS_BYTES (32 * 1024)  // at most, where that can be
+#define MK_PRODUCTS_BYTES (16 * 1024)  // at most, where that can be
 #endif
 constexpr bool can_have_segments_of(int tiles) {
   for (int phase = 0; phase < kPhases; phase++) {

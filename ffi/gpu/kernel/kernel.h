@@ -168,10 +168,7 @@ MK_DEVICE bool start_token(Service& s, bool cancelled) {
 
 MK_DEVICE void serve(const Args& args) {
   Service service(args);
-  renew(service, [](Service& s) {
-    start_packed(s);
-    start_requests(s);
-  });
+  renew(service, [](Service& s) { start_requests(s); });
   bool cancelled = false;
   for (;;) {
     bool go;

@@ -13,64 +13,45 @@ MK_DEVICE Packed packed_source(const Service& s, int layer) {
   return s.packed_residual(layer - 1);
 }
 
-#if !defined(MK_REGISTER_RING)
-// Gathers a stream wave's columns into its own rows, as gather_own does: by copies that need no registers, so all are on their
-// way at once. A lane looks at what it has copied, and copies again what was not there yet.
+// Gathers a stream wave's columns into its own rows, as gather_own does.
 template <int phase>
 MK_DEVICE void gather_packed(Service& s, int layer, int fill, int wave, char* own) {
   using Columns = OwnColumns<phase, kVector>;
-  constexpr int size = cols(phase), items = Columns::kCount, all = items * kBatch;
-  static_assert(all <= 32, "vectors of a lane are bits of a word");
+  constexpr int size = cols(phase), at_once = 8;  // vectors of a lane
+  constexpr int items = smaller(Columns::kCount, at_once), requests = smaller(kBatch, at_once / items);
+  constexpr bool bare = Columns::kAll && Columns::kCount % items == 0;  // nothing to check
   const Columns columns = {fill, arch::unknown(wave), arch::unknown(s.lane)};  // addresses of all phases would fill the registers
   const Packed from = packed_source<phase>(s, layer);
-  const char* source[items];
-  char* to[items];
-  u32 missing = 0;
-  MK_UNROLL
-  for (int i = 0; i < items; i++) {
-    const int at = columns.of_matrix(i);
-    source[i] = (const char*)from.site.words + at * kWeightBytes;
-    to[i] = own + columns.of_row(i) * kWeightBytes;
-    MK_UNROLL
-    for (int request = 0; request < kBatch; request++) {
-      if (at >= 0 && at < size) missing |= 1u << (i * kBatch + request);
-      if (at >= size) *(Vec4*)(to[i] + request * kRowBytes) = zero_vector();  // zeros of the matrix
-    }
-  }
-  auto for_missing = [&](auto use) {
-    MK_UNROLL
-    for (int k = 0; k < all; k++) {
-      if (missing >> k & 1u) use(k, to[k / kBatch] + k % kBatch * kRowBytes, source[k / kBatch] + k % kBatch * packed_line(size));
-    }
-  };
-  arch::Copies<all> copies;
-  for (int spins = 1;; spins++) {
-    for_missing([&](int k, char* place, const char* of) { copies.start(k, place, of); });
-    copies.finish();
-    for_missing([&](int k, char* place, const char*) {
-      if (all_there(*(const Vec4*)place)) missing &= ~(1u << k);
-    });
-    if (!arch::any(missing != 0)) break;
-    if (spins % kSpinsBetweenLooks == 0 &&
-        give_up(s.waiter, from.site, (u32)((const u32*)source[0] - from.site.words), *(const u32*)to[0], spins == kSpinsBetweenLooks)) {
-      break;
+  MK_NO_UNROLL
+  for (int first_request = 0; first_request < kBatch; first_request += requests) {
+    MK_NO_UNROLL
+    for (int first_item = 0; first_item < Columns::kCount; first_item += items) {
+      Vec4 v[requests * items];
+      int at[items];
+      MK_UNROLL
+      for (int i = 0; i < items; i++) at[i] = columns.of_matrix(first_item + i);
+      auto request_of = [&](int i) { return first_request + i / items; };
+      auto wanted = [&](int i) { return (bare || at[i % items] >= 0) && (kBatch % requests == 0 || request_of(i) < kBatch); };
+      wait_packed<requests * items>(
+          s.waiter, from.site, [&](int i) { return (const u32*)packed_place(from, request_of(i), size, at[i % items]); }, v,
+          [&](int i) {
+            if (bare && size == padded_cols(phase)) return kVector;
+            const int left = size - at[i % items];
+            return !wanted(i) ? 0 : size % kVector == 0 && left > 0 ? kVector : left;
+          });
+      MK_UNROLL
+      for (int i = 0; i < requests * items; i++) {
+        if (!wanted(i)) continue;
+        char* to = own + request_of(i) * kRowBytes + columns.of_row(first_item + i % items) * kWeightBytes;
+        if constexpr (kSwapped) {
+          *(Vec4*)to = {v[i].x, v[i].z, v[i].y, v[i].w};
+        } else {
+          *(Vec4*)to = v[i];
+        }
+      }
     }
   }
   arch::wave_sync();
-}
-#endif
-
-// The ends of rows of all packed hand-offs, by one unit.
-MK_DEVICE void start_packed(const Service& s) {
-  if constexpr (kPacked) {
-    if (s.unit != 0) return;
-    auto fill = [&](i64 offset, int size) { fill_row_ends(s.at<char>(offset), size, s.index, kServiceLanes); };
-    fill(kWorkspace.attended, kQSize);
-    fill(kWorkspace.inner, kInner);
-    fill(kWorkspace.projected, kHidden);
-    fill(kWorkspace.residual, kHidden);
-    fill(kWorkspace.final_, kHidden);
-  }
 }
 
 // The sums of squares of what a phase multiplies, from all units; by the service waves.

@@ -119,15 +119,6 @@ MK_DEVICE Vec4 load_once(const void* p) {
                : "l"(p));
   return v;
 }
-// Copies of 16 bytes each, from memory that other units write to shared memory, past this unit's own cache. Until finish() they are
-// on their way.
-template <int n>
-struct Copies {
-  MK_METHOD void start(int, void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-  }
-  MK_METHOD void finish() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-};
 MK_DEVICE void prefetch(const void* p, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
 }

@@ -183,24 +183,6 @@ MK_DEVICE u32 add(u32* p, u32 v, host::Where at = host::here()) { return host::a
 MK_DEVICE int shared_number(const int* p) { return *p; }
 MK_DEVICE Vec4 load_shared_data(const void* p, host::Where at = host::here()) { return host::load_data(p, false, at); }
 MK_DEVICE Vec4 load_once(const void* p, host::Where at = host::here()) { return host::load_data(p, true, at); }
-// They take place in finish(), so that nobody can do with what is on its way.
-template <int n>
-struct Copies {
-  u32* to[n];
-  const u32* from[n] = {};
-  MK_METHOD void start(int i, void* target, const void* source, host::Where at = host::here()) {
-    if (from[i] != nullptr) host::fail(at, "copy %d was started twice", i);
-    to[i] = (u32*)target;
-    from[i] = (const u32*)source;
-    *(Vec4*)target = {host::kUnwritten, host::kUnwritten, host::kUnwritten, host::kUnwritten};
-  }
-  MK_METHOD void finish(host::Where at = host::here()) {
-    for (int i = 0; i < n; i++) {
-      if (from[i] != nullptr) *(Vec4*)to[i] = host::load_words(from[i], at);
-      from[i] = nullptr;
-    }
-  }
-};
 MK_DEVICE void prefetch(const void* p, int bytes, host::Where at = host::here()) {
   if (bytes <= 0 || bytes % 16 != 0 || (unsigned long)p % 16 != 0) host::fail(at, "a prefetch of %d bytes at %p", bytes, p);
 }

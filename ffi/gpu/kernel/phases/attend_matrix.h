@@ -33,16 +33,9 @@ struct Part {
   MK_METHOD bool is_alone(int base) const { return position <= larger(first, base); }
 };
 
-// How many positions a unit's waves look at together, and for how many of such rounds keys and values are brought nearer before
-// they are asked for. All of a long context at once would not fit in the cache, and be fetched twice.
-template <int step>
-constexpr int kRoundPositions = kServiceWaves * step;
-#if !defined(MK_ROUNDS_AHEAD)
-#define MK_ROUNDS_AHEAD 4
-#endif
-constexpr int kRoundsAhead = MK_ROUNDS_AHEAD;
-// With one request a context that is not split is short.
-constexpr bool kManyRounds = kBatch > 1 || kSplits > 1;
+// Whether keys and values are brought nearer before they are asked for: a single request's, whose context is not split, and so short
+// that a unit takes few rounds. Of others, what is on its way already is as much as memory gives.
+constexpr bool kPrefetches = kBatch == 1 && kSplits == 1;
 
 // Places [begin, begin + count) of a part, as far as they exist; the first does, and all are of one block.
 MK_DEVICE void prefetch_places(const Part& part, int begin, int count) {
@@ -51,16 +44,6 @@ MK_DEVICE void prefetch_places(const Part& part, int begin, int count) {
     const int rows = smaller(count, part.end - begin);
     arch::prefetch(part.keys + (i64)part.position_of(begin) * row, rows * row);
     arch::prefetch(part.values + (i64)part.position_of(begin) * row, rows * row);
-  }
-}
-
-// What a wave will look at kRoundsAhead rounds after `step`.
-template <int step_positions>
-MK_DEVICE void prefetch_round(const Service& s, const Part& part, int step) {
-  if constexpr (kManyRounds) {
-    constexpr int pieces = (step_positions + kSplitBlock - 1) / kSplitBlock;
-    const int begin = step + kRoundsAhead * kRoundPositions<step_positions> + s.lane * kSplitBlock;
-    if (s.lane < pieces && begin < part.end) prefetch_places(part, begin, smaller(step_positions, kSplitBlock));
   }
 }
 
@@ -170,7 +153,6 @@ MK_DEVICE WaveSums attend_by_matrix(Service& s, const Part& part, const u32* pac
     }
     const bool more = step + stride < part.end;
     if (more) keys.load(part, part.keys, step + stride, g, 8 * t);
-    prefetch_round<kStepPositions>(s, part, step + stride);
 
     float score[2 * kEights];
     float higher = sums.top;

@@ -167,7 +167,6 @@ MK_DEVICE void attend_by_lanes(Service& s, const Part& context, Loads& raw) {
       }
     }
     raw.load(context, s.lane, i + stride, context.keys, raw.keys);
-    prefetch_round<wave_step>(s, context, i + stride);
     float fade[kTaskHeads];
     MK_UNROLL
     for (int h = 0; h < kTaskHeads; h++) {
@@ -304,14 +303,10 @@ MK_DEVICE Task find_task(const Service& s, int layer, int number) {
   return task;
 }
 
-// Brings the first rounds nearer; prefetch_round goes on.
+// Brings a part of the context nearer.
 MK_DEVICE void prefetch_part(const Service& s, const Part& part) {
-  constexpr int step = kMatrixAttention ? kStepPositions : kWavePositions * kUnroll;
-  constexpr int blocks = ((kRoundsAhead + 1) * kRoundPositions<step> + kSplitBlock - 1) / kSplitBlock;
-  if (s.wave != 0) return;
-  for (int block = s.lane; (!kManyRounds || block < blocks) && block * kSplitBlock < part.end; block += arch::kWave) {
-    prefetch_places(part, block * kSplitBlock, kSplitBlock);
-  }
+  if (!kPrefetches || s.wave != 0) return;
+  for (int block = s.lane; block * kSplitBlock < part.end; block += arch::kWave) prefetch_places(part, block * kSplitBlock, kSplitBlock);
 }
 
 // Asks for what the unit's first task reads of the cache, long before its query is there: where words are waited for, loads that

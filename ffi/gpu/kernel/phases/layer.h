@@ -247,15 +247,16 @@ MK_DEVICE void publish_inner(Service& s, int layer, const Tiles& deal, int segme
 }
 
 // A phase's multiplications: gates, fills if the service waves gather, and use(s, deal, segment, scale, wait) for what comes out,
-// which is to be scaled; it has come when use has called wait(s). A unit without tiles does nothing but between(s), which is called
-// once, not before words that the service waves themselves wait for. opened: the first gate is open already.
-template <int phase, typename Between, typename Use>
-MK_DEVICE void run_phase(Service& s, int layer, bool opened, Between between, Use use) {
+// which is to be scaled; it has come when use has called wait(s). A unit without tiles does nothing but before(s), which is called
+// once, before anything is waited for. opened: the first gate is open already.
+template <int phase, typename Before, typename Use>
+MK_DEVICE void run_phase(Service& s, int layer, bool opened, Before before, Use use) {
   const Tiles deal = kTiles[phase * MK_UNITS + unit()];
   const int segments = segment_count(deal);
   constexpr int fills = kStreamGathers ? 1 : fill_count(phase);
   float scale = 1.0f;
   if (deal.count > 0) s.squares_set ^= 1;
+  before(s);
   if constexpr (kPacked) {
     if (deal.count > 0) {
       if (!opened) arch::open_gate();  // A
@@ -263,7 +264,6 @@ MK_DEVICE void run_phase(Service& s, int layer, bool opened, Between between, Us
       s.mark(kPhaseEvents * phase + kFilled);
     }
   }
-  between(s);
   for (int segment = 0; segment < segments; segment++) {
     if constexpr (!kPacked) {
       for (int fill = 0; fill < fills; fill++) {

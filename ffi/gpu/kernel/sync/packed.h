@@ -22,15 +22,8 @@ MK_DEVICE Packed packed_use(char* copies, HandOff handoff, int size, int layer, 
   return {{(const u32*)(copies + copy * bytes), handoff, (u32)layer, (u32)token, 1}, copy == 0 ? (kPackedCopies - 1) * bytes : -bytes};
 }
 
-// Where a column's element is in its row: the order of words inside 16 bytes is that in which they are multiplied.
-constexpr int packed_index(int column) {
-  if (!kSwapped) return column;
-  const int word = column / 2 % 4;
-  return column / 8 * 8 + (word == 1 ? 2 : word == 2 ? 1 : word) * 2 + column % 2;
-}
-
 MK_DEVICE char* packed_place(const Packed& to, int request, int size, int column) {
-  return (char*)to.site.words + request * packed_line(size) + packed_index(column) * kWeightBytes;
+  return (char*)to.site.words + request * packed_line(size) + column * kWeightBytes;
 }
 
 // The element at `place`.
@@ -46,24 +39,46 @@ MK_DEVICE void publish_packed(char* place, i64 clears, float value) {
   }
 }
 
+// The first `count` elements, and `fill` instead of the others.
+MK_DEVICE u32 with_elements(u32 word, int count, u32 fill) {
+  constexpr int here = 4 / kWeightBytes;
+  return count >= here ? word : count <= 0 ? fill : (word & 0xffffu) | (fill & 0xffff0000u);
+}
+MK_DEVICE Vec4 with_elements(const Vec4& v, int count, u32 fill) {
+  constexpr int here = 4 / kWeightBytes;
+  return {with_elements(v.x, count, fill), with_elements(v.y, count - here, fill), with_elements(v.z, count - 2 * here, fill),
+          with_elements(v.w, count - 3 * here, fill)};
+}
+
 // Whether none of the elements of four words is missing.
 MK_DEVICE bool all_there(const Vec4& v) {
   if constexpr (kWeightType == kF32) return v.x != 0 && v.y != 0 && v.z != 0 && v.w != 0;
   return arch::halves_not_zero(v);
 }
 
-// What is behind a row's last column, up to whole vectors of 16 bytes, in all copies: it is there from the start. By one unit's
-// service lanes.
-MK_DEVICE void fill_row_ends(char* copies, int size, int index, int lanes) {
-  const int end = round_up(size, kVector), rest = end - size, rows = kPackedCopies * kBatch;
-  for (int i = index; i < rows * rest; i += lanes) {
-    char* place = copies + i / (rest > 0 ? rest : 1) * packed_line(size) + packed_index(size + i % (rest > 0 ? rest : 1)) * kWeightBytes;
-    if constexpr (kWeightType == kF32) {
-      arch::store_word((u32*)place, 0x80000000u);
-    } else {
-      arch::store_half((u16*)place, 0x8000u);
-    }
+// Loads `count` vectors of four words, vector i of this lane at place(i), until all elements are there; those that are not are asked
+// for again. Only the first elements_of(i) elements of vector i are waited for; the others come out as 0.
+template <int count, typename Place, typename ElementsOf>
+MK_DEVICE void wait_packed(Waiter& waiter, const Site& site, Place place, Vec4 (&v)[count], ElementsOf elements_of) {
+  MK_UNROLL
+  for (int i = 0; i < count; i++) {
+    v[i] = {~0u, ~0u, ~0u, ~0u};
+    if (elements_of(i) > 0) v[i] = arch::load_words(place(i));
   }
+  for (int spins = 1;; spins++) {
+    bool missing = false;
+    MK_UNROLL
+    for (int i = 0; i < count; i++) {
+      if (!all_there(with_elements(v[i], elements_of(i), ~0u))) {
+        missing = true;
+        v[i] = arch::load_words(place(i));
+      }
+    }
+    if (!arch::any(missing)) break;
+    if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, (u32)(place(0) - site.words), v[0].x, spins == kSpinsBetweenLooks)) break;
+  }
+  MK_UNROLL
+  for (int i = 0; i < count; i++) v[i] = with_elements(v[i], elements_of(i), 0);
 }
 
 }  // namespace mk
