@@ -23,10 +23,10 @@ class Args(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
-            "data", "unit_of", "jobs", "tracks", "track_of", "turns", "results", "blocks", "readings", "units",
+            "data", "unit_of", "jobs", "tracks", "track_of", "turns", "results", "blocks", "readings", "lines", "units",
         )),
         *((name, ctypes.c_uint32) for name in (
-            "unit_count", "steps", "block_shift", "batches", "rounds", "warm_up", "first_value",
+            "unit_count", "steps", "block_shift", "batches", "rounds", "warm_up", "touch", "looks", "first_value",
         )),
         ("limit_ticks", ctypes.c_uint64),
     )  # fmt: skip
