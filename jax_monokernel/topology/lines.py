@@ -57,7 +57,7 @@ def find(probe: Probe, domains: np.ndarray, rng: np.random.Generator, report: Ca
     starts = np.sort(rng.choice(runs, size=min(_RUNS, runs), replace=False)) * (2 * _RUN_BYTES // LINE_BYTES)
     sample = (starts[:, None] + np.arange(_RUN_BYTES // LINE_BYTES)).reshape(-1)
     report(f"what units wait for {len(sample)} lines of memory")
-    levels, times = _look(probe, domains, sample, LINE_BYTES, kinds=len(LOOKS), passes=8, rng=rng, touch=_RUN_BYTES)
+    levels, times = _look(probe, domains, sample, LINE_BYTES, kinds=[0, 1, 2], passes=8, rng=rng, touch=_RUN_BYTES)
     found = [evaluate.line_homes(level) for level in levels]
     tells = [_tells(f, t) for f, t in zip(found, times, strict=True)]
     kind = max(
@@ -85,9 +85,9 @@ def find(probe: Probe, domains: np.ndarray, rng: np.random.Generator, report: Ca
     blocks = np.arange(min(half // block_bytes, _MOST_LINES))
     report(f"by {LOOKS[kind]} looks {granule} bytes live together; where {len(blocks)} blocks of {block_bytes} live")
     touch = PAGE_BYTES // 2 if block_bytes == PAGE_BYTES else 0  # smaller blocks are so near each other that few wait
-    levels, times = _look(probe, domains, blocks, block_bytes, kinds=kind + 1, passes=6, rng=rng, touch=touch)
-    last = evaluate.line_homes(levels[kind])  # and whether it is found again
-    if not _tells(last, times[kind]):
+    levels, times = _look(probe, domains, blocks, block_bytes, kinds=[kind], passes=6, rng=rng, touch=touch)
+    last = evaluate.line_homes(levels[0])  # and whether it is found again
+    if not _tells(last, times[0]):
         return Found(None, PAGE_BYTES, 0, looked | {"kind": None})
     return Found(last.homes, block_bytes, granule, looked)
 
@@ -98,18 +98,19 @@ def _look(
     blocks: np.ndarray,
     block_bytes: int,
     *,
-    kinds: int,
+    kinds: list[int],
     passes: int,
     rng: np.random.Generator,
     touch: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the units of each domain wait for blocks: float32 [kinds, passes, domains, blocks] nanoseconds.
 
-    The first array is without each unit's own part, a low quantile of what it waits; the second as measured. In a
-    launch each domain has its own part of the blocks, and before each launch the caches are emptied.
+    `kinds` are ascending indices of `LOOKS`. The first array is without each unit's own part, a low quantile of what it
+    waits; the second as measured. In a launch each domain has its own part of the blocks, and before each launch the
+    caches are emptied.
     """
     count = int(domains.max()) + 1
-    times = np.full((kinds, passes, count, len(blocks)), np.nan, np.float32)
+    times = np.full((len(kinds), passes, count, len(blocks)), np.nan, np.float32)
     levels = times.copy()
     order = rng.permutation(len(blocks))
     shift = block_bytes.bit_length() - 1
@@ -122,9 +123,10 @@ def _look(
                 part = order[(d + turn) % count :: count]
                 for i, unit in enumerate(np.roll(mine, 5 * p).tolist()):
                     chosen[unit] = np.sort(part[i :: len(mine)])  # ascending, so that pages are found
-            waited = probe.look([blocks[c] for c in chosen], shift=shift, kinds=kinds, touch=touch)
-            for unit, (c, took) in enumerate(zip(chosen, waited, strict=True)):
+            waited = probe.look([blocks[c] for c in chosen], shift=shift, kinds=kinds[-1] + 1, touch=touch)
+            for unit, (c, all_kinds) in enumerate(zip(chosen, waited, strict=True)):
                 if len(c):
+                    took = all_kinds[kinds]
                     times[:, p, domains[unit], c] = took
                     levels[:, p, domains[unit], c] = took - np.quantile(took, 0.5 / count, axis=1, keepdims=True)
     return levels, times
