@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jax import export
+from jax import export, stages
 from jax.extend import mlir
 from jax.extend.mlir import passmanager
 from jax.extend.mlir.dialects import stablehlo
@@ -22,7 +22,7 @@ from jax_monokernel.tape import Tape
 
 
 def export_program(
-    function: Callable[..., Any],
+    function: stages.Wrapped,
     *,
     platforms: Sequence[str] | None = None,
     disabled_checks: Sequence[export.DisabledSafetyCheck] = (),

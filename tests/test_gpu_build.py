@@ -337,7 +337,7 @@ def test_a_library_that_is_loaded_already_comes_first(fake_gpu_library, tmp_path
     ("call", "message"),
     [
         ("gpu_devices('cuda')", "Install the NVIDIA driver"),
-        ("gpu_devices('rocm')", "Install ROCm 6 or later"),
+        ("gpu_devices('rocm')", "Install ROCm 7"),
         ("gpu_compiler('cuda')", "Install NVIDIA's run-time compiler: pip install nvidia-cuda-nvrtc"),
         ("gpu_compiler('rocm')", "Install AMD's run-time compiler"),
     ],
