@@ -370,6 +370,9 @@ def test_folders_of_installed_packages(tmp_path, monkeypatch):
         (tmp_path / package / "__init__.py").write_text("raise AssertionError('it is looked for, not imported')")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setenv("ROCM_PATH", "/srv/rocm")
+    of_rocm = [d for d in _gpu.library_dirs() if "/rocm/" in d and not d.startswith(str(tmp_path))]
+    assert of_rocm[:3] == ["/srv/rocm/lib", "/opt/rocm/lib", "/opt/rocm/core/lib"]
     found = [str(Path(d).relative_to(tmp_path)) for d in _gpu.library_dirs() if d.startswith(str(tmp_path))]
     assert sorted(found) == ["_rocm_sdk_core/lib", "nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib", "torch/lib"]
 
