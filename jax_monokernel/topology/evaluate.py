@@ -314,6 +314,9 @@ def _trimmed_rms(x: np.ndarray, share: float = 0.95) -> float:
 def _nanmedian(x: np.ndarray, axis: int) -> np.ndarray:
     import warnings
 
+    if not np.isnan(x).any():
+        return np.median(x, axis)  # many times as fast
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of slices without a number, which give NaN
         return np.nanmedian(x, axis=axis)

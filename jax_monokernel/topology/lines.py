@@ -10,6 +10,7 @@ at home. What tells is decided by the numbers: homes found from half of the pass
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,9 +21,12 @@ from jax_monokernel.topology.probe import LOOKS, Probe
 
 LINE_BYTES, PAGE_BYTES = 128, 4096
 _RUN_BYTES, _RUNS = 16384, 48  # of the sample
-_MOST_LINES = 1 << 21  # whose homes are looked for
-_LEAST_CONTRAST = 0.08  # of far over near
-_LEAST_AGREEMENT = 0.9  # of homes from even and odd passes
+_MOST_BYTES = 512 << 20  # whose homes are looked for, if they are smaller than a page's: several times an L2
+_LEAST_CONTRAST_NS = (
+    25.0  # of far over near: some 50 cycles; the way to one slice of a cache or another differs by less
+)
+_LEAST_AGREEMENT = 0.9  # of homes from even and odd passes over the sample
+_PASSES = 24, 12  # over the sample, and over all blocks
 _FLUSH_BYTES = 512 << 20  # several times an L2
 
 
@@ -57,9 +61,12 @@ def find(probe: Probe, domains: np.ndarray, rng: np.random.Generator, report: Ca
     starts = np.sort(rng.choice(runs, size=min(_RUNS, runs), replace=False)) * (2 * _RUN_BYTES // LINE_BYTES)
     sample = (starts[:, None] + np.arange(_RUN_BYTES // LINE_BYTES)).reshape(-1)
     report(f"what units wait for {len(sample)} lines of memory")
-    levels, times = _look(probe, domains, sample, LINE_BYTES, kinds=[0, 1, 2], passes=8, rng=rng, touch=_RUN_BYTES)
+    levels, times = _look(
+        probe, domains, sample, LINE_BYTES, kinds=[0, 1, 2], passes=_PASSES[0], rng=rng, touch=_RUN_BYTES
+    )
     found = [evaluate.line_homes(level) for level in levels]
-    tells = [_tells(f, t) for f, t in zip(found, times, strict=True)]
+    count = levels.shape[2]
+    tells = [_tells(f, count) for f in found]
     kind = max(
         (k for k, yes in enumerate(tells) if yes),
         key=lambda k: (round(found[k].agreement, 2), found[k].homes.margin),
@@ -82,12 +89,12 @@ def find(probe: Probe, domains: np.ndarray, rng: np.random.Generator, report: Ca
     looked["page_shares"] = [round(float(x), 4) for x in np.nanmean(pages[known], axis=1)]
     granule = evaluate.granule(homes.reshape(len(starts), -1), LINE_BYTES)
     block_bytes = min(granule, PAGE_BYTES)
-    blocks = np.arange(min(half // block_bytes, _MOST_LINES))
+    blocks = np.arange((half if block_bytes == PAGE_BYTES else min(half, _MOST_BYTES)) // block_bytes)
     report(f"by {LOOKS[kind]} looks {granule} bytes live together; where {len(blocks)} blocks of {block_bytes} live")
     touch = PAGE_BYTES // 2 if block_bytes == PAGE_BYTES else 0  # smaller blocks are so near each other that few wait
-    levels, times = _look(probe, domains, blocks, block_bytes, kinds=[kind], passes=6, rng=rng, touch=touch)
-    last = evaluate.line_homes(levels[0])  # and whether it is found again
-    if not _tells(last, times[0]):
+    levels, times = _look(probe, domains, blocks, block_bytes, kinds=[kind], passes=_PASSES[1], rng=rng, touch=touch)
+    last = evaluate.line_homes(levels[0])
+    if not _tells(last, count, least=0.7):  # of fewer passes
         return Found(None, PAGE_BYTES, 0, looked | {"kind": None})
     return Found(last.homes, block_bytes, granule, looked)
 
@@ -115,20 +122,25 @@ def _look(
     order = rng.permutation(len(blocks))
     shift = block_bytes.bit_length() - 1
     units = [np.flatnonzero(domains == d) for d in range(count)]
-    for p in range(passes):
-        for turn in range(count):
-            _empty_caches(probe)
-            chosen: list[np.ndarray] = [np.zeros(0, int)] * probe.units
-            for d, mine in enumerate(units):
-                part = order[(d + turn) % count :: count]
-                for i, unit in enumerate(np.roll(mine, 5 * p).tolist()):
-                    chosen[unit] = np.sort(part[i :: len(mine)])  # ascending, so that pages are found
-            waited = probe.look([blocks[c] for c in chosen], shift=shift, kinds=kinds[-1] + 1, touch=touch)
-            for unit, (c, all_kinds) in enumerate(zip(chosen, waited, strict=True)):
-                if len(c):
-                    took = all_kinds[kinds]
-                    times[:, p, domains[unit], c] = took
-                    levels[:, p, domains[unit], c] = took - np.quantile(took, 0.5 / count, axis=1, keepdims=True)
+    parts = [  # [turns][domains][units]; ascending, so that looks are not far from each other
+        [
+            [np.sort(order[(d + turn) % count :: count][i :: len(mine)]) for i in range(len(mine))]
+            for d, mine in enumerate(units)
+        ]
+        for turn in range(count)
+    ]
+    for p, turn in itertools.product(range(passes), range(count)):
+        _empty_caches(probe)
+        chosen: list[np.ndarray] = [np.zeros(0, int)] * probe.units
+        for mine, of_domain in zip(units, parts[turn], strict=True):
+            for unit, part in zip(np.roll(mine, 5 * p).tolist(), of_domain, strict=True):
+                chosen[unit] = part
+        waited = probe.look([blocks[c] for c in chosen], shift=shift, kinds=kinds[-1] + 1, touch=touch)
+        for unit, (c, all_kinds) in enumerate(zip(chosen, waited, strict=True)):
+            if len(c):
+                took = all_kinds[kinds]
+                times[:, p, domains[unit], c] = took
+                levels[:, p, domains[unit], c] = took - np.quantile(took, 0.5 / count, axis=1, keepdims=True)
     return levels, times
 
 
@@ -140,13 +152,12 @@ def _empty_caches(probe: Probe) -> None:
     probe.read(parts, bytes_each=len(parts[0]) * PAGE_BYTES)
 
 
-def _tells(found: evaluate.LineHomes, times: np.ndarray) -> bool:
+def _tells(found: evaluate.LineHomes, count: int, least: float = _LEAST_AGREEMENT) -> bool:
     """Whether homes were found, and not noise or the way to one slice of a cache and another."""
-    homes, count = found.homes, times.shape[1]
-    share = homes.share
+    homes, share = found.homes, found.homes.share
     even = len(share) == count and float(share.min()) > 0.25 / count
-    clear = homes.far_ns - homes.near_ns > _LEAST_CONTRAST * float(np.nanmedian(times))
-    return even and clear and found.agreement > _LEAST_AGREEMENT and float(np.mean(homes.homes >= 0)) > 0.5
+    clear = homes.far_ns - homes.near_ns > _LEAST_CONTRAST_NS
+    return even and clear and found.agreement > least and float(np.mean(homes.homes >= 0)) > 0.5
 
 
 def _summary(
