@@ -273,6 +273,7 @@ def topology(
 ) -> None:
     """Print what a device looks like: groups of units, memory domains, and what crossing them costs."""
     from jax_monokernel import topology as topologies
+    from jax_monokernel.topology.store import check_record_name
 
     try:
         if groups is not None and (model is None or pictures is None):
@@ -285,6 +286,8 @@ def topology(
             raise ValueError("--recorded is for a device that is not here; leave --measure, --part and --platform out")
         if output is not None and (not measure or platform == "cpu"):
             raise ValueError("--output is for what is measured of a GPU; give --measure too")
+        if output is not None:
+            check_record_name(output)
         if recorded is not None:
             measurement = topologies.recorded(recorded)
             found = topologies.Found(topologies.topology_of(measurement), measurement)

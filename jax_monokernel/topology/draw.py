@@ -151,8 +151,9 @@ def draw_latency(pyplot: Any, found: Found) -> Any:
     assert m is not None
     order, starts, names = _unit_order(found)
     figure, both = pyplot.subplots(1, 2, figsize=(13.5, 6.2), constrained_layout=True)
+    word = "the word lives near the unit that asks" if m.domains.any() else "all over one word"
     panels = (
-        (m.latency, "nothing else runs; the word lives near the unit that asks"),
+        (m.latency, f"nothing else runs; {word}"),
         (m.latency_loaded, f"while all units read ({m.load_gb_s:,.0f} GB/s)"),
     )
     for axes, (times, what) in zip(both, panels, strict=True):

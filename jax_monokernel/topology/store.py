@@ -71,6 +71,12 @@ def _text(path: Path) -> bytes:
     return gzip.decompress(text) if path.suffix == ".gz" else text
 
 
+def check_record_name(path: Path) -> None:
+    """Raises ValueError for what cannot be the name of a record, before anything is measured."""
+    if not path.name.endswith((".json", ".json.gz")):
+        raise ValueError(f"{path} is no name for a measurement; expected one that ends with .json or .json.gz")
+
+
 def record(path: Path, found: Measurement) -> None:
     """Writes a measurement to a file of its own, for `recorded`: .json, or .json.gz.
 
@@ -78,8 +84,7 @@ def record(path: Path, found: Measurement) -> None:
       ValueError: a name with another ending.
       OSError: it could not be written.
     """
-    if not path.name.endswith((".json", ".json.gz")):
-        raise ValueError(f"{path} is no name for a measurement; expected one that ends with .json or .json.gz")
+    check_record_name(path)
     # Which chip it was is nobody's business who reads the file.
     _write(path, {"version": VERSION, "package": __version__, "measurement": found.to_json() | {"device_id": ""}})
 
