@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
         "an installed package when it is started beside it: start it in another folder, or pip install -e . in this one"
     ) from None
 
-from jax_monokernel import _export as _export  # for what it registers
+from jax_monokernel._export import export_program
 from jax_monokernel._version import __version__
 from jax_monokernel.decode import cancel, decode
 from jax_monokernel.generate import Generation, generate
@@ -61,6 +61,7 @@ __all__ = [
     "cancel",
     "decode",
     "empty_state",
+    "export_program",
     "generate",
     "make_plan",
     "memory_report",

@@ -24,7 +24,10 @@ UNITS = {"sm_90": 132, "sm_100": 148, "gfx942": 304, "gfx950": 256}
 
 
 def library_dirs() -> list[str]:
-    """Folders of installed packages that may hold a vendor's driver or run-time compiler."""
+    """Folders that may hold a vendor's driver or run-time compiler: of installed packages, then of ROCm.
+
+    Where ROCm's packages make no links in /opt/rocm/lib, it is in a folder of its version (ROCm Core SDK, since 7.13).
+    """
     patterns = {"nvidia": "*/lib", "_rocm_sdk_core": "lib", "torch": "lib"}
     dirs = []
     for package, pattern in patterns.items():
@@ -34,7 +37,9 @@ def library_dirs() -> list[str]:
             continue
         for root in (found and found.submodule_search_locations) or ():
             dirs += sorted(glob.glob(os.path.join(glob.escape(root), pattern)), reverse=True)
-    return dirs
+    if rocm := os.environ.get("ROCM_PATH"):
+        dirs.append(os.path.join(rocm, "lib"))
+    return [*dirs, "/opt/rocm/lib", "/opt/rocm/core/lib", *sorted(glob.glob("/opt/rocm/core-*/lib"), reverse=True)]
 
 
 @functools.cache

@@ -124,5 +124,7 @@ class GpuProbe:
         rounds: int,
         warm_up: int,
         limit_s: float,
+        touch: int = ...,
+        looks: int = ...,
     ) -> tuple[Any, Any]: ...
     def clusters(self, size: int) -> list[int]: ...

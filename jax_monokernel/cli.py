@@ -251,6 +251,14 @@ def topology(
     part: Annotated[
         str | None, typer.Option(help="A part that is not here instead: MI300X, MI355X/QPX/NPS1, H200, ...")
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="With --measure: also write all that was measured to this file, .json or .json.gz."),
+    ] = None,
+    recorded: Annotated[
+        Path | None,
+        typer.Option(help="File of --output, of a device measured elsewhere, instead of one here."),
+    ] = None,
     pictures: Annotated[
         Path | None, typer.Option(help="Folder for pictures of groups, and of what was measured. Needs matplotlib.")
     ] = None,
@@ -265,6 +273,7 @@ def topology(
 ) -> None:
     """Print what a device looks like: groups of units, memory domains, and what crossing them costs."""
     from jax_monokernel import topology as topologies
+    from jax_monokernel.topology.store import check_record_name
 
     try:
         if groups is not None and (model is None or pictures is None):
@@ -273,7 +282,16 @@ def topology(
             raise ValueError("--part is for a device that is not here; leave --measure and --platform out")
         if platform not in (None, "cpu", "cuda", "rocm"):
             raise ValueError(f"--platform is {platform}; expected cpu, cuda or rocm")
-        if part is not None:
+        if recorded is not None and (measure or part is not None or platform is not None):
+            raise ValueError("--recorded is for a device that is not here; leave --measure, --part and --platform out")
+        if output is not None and (not measure or platform == "cpu"):
+            raise ValueError("--output is for what is measured of a GPU; give --measure too")
+        if output is not None:
+            check_record_name(output)
+        if recorded is not None:
+            measurement = topologies.recorded(recorded)
+            found = topologies.Found(topologies.topology_of(measurement), measurement)
+        elif part is not None:
             name, _, mode = part.partition("/")
             compute, _, memory = mode.upper().partition("/")
             made = topologies.part(name, compute=compute or "SPX", memory=memory or "NPS1")
@@ -288,6 +306,9 @@ def topology(
         else:
             found = topologies.discover(platform, device)  # type: ignore[arg-type]
         typer.echo(topologies.tree(found.topology))
+        if output is not None and found.measurement is not None:
+            topologies.record(output, found.measurement)
+            typer.echo(f"written: {output}", err=True)
         spec = None
         if model is not None:
             from jax_monokernel import models

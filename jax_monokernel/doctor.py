@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import getpass
 import glob
+import grp
 import importlib.metadata
 import logging
 import os
@@ -12,6 +14,7 @@ import platform as host
 import re
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,13 +37,17 @@ _WANTED = {
         "pip install 'jax[cuda13]' or 'jax[cuda12]', and nvidia-cuda-nvrtc (docs/gpu.md)"
     ),
     "rocm": (
-        "an AMD Instinct GPU of gfx942 or gfx950 (MI300X, MI300A, MI325X, MI350X, MI355X), the amdgpu driver, ROCm "
-        "6 or 7 with libamdhip64 and libhiprtc, and JAX's ROCm wheels (docs/rocm.md)"
+        "an AMD Instinct GPU of gfx942 or gfx950 (MI300X, MI300A, MI325X, MI350X, MI355X), the amdgpu driver, "
+        "ROCm 7 with libamdhip64 and libhiprtc, and JAX's ROCm wheels (docs/rocm.md)"
     ),
 }
 _TO_INSTALL = {
     "cuda": "pip install 'jax[cuda13]=={jax}', or 'jax[cuda12]=={jax}' with a driver for CUDA 12 (docs/gpu.md)",
     "rocm": "pip install jax-rocm7-plugin=={jaxlib} jax-rocm7-pjrt=={jaxlib} (docs/rocm.md)",
+}
+_HIDING = {
+    "cuda": ("CUDA_VISIBLE_DEVICES",),
+    "rocm": ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"),
 }
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 _PLUGINS = re.compile(r"jax-(cuda|rocm)\d+-(plugin|pjrt)$")
@@ -79,26 +86,54 @@ def report(print_: Callable[[str], None], *, test: bool = True, machine: Machine
     machine = machine or Machine()
     print_(f"jax_monokernel {__version__}: what this machine has for it\n")
     broken = 0
-    for title, lines in _sections(test, machine):
-        print_(title)
-        for line in lines:
-            broken += line.state == BROKEN
-            text = "\n         ".join(part for part in redacted(line.text).splitlines() if part.strip())
-            print_(f"  {line.state:6} {line.what}: {text}")
-        print_("")
-    print_("Everything that is here works." if not broken else f"{broken} of the things that are here do not work.")
+    found: dict[Platform, list[dict[str, Any]]] = {}
+    with _what_jax_logs() as logged:
+        for title, lines in _sections(test, machine, found, logged):
+            print_(title)
+            for line in lines:
+                broken += line.state == BROKEN
+                text = "\n         ".join(part for part in redacted(line.text).splitlines() if part.strip())
+                print_(f"  {line.state:6} {line.what}: {text}")
+            print_("")
+    last = "Everything that is here works." if not broken else f"{broken} of the things that are here do not work."
+    unused = sum("problem" in device for described in found.values() for device in described)
+    if unused:
+        last += f" GPUs that the kernel is not for: {unused}."
+    print_(last)
     return not broken
 
 
-def _sections(test: bool, machine: Machine) -> Iterator[tuple[str, Iterator[Line]]]:
+@contextlib.contextmanager
+def _what_jax_logs() -> Iterator[list[str]]:
+    """Warnings and errors of the part of JAX that starts its backends. It does that once, when it is first asked."""
+    said: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            error = record.exc_info[1] if record.exc_info else None
+            said.append(record.getMessage() + (f": {error}" if error else ""))
+
+    log, keep = logging.getLogger("jax._src.xla_bridge"), Keep(logging.WARNING)
+    before = log.propagate
+    log.addHandler(keep)
+    log.propagate = False  # what matters of it is in the report
+    try:
+        yield said
+    finally:
+        log.removeHandler(keep)
+        log.propagate = before
+
+
+def _sections(
+    test: bool, machine: Machine, found: dict[Platform, list[dict[str, Any]]], logged: list[str]
+) -> Iterator[tuple[str, Iterator[Line]]]:
     yield "Software", _software()
     yield "Settings", _settings(machine)
     devices: dict[Platform, jax.Device] = {}
-    yield "CPU", _cpu(devices)
-    found: dict[Platform, list[dict[str, Any]]] = {}
+    yield "CPU", _cpu(devices, logged)
     platforms: tuple[Platform, ...] = ("cuda", "rocm")
     for platform in platforms:
-        yield f"{_VENDORS[platform]} GPUs ({platform})", _gpus(platform, machine, devices, found)
+        yield f"{_VENDORS[platform]} GPUs ({platform})", _gpus(platform, machine, devices, found, logged)
     if test:
         yield "Self-test: small random models against the reference", _self_tests(devices, found, machine)
 
@@ -164,7 +199,7 @@ def _cache_folder() -> Path:
     return Path(base).absolute() / "jax_monokernel"
 
 
-def _cpu(devices: dict[Platform, jax.Device]) -> Iterator[Line]:
+def _cpu(devices: dict[Platform, jax.Device], logged: list[str]) -> Iterator[Line]:
     name = host.processor() or host.machine()
     try:
         found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
@@ -177,36 +212,37 @@ def _cpu(devices: dict[Platform, jax.Device]) -> Iterator[Line]:
         yield Line("kernel", OK, f"{_native.current_isa()} of {', '.join(_native.available_isas())}")
     except ValueError as error:
         yield Line("kernel", BROKEN, str(error))
-    yield _jax_device("cpu", devices)
+    yield _jax_device("cpu", devices, logged)
 
 
-def _jax_device(platform: Platform, devices: dict[Platform, jax.Device], supported: bool = True) -> Line:
+def _jax_device(
+    platform: Platform, devices: dict[Platform, jax.Device], logged: list[str], supported: bool = True
+) -> Line:
     """Whether JAX has devices of a platform, of which there are some; `supported`: some that the kernel runs on."""
-    messages: list[str] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
-
-    log, keep = logging.getLogger("jax._src.xla_bridge"), Keep(logging.WARNING)
-    log.addHandler(keep)
     try:
         here = jax.local_devices(backend=platform)
     except RuntimeError as error:
         chosen = os.environ.get("JAX_PLATFORMS")
         if chosen and not {platform, "gpu"} & set(chosen.split(",")):
             return Line("JAX", NOTE, f"has no {platform} device, because JAX_PLATFORMS is {chosen}")
-        if any(name.startswith(f"jax-{platform}") for name in _plugins()):
-            said = "\n".join([str(error), *messages])
+        if _has_plugin(platform):
+            mine = [m for m in logged if platform in m.lower() or not re.search("cuda|rocm|tpu", m.lower())]
+            said = "\n".join([str(error), *mine])
             return Line("JAX", BROKEN, f"its {platform} plugin is installed and finds no device: {said}")
         if not supported:
             return Line("JAX", NOTE, f"has no {platform} plugin; it would need {_WANTED[platform]}")
-        needed = _TO_INSTALL[platform].format(jax=_version("jax"), jaxlib=_version("jaxlib"))
-        return Line("JAX", BROKEN, f"has no {platform} plugin, so nothing runs on these GPUs: {needed}")
-    finally:
-        log.removeHandler(keep)
+        return _no_plugin(platform)
     devices[platform] = here[0]
     return Line("JAX", OK, f"{len(here)} {platform} device{'s' * (len(here) > 1)}: {here[0].device_kind}")
+
+
+def _has_plugin(platform: Platform) -> bool:
+    return any(name.startswith(f"jax-{platform}") for name in _plugins())
+
+
+def _no_plugin(platform: Platform) -> Line:
+    needed = _TO_INSTALL[platform].format(jax=_version("jax"), jaxlib=_version("jaxlib"))
+    return Line("JAX", BROKEN, f"has no {platform} plugin, so nothing runs on these GPUs: {needed}")
 
 
 def _gpus(
@@ -214,6 +250,7 @@ def _gpus(
     machine: Machine,
     devices: dict[Platform, jax.Device],
     found: dict[Platform, list[dict[str, Any]]],
+    logged: list[str],
 ) -> Iterator[Line]:
     _native.gpu_library_dirs(_gpu.library_dirs())
     in_system = _adapters(platform, machine)
@@ -225,7 +262,12 @@ def _gpus(
             yield Line("GPUs in this machine", OK, f"{in_system}, by what the system says")
             yield from _access(platform, machine)
             yield Line("driver", BROKEN, str(error))
+            if not _has_plugin(platform):
+                yield _no_plugin(platform)
         else:
+            if _has_plugin(platform):
+                text = f"its {platform} plugin is installed, and this machine has no GPU for it: {'; '.join(logged)}"
+                yield Line("JAX", NOTE, text.removesuffix(": "))
             if os.environ.get({"cuda": "MONOKERNEL_CUDA_LIBRARY", "rocm": "MONOKERNEL_HIP_LIBRARY"}[platform]):
                 yield Line("driver", NOTE, str(error))
             yield Line("driver", ABSENT, f"none, and no such GPU in this machine. Needed for one: {_WANTED[platform]}")
@@ -238,7 +280,9 @@ def _gpus(
         yield Line("run-time compiler", BROKEN if described else ABSENT, str(error))
     if not described:
         yield from _access(platform, machine)
-        yield Line("devices", BROKEN if in_system else ABSENT, f"the driver has none; the system has {in_system}")
+        hiding = [name for name in _HIDING[platform] if name in os.environ]
+        why = f". Are they hidden by {', '.join(hiding)}?" if hiding else ""
+        yield Line("devices", BROKEN if in_system else ABSENT, f"the driver has none; the system has {in_system}{why}")
         return
     found[platform] = described
     for i, device in enumerate(described):
@@ -249,7 +293,7 @@ def _gpus(
         ]
         text = f"not from {', '.join(lacking)}" if lacking else "each device reaches each other's memory"
         yield Line("peer access", NOTE if lacking else OK, text)
-    yield _jax_device(platform, devices, supported=any("problem" not in device for device in described))
+    yield _jax_device(platform, devices, logged, any("problem" not in device for device in described))
 
 
 def _device(number: int, device: dict[str, Any], platform: Platform, machine: Machine) -> Iterator[Line]:
@@ -301,7 +345,23 @@ def _access(platform: Platform, machine: Machine) -> Iterator[Line]:
                 "is missing: is the amdgpu module loaded? In a container: --device=/dev/kfd --device=/dev/dri",
             )
         elif not os.access(path, os.R_OK | os.W_OK):
-            yield Line(name, BROKEN, "this user may not open it: add the user to the groups render and video")
+            yield Line(name, BROKEN, _not_allowed(path))
+
+
+def _not_allowed(path: Path) -> str:
+    """Why a user may not open a device, and what to do."""
+    at = path.stat()
+    mode = stat.filemode(at.st_mode)
+    if at.st_mode & 0o060 != 0o060:
+        return f"this user may not open it, nor may any group ({mode}): chmod 660, or the udev rules of ROCm's packages"
+    try:
+        group = grp.getgrgid(at.st_gid).gr_name
+    except KeyError:  # of the host, in a container
+        group = str(at.st_gid)
+    return (
+        f"this user may not open it ({mode}, group {group}): sudo usermod -aG {group} USER, and log in again; "
+        f"in a container docker run --group-add {at.st_gid}"
+    )
 
 
 def _self_tests(

@@ -25,6 +25,8 @@ class SimulatedGpu:
     in_xcd_ns: float = 300.0
     near_gain: float = 1.2  # rate from near memory over that from far memory
     unit_gb_s: float = 60.0
+    across_ns: float = 120.0  # of flags between NVIDIA's domains, wherever the word is
+    tells: tuple[str, ...] = ("first", "change")  # looks at lines that depend on their home
     slice_ns: float = 0.0  # units of a group are by so much nearer to some slices of the cache than to others
     seed: int = 0
     name: str = "Simulated"
@@ -78,6 +80,9 @@ class SimulatedGpu:
         place = jobs[:, 1].astype(np.int64) // 4 * 2654435761 % 80  # the slice of a word's 128 bytes
         near_slice = lambda u: self.slices[np.asarray(self.group_of)[u], place]  # noqa: E731
         time = reach(a) + reach(b) + own[a] + own[b] + near_slice(a) + near_slice(b)
+        if self.platform == "cuda":
+            base = 2 * self.near_ns + np.where(self.domain(a) == self.domain(b), 0, self.across_ns)
+            time = base + own[a] + own[b] + near_slice(a) + near_slice(b)
         if self.platform == "rocm":
             group = np.asarray(self.group_of)
             time = np.where(group[a] == group[b], self.in_xcd_ns, time + 200)
@@ -93,7 +98,25 @@ class SimulatedGpu:
         reports[:, 1] = np.asarray(self.group_of)[unit_of] if self.platform == "rocm" else 0
         wide = reports.view(np.uint64)
         took = np.full(self.units, max(time.sum() * 2 * rounds * work["batches"], 1e6))
-        if work["steps"]:
+        if work["looks"]:
+            results = np.full((len(work["blocks"]), 4), 0xFFFFFFFF, np.uint32)
+            for unit, (begin, count) in enumerate(work["readings"]):
+                address = work["blocks"][begin : begin + count].astype(np.int64) << work["block_shift"]
+                at = unit_of[unit]
+                far = self.home(address) != self.domain(at)
+                slices = self.slices[self.group_of[at], address // 128 * 2654435761 % 80]
+                for k, (kind, ns) in enumerate(
+                    (("first", 600.0), ("again", 150.0), ("change", 300.0))[: work["looks"]]
+                ):
+                    waited = (
+                        ns + own[at] * 5 + slices + (far * (self.far_ns - self.near_ns) if kind in self.tells else 0)
+                    )
+                    noise = 1 + self.noise * self.rng.standard_normal(count).clip(-3, 3)
+                    if kind == "first":  # memory is refreshed now and then
+                        noise += self.rng.random(count) < 0.03
+                    results[begin : begin + count, k] = waited * noise / ns_per_tick
+            took[:] = 1e6
+        elif work["steps"]:
             for block, (begin, count) in enumerate(work["readings"]):
                 if count:
                     blocks = work["blocks"][begin : begin + count].astype(np.int64) << work["block_shift"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import logging
 import re
 import sys
 from pathlib import Path
@@ -72,9 +73,9 @@ def on_rocm(rocm_stand_in, monkeypatch):
     register()
     jax_device, decode = doctor._jax_device, _self_test._decode
 
-    def device(platform, devices, **options):
+    def device(platform, devices, *more):
         if platform != "rocm":
-            return jax_device(platform, devices, **options)
+            return jax_device(platform, devices, *more)
         devices[platform] = jax.devices()[1]
         return Line("JAX", "ok", "1 rocm device")
 
@@ -212,6 +213,65 @@ def test_gpus_without_a_driver(bare, environment):
     assert re.search(r"BROKEN driver: .*libcuda\.so was not found\. Install the NVIDIA driver", text)
 
 
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        (0o600, r"BROKEN /dev/kfd: this user may not open it, nor may any group \(-rw-------\): chmod 660, or the"),
+        (0o660, r"BROKEN /dev/kfd: this user may not open it \(-rw-rw----, group \S+\): sudo usermod -aG \S+ USER, and "
+                r"log in again; in a container docker run --group-add \d+"),
+    ],
+)  # fmt: skip
+def test_a_device_file_that_this_user_may_not_open(bare, monkeypatch, mode, message):
+    add_adapter(bare, "0000:c1:00.0")
+    for name in ("kfd", "dri/renderD128"):
+        (bare.dev / name).touch()
+        (bare.dev / name).chmod(mode)
+    monkeypatch.setattr(doctor.os, "access", lambda path, how: bare.dev not in Path(path).parents)
+    works, text = ask(bare, test=False)
+    assert not works
+    assert re.search(message, text), text
+    assert "BROKEN /dev/dri/renderD128: this user may not open it" in text
+
+
+def test_all_that_is_missing_is_said_at_once(bare, environment, no_plugins):
+    environment("MONOKERNEL_HIP_LIBRARY", None)
+    add_adapter(bare, "0000:c1:00.0")
+    _, text = ask(bare, test=False)
+    for what in ("/dev/kfd: is missing", r"driver: .*Install ROCm 7", "JAX: has no rocm plugin.*jax-rocm7-pjrt=="):
+        assert re.search(f"  BROKEN {what}", text), text
+
+
+def test_a_plugin_without_a_gpu(bare, monkeypatch):
+    """JAX says why at its first start only, by an exception that it logs."""
+    version = importlib.metadata.version("jaxlib")
+    monkeypatch.setattr(doctor, "_plugins", lambda: {"jax-rocm7-pjrt": version, "jax-rocm7-plugin": version})
+    local_devices = jax.local_devices
+
+    def devices(*arguments, **options):
+        try:
+            raise ValueError("No AMD GPUs were found")
+        except ValueError:
+            logging.getLogger("jax._src.xla_bridge").exception("Exception when calling xla_rocm7.initialize()")
+        return local_devices(*arguments, **options)
+
+    monkeypatch.setattr(doctor.jax, "local_devices", devices)
+    works, text = ask(bare, test=False)
+    assert works
+    why = "Exception when calling xla_rocm7.initialize(): No AMD GPUs were found"
+    assert f"note   JAX: its rocm plugin is installed, and this machine has no GPU for it: {why}\n" in text
+
+
+def test_devices_that_a_variable_hides(bare, rocm_stand_in, environment, tmp_path):
+    other = StandIn(tmp_path, like=rocm_stand_in)
+    other.devices = 0
+    environment("MONOKERNEL_HIP_LIBRARY", other.variables["MONOKERNEL_HIP_LIBRARY"])
+    environment("HIP_VISIBLE_DEVICES", "7")
+    add_adapter(bare, "0000:c1:00.0")
+    works, text = ask(bare, test=False)
+    assert not works
+    assert "BROKEN devices: the driver has none; the system has 1. Are they hidden by HIP_VISIBLE_DEVICES?" in text
+
+
 def test_a_device_that_is_not_supported_is_no_fault(bare, rocm_stand_in, environment, tmp_path, no_plugins):
     other = StandIn(tmp_path, like=rocm_stand_in)
     other.arch = "gfx1100"
@@ -220,6 +280,7 @@ def test_a_device_that_is_not_supported_is_no_fault(bare, rocm_stand_in, environ
     assert works
     assert re.search(r"note   device 0: .*not supported.*\n.*does not run on .*\(gfx1100\); supported are", text)
     assert "note   JAX: has no rocm plugin; it would need an AMD Instinct GPU" in text
+    assert re.match(r"Everything that is here works\. GPUs that the kernel is not for: \d", text.splitlines()[-1])
 
 
 def test_an_old_gpu_beside_one_that_is_not(bare, make_fake, no_plugins):

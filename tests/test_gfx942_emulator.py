@@ -30,6 +30,7 @@ from decoding import (
 from gpu_decode import gpu_plan, gpu_tape_of
 from placed import page_count, scatter
 
+from jax_monokernel import DecoderSpec, LayerSpec, RopeSpec
 from jax_monokernel.state import FULL, STOPPED
 
 pytestmark = gfx942.MARKS
@@ -92,6 +93,47 @@ def test_same_as_reference(name, dtype, make, batch, order):
     assert run.violations == []
     assert run.report["reason"] == 0
     assert_same_decode(got, want, kernel.spec, state)
+
+
+# Sizes that models have and this repository's families have not, with few layers.
+FULL_ROPE = RopeSpec(theta=1e4, rotary_dim=64)
+SHAPES = {
+    "5_kv_heads": DecoderSpec(
+        vocab_size=32003, hidden_size=576, intermediate_size=1000, num_heads=15, num_kv_heads=5, head_dim=64,
+        layers=(LayerSpec(rope=0),), ropes=(FULL_ROPE,), tied_head=True, dtype="float32",
+    ),
+    "14_heads": DecoderSpec(
+        vocab_size=1499, hidden_size=896, intermediate_size=304, num_heads=14, num_kv_heads=2, head_dim=64,
+        layers=(LayerSpec(rope=0),) * 2, ropes=(FULL_ROPE,), qkv_bias=True, dtype="float32",
+    ),
+    "head_dim_96": DecoderSpec(
+        vocab_size=1000, hidden_size=200, intermediate_size=328, num_heads=10, num_kv_heads=10, head_dim=96,
+        layers=(LayerSpec(rope=0, window=7), LayerSpec(rope=0)), ropes=(RopeSpec(theta=1e4, rotary_dim=96),),
+        dtype="float32",
+    ),
+    "head_dim_80": DecoderSpec(
+        vocab_size=777, hidden_size=560, intermediate_size=136, num_heads=7, num_kv_heads=7, head_dim=80,
+        layers=(LayerSpec(rope=0), LayerSpec(rope=0, window=3)), ropes=(RopeSpec(theta=1e4, rotary_dim=32),),
+        attn_softcap=20.0, activation="gelu_tanh", dtype="float32",
+    ),
+    "28_heads": DecoderSpec(
+        vocab_size=515, hidden_size=448, intermediate_size=96, num_heads=28, num_kv_heads=4, head_dim=128,
+        layers=(LayerSpec(rope=0),), ropes=(RopeSpec(theta=1e4, rotary_dim=128),), qk_norm="head", dtype="float32",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_of_other_models(name, batch, dtype):
+    spec = SHAPES[name].replace(dtype=dtype, kv_dtype=dtype)
+    kernel = Kernel(spec, gpu_plan(spec, 64, 5, chunk_atoms=8), batch, splits=1 if batch == 1 else 2)
+    state, params = state_of(spec, POSITIONS[3 - batch :]), mixed_params(spec, batch)
+    got, run = gfx942.decode_on_emulator(kernel, state, params, 3, seed=batch, xcc=lambda unit: unit // 2 % 8)
+    assert run.violations == []
+    assert run.report["reason"] == 0, run.report
+    assert_same_decode(got, decode(tape_of(spec, 2), state, params, steps=3), spec, state)
 
 
 # Groups: attention and the MLP; the MLP alone; with post-norms.

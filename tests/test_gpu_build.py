@@ -337,7 +337,7 @@ def test_a_library_that_is_loaded_already_comes_first(fake_gpu_library, tmp_path
     ("call", "message"),
     [
         ("gpu_devices('cuda')", "Install the NVIDIA driver"),
-        ("gpu_devices('rocm')", "Install ROCm 6 or later"),
+        ("gpu_devices('rocm')", "Install ROCm 7"),
         ("gpu_compiler('cuda')", "Install NVIDIA's run-time compiler: pip install nvidia-cuda-nvrtc"),
         ("gpu_compiler('rocm')", "Install AMD's run-time compiler"),
     ],
@@ -370,6 +370,9 @@ def test_folders_of_installed_packages(tmp_path, monkeypatch):
         (tmp_path / package / "__init__.py").write_text("raise AssertionError('it is looked for, not imported')")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setenv("ROCM_PATH", "/srv/rocm")
+    of_rocm = [d for d in _gpu.library_dirs() if "/rocm/" in d and not d.startswith(str(tmp_path))]
+    assert of_rocm[:3] == ["/srv/rocm/lib", "/opt/rocm/lib", "/opt/rocm/core/lib"]
     found = [str(Path(d).relative_to(tmp_path)) for d in _gpu.library_dirs() if d.startswith(str(tmp_path))]
     assert sorted(found) == ["_rocm_sdk_core/lib", "nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib", "torch/lib"]
 

@@ -344,6 +344,14 @@ def test_command(monkeypatch, capsys):
     assert "placement of small's pages: pages stay where they are: all memory is equally far" in out or "NUMA" in out
 
 
+def test_command_shows_what_was_recorded(monkeypatch, capsys, tmp_path):
+    (file, *_) = (Path(__file__).parents[1] / "benchmarks" / "results" / "topology").glob("h200-*.json.gz")
+    code, out, err = command(monkeypatch, capsys, "--recorded", str(file), "--pictures", str(tmp_path))
+    assert (code, err) == (0, "")
+    assert out.startswith("NVIDIA H200 (cuda, sm_90): 132 units\n├─ L2 half 0: 66 units")
+    assert {path.name for path in tmp_path.iterdir()} == {"groups.png", "latency.png", "homes.png"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -351,6 +359,10 @@ def test_command(monkeypatch, capsys):
         (["--part", "MI300X", "--groups", "8"], "give --model and --pictures too"),
         (["--part", "MI300X", "--groups", "7", "--model", "small", "--pictures", "x"], "for 304 units on rocm"),
         (["--part", "H200", "--measure"], "leave --measure"),
+        (["--recorded", "x.json", "--measure"], "leave --measure, --part and --platform out"),
+        (["--recorded", "nowhere.json"], "nowhere.json"),
+        (["--output", "x.json"], "give --measure too"),
+        (["--output", "x.txt", "--measure"], "ends with .json or .json.gz"),
         (["--platform", "tpu"], "expected cpu, cuda or rocm"),
         (["--platform", "cuda", "--device", "99"], "no cuda device 99"),
         (["--part", "H200", "--model", "/nowhere"], "/nowhere"),

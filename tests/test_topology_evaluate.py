@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import json
+import re
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -11,8 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from jax_monokernel.topology import evaluate
-from jax_monokernel.topology.measurement import Measurement, topology_of
+from jax_monokernel.topology import evaluate, recorded, topology_of, tree
 
 
 def same_partition(a: np.ndarray, b: np.ndarray) -> bool:
@@ -157,17 +155,51 @@ def test_homes_that_are_parities_of_address_bits():
     assert evaluate.xor_bits(homes[:1000], 4) is None
 
 
-def test_the_halves_of_an_h200():
-    """What `topology --measure` found on one at commit 8d23390, with the first 64 homes only."""
-    with gzip.open(Path(__file__).parent / "data" / "topology-h200.json.gz") as file:
-        found = Measurement.from_json(json.load(file))
-    halves = evaluate.cluster_latencies(found.latency)
-    assert halves.count == 2
-    assert np.bincount(halves.labels).tolist() == [66, 66]
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "topology"
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("h200-*.json.gz")), ids=lambda p: p.name)
+def test_the_halves_of_an_h200(file):
+    found = recorded(file)
+    near = evaluate.cluster_latencies(found.latency)
+    assert near.count == 2
+    assert np.bincount(near.labels).tolist() == [66, 66]
     device = topology_of(found)
     assert [g.name for g in device.root.children] == ["L2 half 0", "L2 half 1"]
     assert device.units == 132
-    assert all(len({int(halves.labels[u]) for u in g.units}) == 1 for g in device.groups())
-    times = np.where(halves.labels[:, None] == halves.labels[None], found.latency, np.nan)
-    other = np.where(halves.labels[:, None] != halves.labels[None], found.latency, np.nan)
-    assert np.nanmedian(times) < 0.75 * np.nanmedian(other)
+    assert all(len({int(near.labels[u]) for u in g.units}) == 1 for g in device.groups())
+    same = near.labels[:, None] == near.labels[None]
+    assert np.nanmedian(found.latency[same]) < 0.75 * np.nanmedian(found.latency[~same])
+
+
+def test_recorded_measurements_are_in_the_docs():
+    """docs/topology.md has what `topology --recorded FILE` prints, for every file that there is and no other."""
+    text = (Path(__file__).parents[1] / "docs" / "topology.md").read_text()
+    shown = re.findall(r"topology --recorded (\S+)\n```\n\n```text\n(.*?)\n```", text, re.DOTALL)
+    files = {f"benchmarks/results/topology/{file.name}": file for file in RESULTS.iterdir()}
+    assert {name for name, _ in shown} == set(files)
+    for name, printed in shown:
+        assert printed == tree(topology_of(recorded(files[name]))), name
+
+
+# ---- Homes of lines, by several passes ----
+
+
+def levels(homes: np.ndarray, contrast: float, noise: float, passes: int = 6) -> np.ndarray:
+    rng = np.random.default_rng(len(homes))
+    far = np.arange(2)[:, None] != homes[None]
+    return contrast * far[None] + rng.normal(0, noise, (passes, 2, len(homes)))
+
+
+def test_homes_of_lines_are_found_again():
+    homes = np.random.default_rng(0).integers(2, size=3000)
+    found = evaluate.line_homes(levels(homes, 100, 25))
+    known = found.homes.homes >= 0
+    assert known.mean() > 0.95
+    assert np.mean(found.homes.homes[known] == homes[known]) > 0.995
+    assert found.agreement > 0.95
+    assert found.homes.far_ns - found.homes.near_ns == pytest.approx(100, rel=0.1)
+
+
+def test_noise_has_no_homes_that_are_found_again():
+    assert evaluate.line_homes(levels(np.zeros(3000, int), 0, 25)).agreement == pytest.approx(0.5, abs=0.05)

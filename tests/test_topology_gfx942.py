@@ -23,10 +23,10 @@ class Args(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
-            "data", "unit_of", "jobs", "tracks", "track_of", "turns", "results", "blocks", "readings", "units",
+            "data", "unit_of", "jobs", "tracks", "track_of", "turns", "results", "blocks", "readings", "lines", "units",
         )),
         *((name, ctypes.c_uint32) for name in (
-            "unit_count", "steps", "block_shift", "batches", "rounds", "warm_up", "first_value",
+            "unit_count", "steps", "block_shift", "batches", "rounds", "warm_up", "touch", "looks", "first_value",
         )),
         ("limit_ticks", ctypes.c_uint64),
     )  # fmt: skip
@@ -119,3 +119,39 @@ def test_units_read_what_they_should():
     )
     assert not result.violations
     assert found["units"].view(np.uint64)[:, 5].tolist() == [32, 32, 0, 32, 0, 32]
+
+
+@pytest.mark.parametrize("looks", [1, 3])
+def test_units_look_at_lines(looks):
+    empty = np.zeros((0, 2), np.uint32)
+    data = np.random.default_rng(0).integers(0, 2**32, 8 * 1024, np.uint32)
+    found, result = launch(
+        2,
+        data=data,
+        jobs=empty,
+        tracks=empty,
+        track_of=np.full(UNITS, -1, np.int32),
+        turns=np.zeros(32, np.uint32),
+        results=empty,
+        blocks=np.arange(64, dtype=np.uint32)[::-1].copy(),
+        readings=np.array([[0, 8], [8, 2], [0, 0], [10, 3], [13, 0], [13, 4]], np.uint32),
+        lines=np.zeros((64, 4), np.uint32),
+        units=np.zeros((UNITS, 16), np.uint32),
+        unit_count=UNITS,
+        steps=0,
+        block_shift=9,
+        batches=1,
+        rounds=2,
+        warm_up=0,
+        touch=1024,
+        looks=looks,
+        first_value=1,
+        limit_ticks=2**40,
+    )
+    assert not result.violations
+    assert found["units"][:, 2].tolist() == [0] * UNITS
+    missing = 0xFFFFFFFF
+    assert (found["lines"][:17, looks:3] == missing).all()
+    assert (found["lines"][:17, :looks] < missing).all()
+    assert (found["lines"][17:] == 0).all()
+    np.testing.assert_array_equal(found["data"], data)

@@ -32,6 +32,8 @@ DEVICES = {
     "h200": H200,
     "h200_slices": H200 | {"slice_ns": 12.0, "noise": 0.005},
     "h200_fine_interleave": H200 | {"granule": 512},
+    "h200_only_first_looks": H200 | {"tells": ("first",)},
+    "h200_coarse_interleave": H200 | {"granule": 1 << 16},
     "one_domain": {"group_of": tuple(i // 20 for i in range(60)), "domain_of": (0, 0, 0), "masks": ()},
     "one_domain_slices": {"group_of": tuple(i // 20 for i in range(60)), "domain_of": (0, 0, 0), "masks": ()}
     | {"slice_ns": 6.0, "noise": 0.005},
@@ -71,7 +73,11 @@ def test_homes_are_found(simulated):
     true = device.home(np.arange(len(found.homes)) * found.block_bytes)
     known = found.homes >= 0
     assert known.mean() > 0.95
-    assert same_partition(found.homes[known], true[known])
+    counts = np.zeros((int(found.domains.max()) + 1,) * 2, int)
+    np.add.at(counts, (found.homes[known], true[known]), 1)
+    # All by flags; of looks a few meet a refresh of the memory in most passes.
+    assert counts.max(axis=1).sum() >= (1 if device.platform == "rocm" else 0.998) * counts.sum()
+    assert len(set(counts.argmax(axis=1))) == len(counts)
     # A domain's number is the same for units and for memory.
     order = units_in_order(device)
     for d in range(int(found.domains.max()) + 1):
@@ -97,7 +103,9 @@ def test_latencies_and_rates_are_found(simulated):
     if len(set(device.domain_of)) > 1:
         near, far = topology.constant("stream_device_near_gb_s"), topology.constant("stream_device_far_gb_s")
         assert near / far == pytest.approx(device.near_gain, rel=0.02)
-        assert found.far_ns - found.near_ns == pytest.approx(2 * (device.far_ns - device.near_ns), rel=0.2)
+        # NVIDIA's flags do not tell.
+        apart = 2 * (device.far_ns - device.near_ns) if device.platform == "rocm" else 0
+        assert found.far_ns - found.near_ns == pytest.approx(apart, rel=0.2, abs=5)
     else:
         assert "stream_device_near_gb_s" not in topology.constants
 
@@ -112,6 +120,75 @@ def test_the_topology_of_a_measurement(simulated):
     if device.platform == "rocm":
         assert [g.name for g in topology.groups()] == [f"XCD {x}" for x in sorted(set(device.group_of))]
     assert tp.Topology.from_json(topology.to_json()) == topology
+
+
+def test_what_looks_tell(simulated):
+    device, found = simulated
+    if device.platform == "rocm" or len(set(device.domain_of)) == 1:
+        assert found.looked is None
+        return
+    looked = found.looked
+    for kind, of in looked["kinds"].items():
+        assert of["tells"] == (kind in device.tells)
+        if of["tells"]:
+            near, far = np.diag(of["ns"]).mean(), np.diag(np.fliplr(of["ns"])).mean()
+            assert far - near == pytest.approx(device.far_ns - device.near_ns, rel=0.15)
+            assert of["contrast_ns"] == pytest.approx(device.far_ns - device.near_ns, rel=0.15)
+    shares = np.array(looked["page_shares"])
+    assert len(shares) > 150
+    assert looked["kind"] in device.tells
+    expected = np.round(shares) if device.granule >= 4096 else 0.5
+    assert (np.abs(shares - expected) < 0.05).all()
+    said = "\n".join(tp.topology_of(found).notes)
+    assert ("have one home each" if device.granule >= 4096 else "no home of their own") in said
+
+
+def test_halves_whose_memory_no_look_tells():
+    device = SimulatedGpu(**H200 | {"tells": ()})
+    found = tp.measure(device, "cuda")
+    assert found.looked["kind"] is None
+    assert (found.domains == 0).all()
+    assert (found.homes == 0).all()
+    topology = tp.topology_of(found)
+    assert [g.name for g in topology.root.children] == ["L2 half 0", "L2 half 1"]
+    assert "no home of any memory was found" in topology.notes
+
+
+def test_rates_are_of_all_memory():
+    device = SimulatedGpu(**H200 | {"tells": ()})
+    seen = []
+    run = device.run
+    device.run = lambda **work: (seen.append(work), run(**work))[1]
+    tp.measure(device, "cuda")
+    pages = device.memory_bytes // 4096
+    for work in seen:
+        if len(work["jobs"]) and len(work["blocks"]):  # hand-offs while all read
+            assert work["block_shift"] == 12
+            assert len(set(work["blocks"].tolist())) == pages
+    device_rate = [w for w in seen if w["steps"] and (w["readings"][:, 1] > 0).all() and len(w["blocks"]) > pages * 0.9]
+    assert len(device_rate) == 3
+    assert all(w["block_shift"] == 12 for w in device_rate)
+    # In order, and each time from elsewhere.
+    starts = [w["blocks"][int(w["readings"][0][0])] for w in device_rate]
+    assert len(set(starts)) == 3
+    assert (np.diff(device_rate[0]["blocks"].astype(int)) > 0).all()
+
+
+def test_recording(tmp_path):
+    found = tp.measure(SimulatedGpu(**H200), "cuda")
+    for name in ("a.json", "b.json.gz"):
+        tp.record(tmp_path / name, found)
+        again = tp.recorded(tmp_path / name)
+        assert again.looked == found.looked
+        assert tp.tree(tp.topology_of(again)).splitlines()[:8] == tp.tree(tp.topology_of(found)).splitlines()[:8]
+    with pytest.raises(ValueError, match=r"ends with .json or .json.gz"):
+        tp.record(tmp_path / "c.txt", found)
+    (tmp_path / "d.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no measurement of a topology"):
+        tp.recorded(tmp_path / "d.json")
+    (tmp_path / "e.json").write_text('{"version": 99, "measurement": {}}')
+    with pytest.raises(ValueError, match="version 99"):
+        tp.recorded(tmp_path / "e.json")
 
 
 def test_placement_on_a_measured_device():
@@ -185,6 +262,7 @@ def test_nvrtc_compiles_it(arch):
     assert entries == {"topology_probe", "topology_clusters_2", "topology_clusters_4", "topology_clusters_8"}
     assert "ld.relaxed.gpu.global.u32" in ptx
     assert "st.relaxed.gpu.global.u32" in ptx
+    assert "atom.relaxed.gpu.global.or.b32" in ptx
     library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
@@ -201,6 +279,7 @@ def test_clang_compiles_it(arch):
     assert [line for line in lines if re.fullmatch(r"global_store_dword .* sc1", line)]
     assert [line for line in lines if re.fullmatch(r"global_load_dword .* sc1", line)]
     assert sum(bool(re.fullmatch(r"global_load_dwordx4 .* nt", line)) for line in lines) == 8
+    assert [line for line in lines if re.fullmatch(r"global_atomic_or .* sc0", line)]
     assert {"HW_REG_HW_ID", "HW_REG_XCC_ID"} <= set(re.findall(r"HW_REG_\w+", "\n".join(lines)))
     assert amd_code.link(assembly, arch).stat().st_size > 0
 
@@ -280,6 +359,38 @@ def test_units_read_as_many_blocks_as_they_should(make_probe, shift):
     assert reports.view(np.uint64)[:, 5].tolist() == [64, 0, 64, 64, 0]
 
 
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("kinds", [1, 2, 3])
+@pytest.mark.parametrize("touch", [0, 16384])
+def test_units_look_at_lines(make_fake, platform, kinds, touch):
+    fake = make_fake(platform)
+    fake.units = 3
+    memory = np.random.default_rng(0).integers(0, 2**32, 32768, np.uint32)
+    memory = memory[-memory.ctypes.data % 4096 // 4 :][:24576]
+    before = memory.copy()
+    probe = _native.GpuProbe(platform, 0, memory.nbytes, memory.ctypes.data)
+    blocks = np.array([0, 5, 31, 2, 7], np.uint32)
+    readings = np.array([[0, 3], [3, 0], [3, 2]], np.uint32)
+    work = {"blocks": blocks, "readings": readings, "block_shift": 7, "looks": kinds, "touch": touch}
+    lines, reports = probe.run(**NOTHING | work)
+    assert lines.shape == (5, 4)
+    missing = 0xFFFFFFFF
+    assert (lines[:, :kinds] < missing).all()
+    assert (lines[:, kinds:3] == missing).all()
+    assert not reports[:, 2].any()
+    del probe
+    np.testing.assert_array_equal(memory, before)
+
+
+def test_looks_that_take_too_long(make_probe):
+    _, probe = make_probe()
+    blocks = np.zeros(20000, np.uint32)
+    readings = np.array([[0, 20000]] + [[0, 0]] * 4, np.uint32)
+    work = {"blocks": blocks, "readings": readings, "looks": 3, "rounds": 1000, "limit_s": 0.01}
+    _, reports = probe.run(**NOTHING | work)
+    assert reports[:, 2].tolist() == [1, 0, 0, 0, 0]
+
+
 def test_a_wait_that_would_not_end(make_probe):
     _, probe = make_probe()
     # Unit 2 waits for unit 1, which is told that it is nobody's unit and so does not answer.
@@ -316,6 +427,11 @@ def test_a_wait_that_would_not_end(make_probe):
         ({"blocks": np.array([4096, 0], np.uint32)}, "outside its memory"),
         ({"readings": np.array([[0, 2]] * 5, np.uint32)}, "list of blocks"),
         ({"readings": np.array([[0, 1]] * 5, np.uint32), "blocks": np.zeros(4, np.uint32)}, "less than 8 KiB"),
+        ({"looks": 4}, "looks of a kind"),
+        ({"job": (0, 1, 0), "looks": 1}, "jobs beside looks"),
+        ({"touch": 2}, "no word's"),
+        ({"blocks": np.array([0], np.uint32), "touch": 1 << 28}, "outside its memory"),
+        ({"readings": np.array([[0, 2]] * 5, np.uint32), "looks": 1}, "list of blocks"),
         ({"job": (0, 0, 0)}, "two of the device's"),
         ({"job": (0, 5, 0)}, "two of the device's"),
         ({"job": (0, 1, 1 << 19)}, "outside its memory"),
@@ -364,12 +480,15 @@ def test_measuring_and_discovering(make_fake, platform):
 
 
 def test_homes_of_somebody_elses_memory(make_fake):
-    device = SimulatedGpu(**H200)
-    found = tp.measure(device, "cuda")
-    homes = homes_of_pages(SimulatedGpu(**H200, memory_bytes=300 * 4096), found).homes
+    mine = DEVICES["mi300x"]
+    device = SimulatedGpu(**mine)
+    found = tp.measure(device, "rocm")
+    homes = homes_of_pages(SimulatedGpu(**mine, memory_bytes=300 * 4096), found).homes
     assert same_partition(homes, device.home(np.arange(300) * 4096))
     with pytest.raises(tp.ProbeError, match="other units than were measured"):
-        homes_of_pages(SimulatedGpu(), found)
+        homes_of_pages(SimulatedGpu(platform="rocm"), found)
+    with pytest.raises(tp.ProbeError, match="flags do not tell their homes there"):
+        homes_of_pages(SimulatedGpu(**H200), tp.measure(SimulatedGpu(**H200), "cuda"))
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["answered", "unanswered"])

@@ -166,7 +166,8 @@ void bind_probe(py::module_& m) {
       .def("run",
            [](Probe& p, const Array<uint32_t>& unit_of, const Array<uint32_t>& jobs, const Array<uint32_t>& tracks, const Array<int32_t>& track_of,
               const Array<uint32_t>& blocks, const Array<uint32_t>& readings, uint32_t block_shift, uint32_t steps,
-              uint32_t batches, uint32_t rounds, uint32_t warm_up, double limit_s) {
+              uint32_t batches, uint32_t rounds, uint32_t warm_up, double limit_s, uint32_t touch,
+              uint32_t looks) {
              const Probe::Work work{.unit_of = structs<uint32_t>(unit_of),
                                     .jobs = structs<topology::Job>(jobs),
                                     .tracks = structs<topology::Range>(tracks),
@@ -178,17 +179,19 @@ void bind_probe(py::module_& m) {
                                     .batches = batches,
                                     .rounds = rounds,
                                     .warm_up = warm_up,
+                                    .touch = touch,
+                                    .looks = looks,
                                     .limit_s = limit_s};
              Probe::Found found;
              {
                py::gil_scoped_release release;
                found = p.run(work);
              }
-             return py::make_tuple(fields(found.results), fields(found.units));
+             return py::make_tuple(looks ? fields(found.lines) : fields(found.results), fields(found.units));
            },
            py::kw_only(), py::arg("unit_of"), py::arg("jobs"), py::arg("tracks"), py::arg("track_of"), py::arg("blocks"), py::arg("readings"),
-           py::arg("block_shift"), py::arg("steps"), py::arg("batches"), py::arg("rounds"), py::arg("warm_up"), py::arg("limit_s"),
-           "One launch: u32 [jobs, 2] ticks and u32 [units, 16] reports (probe/probe.h).")
+           py::arg("block_shift"), py::arg("steps"), py::arg("batches"), py::arg("rounds"), py::arg("warm_up"), py::arg("limit_s"), py::arg("touch") = 0, py::arg("looks") = 0,
+           "One launch: u32 [jobs, 2] ticks, or with looks u32 [blocks, 4], and u32 [units, 16] reports (probe/probe.h).")
       .def("clusters", &Probe::clusters, py::arg("size"), py::call_guard<py::gil_scoped_release>(),
            "For each block of a launch of clusters of this size its SM and its cluster; empty where there are none.");
 }

@@ -127,13 +127,16 @@ void Probe::check(const Work& w) const {
     if (t < -1 || t >= static_cast<int64_t>(w.tracks.size())) throw wrong("a track that is not there");
   }
   const uint64_t least = (topology::kReaders * topology::kStepBytes) >> w.block_shift;
+  if (w.touch % sizeof(uint32_t) != 0) throw wrong("a place to touch that is no word's");
+  if (w.looks > 3 || (w.looks > 0 && !w.jobs.empty())) throw wrong("looks of a kind that is not there, or jobs beside looks");
   for (const topology::Range& r : w.readings) {
-    if ((r.count > 0 && r.count < least) || uint64_t{r.begin} + r.count > w.blocks.size()) {
+    if ((w.looks == 0 && r.count > 0 && r.count < least) || uint64_t{r.begin} + r.count > w.blocks.size()) {
       throw wrong("a list of blocks that is not there, or of less than 8 KiB");
     }
   }
   for (const uint32_t block : w.blocks) {
-    if ((uint64_t{block} + 1) << w.block_shift > memory_bytes_) throw wrong("a block outside its memory");
+    const uint64_t touched = (uint64_t{block} << w.block_shift) ^ w.touch;
+    if ((uint64_t{block} + 1) << w.block_shift > memory_bytes_ || touched + sizeof(uint32_t) > memory_bytes_) throw wrong("a block outside its memory");
   }
 }
 
@@ -159,7 +162,8 @@ Probe::Found Probe::run(const Work& work) {
   const Device::Current current(device_);
   const Driver& api = device_.api();
   const auto units = static_cast<size_t>(device_.multiprocessors());
-  Found found{std::vector<topology::Result>(work.jobs.size()), std::vector<topology::Unit>(units)};
+  Found found{std::vector<topology::Result>(work.jobs.size()), std::vector<topology::Line>(work.looks ? work.blocks.size() : 0),
+              std::vector<topology::Unit>(units)};
 
   Blob blob;
   const size_t jobs = blob.add(work.jobs), tracks = blob.add(work.tracks), blocks = blob.add(work.blocks);
@@ -167,7 +171,7 @@ Probe::Found Probe::run(const Work& work) {
   const size_t readings = blob.add(work.readings.empty() ? std::vector<topology::Range>(units) : work.readings);
   const size_t unit_of = blob.add(work.unit_of);
   const size_t turns = blob.add(std::vector<uint32_t>(work.tracks.size() * topology::kTurnStride));
-  const size_t results = blob.add(found.results), reports = blob.add(found.units);
+  const size_t results = blob.add(found.results), lines = blob.add(found.lines), reports = blob.add(found.units);
 
   std::lock_guard lock(device_.launching());
   Memory memory(api, blob.bytes.size());
@@ -182,6 +186,7 @@ Probe::Found Probe::run(const Work& work) {
       .results = reinterpret_cast<topology::Result*>(base + results),
       .blocks = reinterpret_cast<uint32_t*>(base + blocks),
       .readings = reinterpret_cast<topology::Range*>(base + readings),
+      .lines = reinterpret_cast<topology::Line*>(base + lines),
       .units = reinterpret_cast<topology::Unit*>(base + reports),
       .unit_count = static_cast<uint32_t>(units),
       .steps = work.steps,
@@ -189,6 +194,8 @@ Probe::Found Probe::run(const Work& work) {
       .batches = work.batches,
       .rounds = work.rounds,
       .warm_up = work.warm_up,
+      .touch = work.touch,
+      .looks = work.looks,
       .first_value = next_value_,
       .limit_ticks = device_.ticks(work.limit_s)};
   next_value_ += static_cast<uint32_t>(work.jobs.size()) * 2 * (work.warm_up + work.batches * work.rounds);
@@ -206,6 +213,9 @@ Probe::Found Probe::run(const Work& work) {
   }
   if (!found.results.empty()) {
     api.check(api.copy_out_async(found.results.data(), base + results, found.results.size() * sizeof(topology::Result), nullptr), "read the results");
+  }
+  if (!found.lines.empty()) {
+    api.check(api.copy_out_async(found.lines.data(), base + lines, found.lines.size() * sizeof(topology::Line), nullptr), "read the results");
   }
   api.check(api.copy_out_async(found.units.data(), base + reports, units * sizeof(topology::Unit), nullptr), "read the results");
   api.check(api.stream_wait(nullptr), "read the results");

@@ -21,11 +21,12 @@ class Probe {
     std::vector<int32_t> track_of;            // one for each unit, or none
     std::vector<uint32_t> blocks;
     std::vector<topology::Range> readings;    // one for each unit, or none
-    uint32_t steps = 0, block_shift = 12, batches = 1, rounds = 1, warm_up = 0;
+    uint32_t steps = 0, block_shift = 12, batches = 1, rounds = 1, warm_up = 0, touch = 0, looks = 0;
     double limit_s = 1;                       // after which the launch ends, whatever is left to do
   };
   struct Found {
     std::vector<topology::Result> results;    // of the jobs
+    std::vector<topology::Line> lines;        // of the blocks, if units look at them
     std::vector<topology::Unit> units;
   };
 

@@ -10,6 +10,7 @@ from jax_monokernel.topology.partition import Partition, partition_of
 from jax_monokernel.topology.parts import modes, part, part_for, part_names
 from jax_monokernel.topology.placement import Placement, apply_order, page_traffic, place, place_tape, undo_order
 from jax_monokernel.topology.probe import ProbeError
+from jax_monokernel.topology.store import record, recorded
 from jax_monokernel.topology.text import tree
 
 __all__ = [
@@ -40,6 +41,8 @@ __all__ = [
     "partition_of",
     "place",
     "place_tape",
+    "record",
+    "recorded",
     "topology_of",
     "tree",
     "undo_order",

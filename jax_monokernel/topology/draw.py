@@ -13,6 +13,7 @@ from jax_monokernel.performance import choose_groups
 from jax_monokernel.plan import PHASES, Plan, attention_tasks, geometry
 from jax_monokernel.topology.discover import Found
 from jax_monokernel.topology.layout import DOMAIN_COLOURS, INK, LINE, Layout
+from jax_monokernel.topology.measurement import halves
 from jax_monokernel.topology.model import Topology
 
 if TYPE_CHECKING:
@@ -132,11 +133,13 @@ def _blank(pyplot: Any) -> tuple[Any, Any]:
 
 
 def _unit_order(found: Found) -> tuple[np.ndarray, list[int], list[str]]:
-    """Units by memory domain, then group; where groups begin; their names."""
+    """Units by memory domain or half of the L2, then group; where groups begin; their names."""
     m = found.measurement
     assert m is not None
-    order = np.lexsort((np.arange(len(m.groups)), m.groups, m.domains))
-    keys = list(zip(m.domains[order].tolist(), m.groups[order].tolist(), strict=True))
+    parts = None if m.domains.any() or m.platform == "rocm" else halves(m)
+    parts = m.domains if parts is None else parts
+    order = np.lexsort((np.arange(len(m.groups)), m.groups, parts))
+    keys = list(zip(parts[order].tolist(), m.groups[order].tolist(), strict=True))
     starts = [i for i, key in enumerate(keys) if i == 0 or keys[i - 1] != key]
     kind = "XCD" if m.platform == "rocm" else "cluster"
     return order, starts, [f"{kind} {keys[i][1]}" for i in starts]
@@ -148,8 +151,9 @@ def draw_latency(pyplot: Any, found: Found) -> Any:
     assert m is not None
     order, starts, names = _unit_order(found)
     figure, both = pyplot.subplots(1, 2, figsize=(13.5, 6.2), constrained_layout=True)
+    word = "the word lives near the unit that asks" if m.domains.any() else "all over one word"
     panels = (
-        (m.latency, "nothing else runs; the word lives near the unit that asks"),
+        (m.latency, f"nothing else runs; {word}"),
         (m.latency_loaded, f"while all units read ({m.load_gb_s:,.0f} GB/s)"),
     )
     for axes, (times, what) in zip(both, panels, strict=True):
@@ -217,7 +221,7 @@ def draw_homes(pyplot: Any, found: Found, rows: int = 64) -> Any:
         right.spines[side].set_visible(False)
     one = count == 1
     title = "all memory is equally far" if one else f"{m.granule_bytes:,} bytes live together"
-    times = "" if one else f"; ping-pong {m.near_ns:.0f} ns near, {m.far_ns:.0f} ns far"
+    times = "" if one else f"; flags {m.near_ns:.0f} ns near, {m.far_ns:.0f} ns far"
     figure.suptitle(f"{m.name}: where memory lives ({title}{times})", fontsize=11)
     return figure
 

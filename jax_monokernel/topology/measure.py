@@ -5,20 +5,34 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
-from jax_monokernel.topology import evaluate
-from jax_monokernel.topology.measurement import Measurement
+from jax_monokernel.topology import evaluate, lines
+from jax_monokernel.topology.measurement import CLEAR, Measurement
 from jax_monokernel.topology.probe import WORD_BYTES, Probe, ProbeError, Session
 
-MEMORY_BYTES = 1 << 30  # that homes are looked for in and that is read
+MEMORY_BYTES = 4 << 30  # that homes are looked for in and that is read: many times what caches hold
 _PAGE = 4096
-_MOST_PAGES, _MOST_BLOCKS = 1 << 18, 1 << 20  # whose homes are looked for; the second of blocks smaller than a page
+_MOST_PAGES, _MOST_BLOCKS = 1 << 20, 1 << 20  # whose homes are looked for; the second of blocks smaller than a page
 
 
 _LEAST_CONTRAST = 0.15  # of far words over near ones
+
+
+@dataclasses.dataclass(frozen=True)
+class _Near:
+    """Which units are near which memory."""
+
+    domains: np.ndarray  # int [units]
+    separation: float
+    profiles: np.ndarray  # float [units, words]
+    homes: evaluate.Homes  # times are of flags
+    granule: int = 0  # one domain: 0
+    block_bytes: int = _PAGE  # of homes
+    looked: Mapping[str, Any] | None = None  # as `lines.Found`
 
 
 def measure(
@@ -41,6 +55,40 @@ def measure(
     xcds = len({p.xcc for p in probe.places})
     report(f"{probe.units} compute units on {xcds} XCDs" if platform == "rocm" else f"{probe.units} SMs")
     groups = _groups(probe)
+    near = (_near_by_flags if platform == "rocm" else _near_by_looks)(probe, groups, rng, report)
+    domains, homes = near.domains, near.homes.homes
+    report("hand-offs between all pairs of units")
+    latency = _latency(probe, domains, homes, near.block_bytes)
+    loaded, load = _loaded(probe, domains, homes, near.block_bytes)
+    report("reads from near and far memory")
+    stream = _streams(probe, domains, groups, homes, near.block_bytes)
+    return Measurement(
+        name=session.name,
+        platform=platform,
+        arch=session.arch,
+        driver_version=session.driver_version,
+        places=probe.places,
+        groups=groups,
+        domains=domains,
+        domain_separation=near.separation,
+        profiles=near.profiles,
+        latency=latency,
+        latency_loaded=loaded,
+        load_gb_s=load,
+        granule_bytes=near.granule,
+        block_bytes=near.block_bytes,
+        homes=homes,
+        near_ns=near.homes.near_ns,
+        far_ns=near.homes.far_ns,
+        home_margin=near.homes.margin,
+        looked=near.looked,
+        stream=stream,
+        seconds=time.monotonic() - start,
+    )
+
+
+def _near_by_flags(probe: Probe, groups: np.ndarray, rng: np.random.Generator, report: Callable[[str], None]) -> _Near:
+    """By words that two units pass to and fro: on AMD's these go to where their memory is."""
     report("which units are near the same memory")
     profiles = _profiles(probe, groups, rng)
     found = evaluate.cluster_profiles(profiles)
@@ -50,41 +98,43 @@ def measure(
     granule = _granule(probe, pairs, rng)
     block_bytes = min(max(granule, 128), _PAGE)
     homes = _homes(probe, pairs, block_bytes)
-    if not _holds(found.count, homes):
-        # What looked like domains has no memory of its own: noise, or memory that is equally far from everywhere.
-        found = dataclasses.replace(found, count=1, separation=0.0)
-        domains = np.zeros(probe.units, int)
-        granule = 0
-        homes = dataclasses.replace(homes, homes=np.zeros(len(homes.homes), np.int8), far_ns=float("nan"), margin=0.0)
-    report("hand-offs between all pairs of units")
-    latency = _latency(probe, domains, homes.homes, block_bytes)
-    blocks = np.arange(len(homes.homes), dtype=np.uint32)
-    shift = block_bytes.bit_length() - 1
-    loaded, load = _loaded(probe, domains, homes.homes, block_bytes, rng.permutation(blocks), shift)
-    report("reads from near and far memory")
-    stream = _streams(probe, domains, groups, homes.homes, shift, rng)
-    return Measurement(
-        name=session.name,
-        platform=platform,
-        arch=session.arch,
-        driver_version=session.driver_version,
-        places=probe.places,
-        groups=groups,
-        domains=domains,
-        domain_separation=found.separation,
-        profiles=profiles,
-        latency=latency,
-        latency_loaded=loaded,
-        load_gb_s=load,
-        granule_bytes=granule,
-        block_bytes=block_bytes,
-        homes=homes.homes,
-        near_ns=homes.near_ns,
-        far_ns=homes.far_ns,
-        home_margin=homes.margin,
-        stream=stream,
-        seconds=time.monotonic() - start,
-    )
+    if found.count > 1 and _holds(found.count, homes):
+        return _Near(domains, found.separation, profiles, homes, granule, block_bytes)
+    # What looked like domains has no memory of its own: noise, or memory that is equally far from everywhere.
+    return _Near(np.zeros(probe.units, int), 0.0, profiles, _one_domain(probe, homes.near_ns))
+
+
+def _near_by_looks(probe: Probe, groups: np.ndarray, rng: np.random.Generator, report: Callable[[str], None]) -> _Near:
+    """By hand-offs, which tell the parts of NVIDIA's L2, and by what units of each part wait for lines."""
+    report("which units are near each other")
+    one, no_profiles = np.zeros(probe.units, int), np.zeros((probe.units, 0))
+    latency = _latency(probe, one, np.zeros(1, np.int8), _PAGE)
+    found = evaluate.cluster_latencies(latency)
+    looked = None
+    if 2 <= found.count <= 8 and found.separation >= CLEAR and np.bincount(found.labels).min() >= 4:
+        seen = lines.find(probe, found.labels, rng, report)
+        looked = seen.looked
+        if seen.homes is not None:
+            near, far = _flags(probe, _witnesses(probe, found.labels, groups), seen.homes.homes, seen.block_bytes)
+            homes = dataclasses.replace(seen.homes, near_ns=near, far_ns=far)
+            return _Near(found.labels, found.separation, no_profiles, homes, seen.granule, seen.block_bytes, looked)
+    homes = _one_domain(probe, float(np.nanmedian(latency)) if probe.units > 1 else 0.0)
+    return _Near(one, 0.0, no_profiles, homes, looked=looked)
+
+
+def _one_domain(probe: Probe, near_ns: float) -> evaluate.Homes:
+    count = min(probe.session.memory_bytes // _PAGE, _MOST_PAGES)
+    return evaluate.Homes(np.zeros(count, np.int8), near_ns, float("nan"), 0.0)
+
+
+def _flags(
+    probe: Probe, pairs: list[list[tuple[int, int]]], homes: np.ndarray, block_bytes: int
+) -> tuple[float, float]:
+    """Medians of flags inside domains, over words that live there and elsewhere."""
+    chosen = np.flatnonzero(homes >= 0)[:2048:4]
+    times, _ = _play_words(probe, pairs, chosen * (block_bytes // WORD_BYTES))
+    near = homes[chosen][None] == np.arange(len(times))[:, None]
+    return float(np.nanmedian(times[near])), float(np.nanmedian(times[~near]))
 
 
 def homes_of_pages(session: Session, found: Measurement) -> evaluate.Homes:
@@ -100,6 +150,8 @@ def homes_of_pages(session: Session, found: Measurement) -> evaluate.Homes:
     probe = Probe(session, found.platform)
     if probe.places != found.places:
         raise ProbeError(f"{session.name} has other units than were measured; measure it again")
+    if found.platform == "cuda" and found.domains.any():
+        raise ProbeError(f"pages of arrays on {session.name} cannot be looked up: flags do not tell their homes there")
     pairs = _witnesses(probe, found.domains, found.groups)
     places = np.arange(session.memory_bytes // _PAGE) * (_PAGE // WORD_BYTES)
     if len(pairs) < 2:
@@ -131,12 +183,12 @@ def _profiles(probe: Probe, groups: np.ndarray, rng: np.random.Generator) -> np.
     words = rng.choice(pages, size=min(32, pages), replace=False) * (_PAGE // WORD_BYTES)
     partners: list[int] = []
     for unit in rng.permutation(probe.units).tolist():
-        if len(partners) < 4 and (probe.platform == "cuda" or groups[unit] not in groups[partners]):
+        if len(partners) < 4 and groups[unit] not in groups[partners]:
             partners.append(unit)
     wanted, where = [], []
     for u in range(probe.units):
         for i, partner in enumerate(partners):
-            if u == partner or (probe.platform == "rocm" and groups[u] == groups[partner]):
+            if groups[u] == groups[partner]:
                 continue
             for w, word in enumerate(words.tolist()):
                 wanted.append((u, partner, word))
@@ -209,8 +261,6 @@ def _homes(probe: Probe, pairs: list[list[tuple[int, int]]], block_bytes: int) -
 
 def _holds(count: int, homes: evaluate.Homes) -> bool:
     """Whether blocks really have homes in all domains, which they are seen to have."""
-    if count == 1:
-        return True
     share = homes.share
     if homes.far_ns - homes.near_ns < _LEAST_CONTRAST * homes.near_ns:
         return False  # units that are a little nearer to some slices of the same cache
@@ -233,33 +283,34 @@ def _latency(probe: Probe, domains: np.ndarray, homes: np.ndarray, block_bytes: 
     return found
 
 
-def _loaded(
-    probe: Probe, domains: np.ndarray, homes: np.ndarray, block_bytes: int, load: np.ndarray, shift: int
-) -> tuple[np.ndarray, float]:
+def _loaded(probe: Probe, domains: np.ndarray, homes: np.ndarray, block_bytes: int) -> tuple[np.ndarray, float]:
     words = _near_words(domains, homes, block_bytes)
     a, b = np.nonzero(np.triu(np.ones((probe.units, probe.units), bool), 1))
     jobs = np.stack([a, b, words[domains[a]]], axis=1)
-    (times,), rate = probe.play([jobs], batches=2, rounds=3, warm_up=1, load=load, load_shift=shift)
+    # All memory, page after page: of a part of it the caches would hold much.
+    pages = np.arange(probe.session.memory_bytes // _PAGE)
+    (times,), rate = probe.play([jobs], batches=2, rounds=3, warm_up=1, load=pages)
     found = np.full((probe.units, probe.units), np.nan)
     found[a, b] = found[b, a] = times
     return found, rate
 
 
 def _streams(
-    probe: Probe,
-    domains: np.ndarray,
-    groups: np.ndarray,
-    homes: np.ndarray,
-    shift: int,
-    rng: np.random.Generator,
-    repeats: int = 3,
+    probe: Probe, domains: np.ndarray, groups: np.ndarray, homes: np.ndarray, block_bytes: int, repeats: int = 3
 ) -> dict[str, float]:
-    """Rates of units, groups, domains and the device; but for groups from near and far memory too."""
+    """Rates of units, groups, domains and the device; but for groups from near and far memory too.
+
+    Each unit reads its part of the blocks in their order, as a kernel reads its weights. Where blocks are smaller than
+    a page, those that have homes are a small part of memory, in small pieces: then "mixed" is what near and far ones
+    are to be compared with.
+    """
     count = int(domains.max()) + 1
-    everything = rng.permutation(len(homes))
-    near_of = [everything[homes[everything] == d] for d in range(count)]
-    far_of = [everything[(homes[everything] != d) & (homes[everything] >= 0)] for d in range(count)]
-    least = 8192 >> shift
+    blocks = np.arange(len(homes))
+    near_of = [np.flatnonzero(homes == d) for d in range(count)]
+    far_of = [np.flatnonzero((homes != d) & (homes >= 0)) for d in range(count)]
+    whole = count == 1 or block_bytes < _PAGE
+    everything = np.arange(probe.session.memory_bytes // _PAGE) if whole else blocks
+    page_shift, shift = _PAGE.bit_length() - 1, block_bytes.bit_length() - 1
 
     def deal(source: Callable[[int], np.ndarray], chosen: np.ndarray) -> list[np.ndarray]:
         """Each domain's chosen units share its source."""
@@ -267,37 +318,57 @@ def _streams(
         for d in range(count):
             mine = chosen & (domains == d)
             if mine.any():
-                dealt = _deal_to(mine, source(d), least)
+                dealt = _deal_to(mine, source(d), 8192 >> shift)
                 out = [b if chosen_ else a for a, b, chosen_ in zip(out, dealt, mine, strict=True)]
         return out
 
+    def reads(blocks_of: list[np.ndarray], shift: int) -> tuple[float, float]:
+        """Of all bytes until the last unit ends; and the sum of units' own rates."""
+        # Long enough for a clock that ticks every few microseconds. Each time from elsewhere: caches may hold what was
+        # read last.
+        rates = []
+        for i in range(repeats):
+            rolled = [np.roll(b, -(len(b) * i // repeats)) for b in blocks_of]
+            found = probe.read(rolled, shift=shift, bytes_each=128 << 20)
+            rates.append((found.gb_s, found.unit_gb_s.sum()))
+        together, alone = np.median(rates, axis=0)
+        return float(together), float(alone)
+
     def rate(blocks_of: list[np.ndarray]) -> float:
-        # Long enough for a clock that ticks every few microseconds.
-        reads = [probe.read(blocks_of, shift=shift, bytes_each=128 << 20).gb_s for _ in range(repeats)]
-        return float(np.median(reads))
+        return reads(blocks_of, shift)[0]
+
+    def of_all(chosen: np.ndarray) -> tuple[float, float]:
+        return reads(_deal_to(chosen, everything, 8192 >> page_shift), page_shift)
+
+    def rate_of_all(chosen: np.ndarray) -> float:
+        return of_all(chosen)[0]
 
     everyone = np.ones(probe.units, bool)
     # Who reads everything deals it among all units, not among those of each domain.
-    found = {"device": rate(_deal_to(everyone, everything, least))}
+    found = dict(zip(("device", "device_sum"), of_all(everyone), strict=True))
     largest = np.bincount(groups)
     if len(largest) > 1:
         # Of whole groups, four at most: others are alike. They read all memory.
         several = np.flatnonzero(largest == largest.max())[:4]
-        found["group"] = float(np.median([rate(_deal_to(groups == g, everything, least)) for g in several]))
+        found["group"] = float(np.median([rate_of_all(groups == g) for g in several]))
     first = np.array([int(np.argmax(domains == d)) for d in range(count)])
     units, parts = {"all": [], "near": [], "far": []}, {"all": [], "near": [], "far": []}  # type: ignore[var-annotated]
-    sources = {"all": lambda d: everything}
+    sources = {}
     if count > 1:
-        sources |= {"near": lambda d: near_of[d], "far": lambda d: far_of[d]}
+        sources = {"near": lambda d: near_of[d], "far": lambda d: far_of[d]}
+        if block_bytes < _PAGE:
+            found["device_mixed"] = rate(_deal_to(everyone, blocks, 8192 >> shift))
         found["device_near"] = rate(deal(sources["near"], everyone))
         found["device_far"] = rate(deal(_dealt_far(far_of, near_of), everyone))
     for d in range(count):
+        alone, mine = np.arange(probe.units) == first[d], domains == d
+        units["all"].append(rate_of_all(alone))
+        if count > 1:
+            parts["all"].append(rate_of_all(mine))
         for kind, source in sources.items():
-            alone = np.arange(probe.units) == first[d]
             units[kind].append(rate(deal(source, alone)))
-            if count > 1:
-                parts[kind].append(rate(deal(source, domains == d)))
-    for kind in sources:
+            parts[kind].append(rate(deal(source, mine)))
+    for kind in ("all", *sources):
         suffix = "" if kind == "all" else f"_{kind}"
         found[f"unit{suffix}"] = float(np.median(units[kind]))
         if parts[kind]:

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from jax_monokernel.topology import evaluate
+from jax_monokernel.topology import evaluate, lines
 from jax_monokernel.topology.model import Constant, Group, Interleave, MemoryDomain, Topology
 from jax_monokernel.topology.probe import Place
 
 _HOW = "jax-monokernel topology --measure"
-_CLEAR = 3.0  # `evaluate.Clusters.separation` from which units are told apart by their hand-offs alone
+CLEAR = 3.0  # `evaluate.Clusters.separation` from which units are told apart by their hand-offs alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,10 +38,11 @@ class Measurement:
     near_ns: float
     far_ns: float
     home_margin: float  # `evaluate.Homes.margin`
-    stream: Mapping[str, float]  # medians by name: unit, group, domain, device, with _near and _far
+    stream: Mapping[str, float]  # medians by name: unit, group, domain, device, with _near and _far; device_mixed, _sum
     seconds: float
     device_id: str = ""  # which device it was: its UUID, or where it has none its PCI address
     mode: str = ""  # partition mode, as `Topology.mode`
+    looked: Mapping[str, Any] | None = None  # NVIDIA: what units wait for lines (`lines.Found`)
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` takes. Latencies are rounded to nanoseconds; of homes the first 65,536 are kept."""
@@ -82,14 +83,14 @@ class Measurement:
             raise ValueError(f"this is no measurement of this version: {error}") from error
 
 
-def _halves(found: Measurement) -> np.ndarray | None:
+def halves(found: Measurement) -> np.ndarray | None:
     """Units that are nearer to each other, 0 or 1 for each, if hand-offs fall into two clear kinds."""
-    halves = evaluate.cluster_latencies(found.latency)
-    if halves.count != 2 or halves.separation < _CLEAR:
+    near = evaluate.cluster_latencies(found.latency)
+    if near.count != 2 or near.separation < CLEAR:
         return None
     # Units that share a cluster are near each other, so what would take them apart is noise.
-    split = any(len(set(halves.labels[found.groups == g].tolist())) > 1 for g in set(found.groups.tolist()))
-    return None if split else halves.labels
+    split = any(len(set(near.labels[found.groups == g].tolist())) > 1 for g in set(found.groups.tolist()))
+    return None if split else near.labels
 
 
 def topology_of(found: Measurement) -> Topology:
@@ -120,9 +121,9 @@ def topology_of(found: Measurement) -> Topology:
         if found.platform == "cuda" and count > 2:
             level, title = "l2_part", "L2 part"
         children = tuple(Group(level, f"{title} {d}", (), leaves(found.domains == d), (d,)) for d in range(count))
-    elif found.platform == "cuda" and many and (halves := _halves(found)) is not None:
+    elif found.platform == "cuda" and many and (parts := halves(found)) is not None:
         # No memory was found to be nearer to one of them, but each other's units are.
-        children = tuple(Group("l2_half", f"L2 half {h}", (), leaves(halves == h)) for h in range(2))
+        children = tuple(Group("l2_half", f"L2 half {h}", (), leaves(parts == h)) for h in range(2))
     else:
         children = leaves(np.ones(len(found.domains), bool))
     labels = found.groups if many else found.domains
@@ -150,12 +151,18 @@ def topology_of(found: Measurement) -> Topology:
         if value is not None and np.isfinite(value)
     }
     notes = [f"in the loaded case all units together read {found.load_gb_s:.0f} GB/s"]
+    device, own = found.stream.get("device", 0.0), found.stream.get("device_sum", 0.0)
+    if own > 1.03 * device:
+        notes.append(f"units are not equally fast: the sum of what each reads in its own time is {own:.0f} GB/s")
     if count > 1:
         undecided = float(np.mean(found.homes < 0))
+        apart = "profiles" if found.platform == "rocm" else "hand-offs"
         notes.append(
-            f"memory domains are {found.domain_separation:.1f} times as far apart as their units' profiles spread; "
+            f"memory domains are {found.domain_separation:.1f} times as far apart as their units' {apart} spread; "
             f"homes of blocks are clear by {found.home_margin:.1f} times the noise, {undecided:.1%} are undecided"
         )
+    if found.looked is not None:
+        notes += lines.describe(found.looked)
     split = [g for g in range(int(found.groups.max()) + 1) if len(set(found.domains[found.groups == g].tolist())) > 1]
     if split and count > 1:
         notes.append(f"{len(split)} groups have units in more than one memory domain, and are shown in each")

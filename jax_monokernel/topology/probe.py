@@ -16,6 +16,7 @@ PLACES = 2048  # that the kernel knows
 NO_UNIT = 0xFFFFFFFF
 WORD_BYTES = 32  # what places of words are counted in
 STEP_BYTES = 4096  # what readers take at once
+LOOKS = ("first", "again", "change")  # what `Probe.look` measures, in this order
 LIMIT_S = 3.0  # that a launch may take; a device is never stuck for longer
 
 
@@ -66,6 +67,10 @@ class Place:
     def number(self) -> int:
         """What the kernel looks its unit up by."""
         return self.xcc << 7 | self.se << 5 | self.cu
+
+
+def _too_long(doing: str) -> ProbeError:
+    return ProbeError(f"{doing} memory took longer than {LIMIT_S:.0f} seconds; does something else run on the device?")
 
 
 def places(reports: np.ndarray, platform: str) -> list[Place]:
@@ -130,6 +135,8 @@ class Probe:
             "batches": 1,
             "rounds": 1,
             "warm_up": 0,
+            "touch": 0,
+            "looks": 0,
             "limit_s": LIMIT_S,
         }
         self.launches += 1
@@ -205,7 +212,7 @@ class Probe:
           shift: binary logarithm of a block's bytes, 7 to 12.
           bytes_each: how much each unit reads, going round its blocks.
         """
-        steps = max(bytes_each // STEP_BYTES // 16, 1) * 16
+        steps = max(bytes_each // STEP_BYTES // 32, 1) * 32  # what both readers take at once
         lists = [np.asarray(blocks, np.uint32) for blocks in blocks_of]
         sizes = np.array([len(x) for x in lists], np.uint32)
         readings = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1).astype(np.uint32)
@@ -214,10 +221,44 @@ class Probe:
         begin, end, done = wide[:, 3].astype(np.int64), wide[:, 4].astype(np.int64), wide[:, 5].astype(np.int64)
         active = sizes > 0
         if (done[active] < steps).any():
-            raise ProbeError("reading memory took longer than 3 seconds; does something else run on the device?")
+            raise ProbeError(
+                f"reading memory took longer than {LIMIT_S:.0f} seconds; does something else run on the device?"
+            )
         rates = np.where(active, done * STEP_BYTES / np.maximum(end - begin, 1), 0.0)
         total = done[active].sum() * STEP_BYTES / max(int(end[active].max() - begin[active].min()), 1)
         return Reads(float(total), rates)
+
+    def look(
+        self, blocks_of: Sequence[np.ndarray], *, shift: int, kinds: int = 1, rounds: int = 6, touch: int = 0
+    ) -> list[np.ndarray]:
+        """Lets units look at the first word of blocks, one after the other.
+
+        Args:
+          blocks_of: for each unit the numbers of its blocks.
+          shift: binary logarithm of a block's bytes, 7 to 12.
+          kinds: how many of `LOOKS`: the first look, further ones, and atomic changes that leave the word as it is.
+          rounds: of the last two kinds, of which the fastest counts.
+          touch: bits by which another word's place differs that is read before, so that no look waits for a page's
+            translation; 0: none is.
+
+        Returns:
+          For each unit float [kinds, blocks]: nanoseconds.
+
+        Raises:
+          ProbeError: it did not end in time.
+        """
+        lists = [np.asarray(blocks, np.uint32) for blocks in blocks_of]
+        ends = np.cumsum([len(x) for x in lists])
+        readings = np.array([[end - len(x), len(x)] for x, end in zip(lists, ends, strict=True)], np.uint32)
+        found, reports = self._run(
+            blocks=np.concatenate(lists), readings=readings, block_shift=shift, rounds=rounds, touch=touch, looks=kinds
+        )
+        if reports[:, 2].any():
+            raise ProbeError(
+                f"looking at memory took longer than {LIMIT_S:.0f} seconds; does something else run on the device?"
+            )
+        ns, _ = self._clock(reports)
+        return [(found[end - len(x) : end, :kinds] * ns).T for x, end in zip(lists, ends, strict=True)]
 
     def clusters(self, size: int) -> list[list[int]]:
         """Units that were seen in one cluster of this size; none on ROCm."""

@@ -6,6 +6,7 @@ part of the file's name, and a folder may be shared by several machines.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from jax_monokernel._version import __version__
 from jax_monokernel.topology.measurement import Measurement
 
 VERSION = 1
@@ -48,19 +50,66 @@ def save(found: Measurement) -> Path | None:
 def write(path: Path, data: Any) -> Path | None:
     """Writes JSON aside and renames it. None if that cannot be."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".topology-", delete=False) as file:
-            json.dump(data, file)
-        os.replace(file.name, path)
+        _write(path, data)
     except OSError:
         return None
     return path
 
 
+def _write(path: Path, data: Any) -> None:
+    text = json.dumps(data).encode()
+    if path.suffix == ".gz":
+        text = gzip.compress(text, mtime=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=".topology-", delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+def _text(path: Path) -> bytes:
+    text = path.read_bytes()
+    return gzip.decompress(text) if path.suffix == ".gz" else text
+
+
+def check_record_name(path: Path) -> None:
+    """Raises ValueError for what cannot be the name of a record, before anything is measured."""
+    if not path.name.endswith((".json", ".json.gz")):
+        raise ValueError(f"{path} is no name for a measurement; expected one that ends with .json or .json.gz")
+
+
+def record(path: Path, found: Measurement) -> None:
+    """Writes a measurement to a file of its own, for `recorded`: .json, or .json.gz.
+
+    Raises:
+      ValueError: a name with another ending.
+      OSError: it could not be written.
+    """
+    check_record_name(path)
+    # Which chip it was is nobody's business who reads the file.
+    _write(path, {"version": VERSION, "package": __version__, "measurement": found.to_json() | {"device_id": ""}})
+
+
+def recorded(path: Path) -> Measurement:
+    """A measurement that `record` wrote.
+
+    Raises:
+      OSError: it could not be read.
+      ValueError: it is no measurement, or one of another version of the package.
+    """
+    try:
+        data = json.loads(_text(path))
+        version, measurement = data["version"], data["measurement"]
+    except (ValueError, KeyError, TypeError, EOFError) as error:
+        raise ValueError(f"{path} is no measurement of a topology: expected what topology --output wrote") from error
+    if version != VERSION:
+        raise ValueError(f"{path} is of version {version}, and this package reads version {VERSION}: measure again")
+    return Measurement.from_json(measurement)
+
+
 def read(path: Path) -> Any:
     """What `write` wrote with this version; None if there is none, or it is damaged."""
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(_text(path))
         return data if data["version"] == VERSION else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -11,6 +11,7 @@ namespace topology::arch {
 struct Words {
   unsigned x, y, z, w;
 };
+constexpr int kFlight = 8;
 inline thread_local int t_unit = 0;
 inline double g_ticks_per_ns = 1;
 inline int g_groups = 1, g_place_shift = 0;  // shift 8: a compute unit in HW_ID
@@ -18,6 +19,7 @@ inline int g_groups = 1, g_place_shift = 0;  // shift 8: a compute unit in HW_ID
 inline int unit() { return t_unit; }
 inline unsigned load_word(const unsigned* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 inline void store_word(unsigned* p, unsigned v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+inline unsigned or_word(unsigned* p, unsigned v) { return __atomic_fetch_or(p, v, __ATOMIC_ACQ_REL); }
 inline Words load_once(const char* p) { return {load_word(reinterpret_cast<const unsigned*>(p)), 0, 0, 0}; }
 inline unsigned long long wall_clock() {
   return static_cast<unsigned long long>(std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1));

@@ -3,8 +3,8 @@
 //
 // A unit is a work-group that has a multiprocessor or compute unit for itself; it is known by where that is, as work-groups start
 // elsewhere in every launch. Its first wave is the messenger: it plays ping-pong
-// with other units, job by job. The other waves read blocks of memory: until the messenger is done, or a number of bytes. Every
-// loop ends when `limit_ticks` are over.
+// with other units, job by job, or looks at lines of memory one by one. The other waves read blocks of memory: until the messenger is
+// done, or a number of bytes. Every loop ends when `limit_ticks` are over.
 #ifndef JAX_MONOKERNEL_TOPOLOGY_PROBE_H  // not #pragma once, as this is also compiled for itself
 #define JAX_MONOKERNEL_TOPOLOGY_PROBE_H
 
@@ -42,6 +42,14 @@ struct Result {
   u32 best, total;
 };
 
+// Of the first word of a block, what one lane waited for it, in clock ticks; all ones: not measured.
+struct Line {
+  u32 first;   // for the first look
+  u32 again;   // the fastest of `rounds` more
+  u32 change;  // the fastest of `rounds` atomic changes, which leave it as it is
+  u32 unused;
+};
+
 struct Args {
   char* data;             // blocks, and the words of jobs
   const u32* unit_of;     // [kPlaces]: the number of the unit at a place (arch::place_number), or no unit; null: the work-group's
@@ -51,12 +59,15 @@ struct Args {
   u32* turns;             // [tracks][32], zeros; only the first of each 32: how many of its jobs are done
   Result* results;        // [jobs]
   const u32* blocks;      // their numbers: places in units of 2^block_shift bytes from `data`
-  const Range* readings;  // [units]: which of them a unit reads, again and again; none, or at least 8 KiB
+  const Range* readings;  // [units]: which of them a unit reads, again and again; none, or at least 8 KiB. Or looks at, once each
+  Line* lines;            // [blocks], where units look at them
   Unit* units;            // [units]
   u32 unit_count;
   u32 steps;              // of 4 KiB that each unit reads; 0: until its messenger is done
   u32 block_shift;        // 7 to 12
   u32 batches, rounds, warm_up;  // rounds; at least 1, 1 and 0
+  u32 touch;              // before a look the word is read whose place differs from the block's by these bits, so that its page is known; 0: none
+  u32 looks;              // 0: units read blocks; 1 to 3: they look at them, and so many fields of Line are wanted. Then there are no jobs
   u32 first_value;        // of the first job's words; no word holds this value, or one of the jobs * 2 * all rounds after it
   u64 limit_ticks;
 };
@@ -77,6 +88,7 @@ namespace arch {
 #define MK_FUNCTION static __device__ __forceinline__
 #define MK_ENTRY(threads) extern "C" __global__ __launch_bounds__(threads, 1)
 constexpr int kWave = 32;
+constexpr int kFlight = 16;  // loads of a lane on their way, of each reader 64 KiB: with one reader an H200 reads at 95% of its rate
 struct alignas(16) Words {
   u32 x, y, z, w;
 };
@@ -89,6 +101,11 @@ MK_FUNCTION u32 load_word(const u32* p) {
   return v;
 }
 MK_FUNCTION void store_word(u32* p, u32 v) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+MK_FUNCTION u32 or_word(u32* p, u32 v) {
+  u32 old;
+  asm volatile("atom.relaxed.gpu.global.or.b32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
+  return old;
+}
 MK_FUNCTION Words load_once(const char* p) {
   Words v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
@@ -123,6 +140,7 @@ MK_FUNCTION u32 place_number() { return place(); }
 #define MK_ENTRY(threads) \
   extern "C" __attribute__((global, visibility("protected"), amdgpu_flat_work_group_size((threads), (threads))))
 constexpr int kWave = 64;
+constexpr int kFlight = 8;  // of each reader 32 KiB: others measured an MI300X's highest rate with that
 template <typename T>
 using Global = __attribute__((address_space(1))) T;
 typedef u32 Words __attribute__((ext_vector_type(4)));
@@ -139,6 +157,9 @@ MK_FUNCTION u32 load_word(const u32* p) {
 }
 MK_FUNCTION void store_word(u32* p, u32 v) {
   __hip_atomic_store((Global<u32>*)p, v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
+MK_FUNCTION u32 or_word(u32* p, u32 v) {
+  return __hip_atomic_fetch_or((Global<u32>*)p, v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }
 MK_FUNCTION Words load_once(const char* p) { return __builtin_nontemporal_load((const Global<Words>*)p); }
 MK_FUNCTION u64 ticks() { return __builtin_amdgcn_s_memrealtime(); }  // 100 MHz, the same on the whole device
@@ -235,14 +256,17 @@ MK_FUNCTION u32 pass_messages(const Args& a, u32 me, const Range& track, u32* tu
   return wait_for_turn(turn, track.count, begin, a.limit_ticks) ? track.count : track.count - 1;
 }
 
-// One reader's part of the blocks: readers take turns, a step each. Returns how many steps it has read.
+// One reader's part of the blocks: readers take turns, a step each. Beside messages there is one: so much is on its way to a unit then
+// as to one that decodes, and a word waits behind it. Returns how many steps it has read.
 MK_FUNCTION u64 read_blocks(const Args& a, int me, int reader, int lane, u32* stop, u64 begin) {
-  constexpr int kFlight = 8;
+  constexpr int kFlight = arch::kFlight;
+  const int readers = a.steps ? kReaders : 1;
+  if (a.looks || reader >= readers) return 0;
   const Range reading = a.readings[me];
-  const u32 blocks_a_step = kStepBytes >> a.block_shift, round = blocks_a_step * kReaders;
+  const u32 blocks_a_step = kStepBytes >> a.block_shift, round = blocks_a_step * (u32)readers;
   if (reading.count < round) return 0;
   const u32* blocks = a.blocks + reading.begin;
-  const u64 wanted = a.steps / kReaders;
+  const u64 wanted = a.steps / (u32)readers;
   const u32 place = (u32)lane * 16;  // in the step
   const char* data = a.data + (place & ((1u << a.block_shift) - 1));
   u32 at = (u32)reader * blocks_a_step + (place >> a.block_shift);
@@ -267,9 +291,49 @@ MK_FUNCTION u64 read_blocks(const Args& a, int me, int reader, int lane, u32* st
   return done;
 }
 
+// Ticks until an access has its value. The clock may not be read before that: a store that depends on the value stands between.
+template <typename Access>
+MK_FUNCTION u32 timed(u32* stop, Access access) {
+  const u64 start = arch::ticks();
+  const u32 value = access();
+  if (value == 0x9e3779b9u) arch::set(stop, 1);  // nobody waits for it
+  return (u32)(arch::ticks() - start);
+}
+
+// The messenger's looks at the unit's blocks: one lane, one access after the other. Returns false if time was over before the last.
+MK_FUNCTION bool look_at_lines(const Args& a, int me, u32* stop, u64 begin) {
+  const Range mine = a.readings[me];
+  for (u32 i = mine.begin; i < mine.begin + mine.count; i++) {
+    if (is_over(begin, a.limit_ticks)) return false;
+    const u32 block = a.blocks[i];
+    if (block == 0xffffffffu) return false;  // is never true, and the clock is not read before the number has come
+    const u64 place = (u64)block << a.block_shift;
+    u32* word = (u32*)(a.data + place);
+    if (a.touch) timed(stop, [&] { return arch::load_word((const u32*)(a.data + (place ^ a.touch))); });
+    Line found = {0xffffffffu, 0xffffffffu, 0xffffffffu, 0};
+    u32 held = 0;
+    const auto read = [&] { return held = arch::load_word(word); };
+    found.first = timed(stop, read);
+    for (u32 k = 0; k < a.rounds && a.looks > 1; k++) {
+      const u32 took = timed(stop, read);
+      if (took < found.again) found.again = took;
+    }
+    for (u32 k = 0; k < a.rounds && a.looks > 2; k++) {
+      const u32 took = timed(stop, [&] { return held = arch::or_word(word, held); });
+      if (took < found.change) found.change = took;
+    }
+    a.lines[i] = found;
+  }
+  return true;
+}
+
 // What the first lane of a unit's messenger does, and what it reports.
 MK_FUNCTION void run_messenger(const Args& a, int me, u64 begin, u32* stop) {
   Unit& u = a.units[me];
+  if (a.looks) {
+    u.failed = !look_at_lines(a, me, stop, begin);
+    return;
+  }
   const i32 t = a.track_of[me];
   if (t >= 0) {
     u.job = pass_messages(a, (u32)me, a.tracks[t], a.turns + t * kTurnStride, begin);
