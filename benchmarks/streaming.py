@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import numpy as np
@@ -32,23 +32,23 @@ from jax_monokernel._bench.machine import OtherWork, describe_commit, describe_m
 from jax_monokernel._bench.runner import make_prompt
 from jax_monokernel._bench.shapes import SHAPES, random_weights, weight_bytes
 from jax_monokernel.models import Decoder
-from jax_monokernel.tokenizer import Tokenizer
+from jax_monokernel.tokenizer import TextStream, Tokenizer
 
 _PERCENTILES = (50, 90, 99, 100)
 
 
-class Wrapped:
+class Wrapped(Tokenizer):
     """A tokenizer for any vocabulary: random weights say nothing, but making text of it costs what text costs."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._size = tokenizer.vocab_size
+    def decode(self, ids: Iterable[SupportsIndex], *, skip_special_tokens: bool = True) -> str:  # noqa: D102
+        size = self.vocab_size
+        return super().decode([int(i) % size for i in ids], skip_special_tokens=skip_special_tokens)
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:  # noqa: D102
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-
-    def decode(self, ids: Iterable[int]) -> str:  # noqa: D102
-        return self._tokenizer.decode([i % self._size for i in ids])
+    def stream(self, *, skip_special_tokens: bool = True) -> TextStream:  # noqa: D102
+        made, size = super().stream(skip_special_tokens=skip_special_tokens), self.vocab_size
+        put = made.put
+        made.put = lambda token: put(int(token) % size)  # type: ignore[method-assign]
+        return made
 
 
 class Speaker(Decoder):
@@ -82,7 +82,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One result: times of every round, and what follows from them."""
     spec = SHAPES[name].spec()
     model = Speaker.from_weights(spec, random_weights(spec))
-    Speaker.tokenizer = Wrapped(models.from_pretrained(models.SMALL).tokenizer)
+    Speaker.tokenizer = Wrapped.from_folder(models.SMALL)
     ready = prepare(model, make_plan(spec, units=arguments.threads))
     prompt = make_prompt(arguments.batch, arguments.prompt, spec.vocab_size)
     options: dict[str, Any] = {

@@ -140,6 +140,8 @@ class _Session:
 
     def run(self) -> None:
         if self.terminal:
+            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # until here it ends the command
             self.note(f"{self.name}. /help has commands, Ctrl-C stops an answer, Ctrl-D ends.")
         for line in self.lines():
             if not line.strip():

@@ -29,7 +29,7 @@ from jax_monokernel.spec import DecoderSpec
 from jax_monokernel.state import FULL, RUNNING, STOPPED, DecodeState, empty_state
 from jax_monokernel.stop_strings import StopStrings
 from jax_monokernel.tape import Tape
-from jax_monokernel.tokenizer import TextStream
+from jax_monokernel.tokenizer import text_stream
 from jax_monokernel.weights import DecoderWeights
 
 TurnEnd = Literal["eos", "stop", "length", "capacity", "interrupted"]
@@ -226,7 +226,7 @@ class Chat:
 
     def _answer(self, message: dict[str, Any], ids: list[int]) -> Generator[Piece, None, None]:
         asked = time.perf_counter()
-        stream = TextStream(self._tokenizer.decode)
+        stream = text_stream(self._tokenizer)
         scan = self._stop.scan()
         said, ends = "", []  # the answer so far, and for each of its tokens the length of text up to it
         count, reason, prefilled, prefill_seconds, decoding = 0, "interrupted", 0, 0.0, _Stopwatch()

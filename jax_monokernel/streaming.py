@@ -27,7 +27,7 @@ from jax_monokernel.prepared import Prepared
 from jax_monokernel.prompts import Prompt
 from jax_monokernel.protocol import DecoderModel
 from jax_monokernel.state import DecodeResult, DecodeState
-from jax_monokernel.tokenizer import TextStream
+from jax_monokernel.tokenizer import text_stream
 
 # Seconds that pass at least between two times that a reader takes what has come, if it takes no core from the kernel:
 # nobody sees so short a delay, and each time costs both of them tens of microseconds.
@@ -122,8 +122,7 @@ class Stream:
         self._last = (request.row_limits() - 1).tolist()
         self._eos = frozenset(cast(tuple[int, ...], request.config.eos_token_id or ()))  # whatever it was given
         tokenizer = request.ready.tokenizer
-        # A tokenizer may be anything that has `decode`.
-        self._texts = [TextStream(tokenizer.decode) for _ in range(request.batch)] if tokenizer is not None else None
+        self._texts = None if tokenizer is None else [text_stream(tokenizer) for _ in range(request.batch)]
         self._log_probs = request.return_log_probs
         self._pieces: deque[Piece] = deque()
         self._max_delay = max_delay

@@ -108,7 +108,13 @@ class Tokenizer:
 
     def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
         """Decodes tokens as they come."""
-        return TextStream(lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens))
+        decode = functools.partial(self.backend.decode, skip_special_tokens=skip_special_tokens)
+        return TextStream(decode, bytes_only=isinstance(self.backend.decoder, tokenizers.decoders.ByteLevel))
+
+
+def text_stream(tokenizer: Any) -> TextStream:
+    """Of whatever has `decode`."""
+    return tokenizer.stream() if isinstance(tokenizer, Tokenizer) else TextStream(tokenizer.decode)
 
 
 class TextStream:
@@ -119,10 +125,12 @@ class TextStream:
 
     Args:
       decode: the text of token ids, such as `Tokenizer.decode`.
+      bytes_only: texts are nothing but their tokens' bytes, so that whole characters do not depend on what is before.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str]):
+    def __init__(self, decode: Callable[[list[int]], str], *, bytes_only: bool = False):
         self._decode = decode
+        self._bytes_only = bytes_only
         # The tokens of the last piece, then those that have no text yet. Some decoders treat the first token of a text
         # in their own way (drop its space), so new tokens are decoded together with those before them.
         self._tokens: list[int] = []
@@ -148,6 +156,9 @@ class TextStream:
         return text
 
     def _emit(self, text: str) -> str:
+        if self._bytes_only:
+            self._tokens = []
+            return text
         new = self._tokens[self._done :]
         # Bytes that turn out invalid can make a decoder change its mind about the ones before.
         piece = text[len(self._done_text) :] if text.startswith(self._done_text) else self._decode(new)

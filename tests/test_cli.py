@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,22 @@ def test_a_reader_that_has_enough():
     done = as_a_process("x", "-n", "2", stdout=write)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.2, 0.7, 1.5])
+def test_ctrl_c_while_everything_is_imported(delay):
+    # Or a model loaded, a program compiled, text made; from when the command has begun, which this code says.
+    code = (
+        "import signal, jax_monokernel_command as c; set = signal.signal; "
+        "signal.signal = lambda *a: set(*a) and print(end='go ', flush=True); c.main()"
+    )
+    command = [sys.executable, "-c", code, "generate", "x", "-n", "20000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.read(3) == "go "
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=60)
+    assert (process.returncode, complaint) == (130, "\ninterrupted\n")
 
 
 def test_no_command_is_help():

@@ -113,9 +113,7 @@ class Terminal:
     def __init__(self, *arguments: str):
         main, side = pty.openpty()
         # A new session takes its first terminal for its own when it opens it.
-        code = (
-            "import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); from jax_monokernel.cli import main; main()"
-        )
+        code = "import os; os.close(os.open(os.ttyname(0), os.O_RDWR)); from jax_monokernel_command import main; main()"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, *arguments],
             stdin=side, stdout=side, stderr=side, start_new_session=True, env=os.environ | {"TERM": "xterm"},

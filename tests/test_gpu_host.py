@@ -135,6 +135,20 @@ def test_tokens_equal_the_reference(name):
         assert_same_decode(got, rows_of(want, rows), spec, before)
 
 
+@pytest.mark.parametrize("waves", [4, 6, 7])
+def test_plans_with_fewer_waves_than_usual(waves):
+    """As docs/models-in-a-session.md has them, where memory counts."""
+    spec = spec_of("plain")
+    kernel = Kernel(spec, gpu_plan(spec, 32, 5, waves=waves, service_waves=7), batch=2)
+    state, params, want = eight_tokens(spec)
+    rows = slice(1, 3)
+    got, run = decode_on_host(
+        kernel, rows_of(state, rows), rows_of(params, rows), STEPS, policy="random", stores="late"
+    )
+    assert run.report["reason"] == 0, run.report
+    assert_same_decode(got, rows_of(want, rows), spec, rows_of(state, rows))
+
+
 @WAVE_SIZES
 def test_results_have_the_same_bits_in_every_order(wave):
     kernel = one_chunk("windows", wave)

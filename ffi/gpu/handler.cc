@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "gpu/device.h"
 #include "gpu/failure.h"
 #include "gpu/request.h"
 #include "gpu/run.h"
@@ -267,12 +268,14 @@ XLA_FFI_DEFINE_HANDLER(kOnRocm, on_stream<Vendor::kRocm>, ON_STREAM);
 
 // XLA's answers to a handler, save that there is a stream on the platform cpu.
 thread_local const XLA_FFI_Api* t_xla;
+thread_local intptr_t t_stream;  // that the handler asked for
 
 XLA_FFI_Error* test_stream(XLA_FFI_Stream_Get_Args* args) {
   XLA_FFI_DeviceOrdinal_Get_Args device{.struct_size = XLA_FFI_DeviceOrdinal_Get_Args_STRUCT_SIZE,
                                         .extension_start = nullptr, .ctx = args->ctx, .device_ordinal = 0};
   if (XLA_FFI_Error* error = t_xla->XLA_FFI_DeviceOrdinal_Get(&device)) return error;
-  args->stream = reinterpret_cast<void*>(kTestStreams + device.device_ordinal);
+  t_stream = kTestStreams + device.device_ordinal;
+  args->stream = reinterpret_cast<void*>(t_stream);
   return nullptr;
 }
 
@@ -283,7 +286,14 @@ XLA_FFI_Error* on_test_stream(XLA_FFI_CallFrame* frame) {
   t_xla = frame->api;
   XLA_FFI_CallFrame same = *frame;
   same.api = &api;
-  return decode_handler(vendor)(&same);
+  t_stream = 0;
+  XLA_FFI_Error* error = decode_handler(vendor)(&same);
+  if (!error && t_stream) {  // for which nobody waits on the platform cpu
+    Device& device = Device::get(vendor, static_cast<int>(t_stream - kTestStreams));
+    const Device::Current current(device);
+    device.api().stream_wait(reinterpret_cast<void*>(t_stream));
+  }
+  return error;
 }
 
 }  // namespace
