@@ -3,6 +3,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <utility>
 
 extern "C" void monokernel(mk::Args);
 
@@ -46,6 +47,7 @@ std::string text(Where where) {
 std::string text(Meeting meeting, u32 detail) {
   if (meeting != Meeting::kBarrier) return name_of(meeting);
   const u32 id = detail >> 16, size = detail & 0xffff;
+  if (id >= kFirstGate) return std::string("gate ") + "ABQ"[id - kFirstGate];
   return id == 0 ? "unit_sync" : "group_sync<" + std::to_string(id) + ", " + std::to_string(size) + ">";
 }
 
@@ -267,33 +269,42 @@ void Machine::part() {
   }
 }
 
-void Machine::barrier(u32 id, u32 size, Where where) {
+void Machine::barrier(u32 id, u32 size, bool waits, Where where) {
   if (!meet(Meeting::kBarrier, id << 16 | size, where)) return;
   Wave& wave = *lane().home;
   Unit& unit = *wave.home;
   Barrier& barrier = unit.barriers[id];
-  if (barrier.waiting && barrier.size != size) {
+  if (barrier.here && barrier.size != size) {
     fail(where, text(Meeting::kBarrier, wave.detail) + ", but other waves wait there as " +
                     text(Meeting::kBarrier, id << 16 | barrier.size));
   }
+  if (barrier.here & bit(wave.in_unit)) {
+    fail(where, "wave " + std::to_string(wave.in_unit) + " comes to " + text(Meeting::kBarrier, wave.detail) +
+                    " again before the others have come at all");
+  }
   barrier.size = size;
-  barrier.waiting |= bit(wave.in_unit);
-  if (static_cast<u32>(__builtin_popcountll(barrier.waiting)) < size) {
+  barrier.here |= bit(wave.in_unit);
+  clocks.come(wave.index, barrier.met);
+  words.come(wave.index, barrier.acquired);
+  if (waits) barrier.waiting |= bit(wave.in_unit);
+  if (static_cast<u32>(__builtin_popcountll(barrier.here)) < size) {
+    if (!waits) {
+      part();
+      return;
+    }
     wave.ready = 0;
     go_on();
     return;
   }
-  if (barrier.members && barrier.members != barrier.waiting) {
-    fail(where, "waves " + text(barrier.waiting) + " meet at " + text(Meeting::kBarrier, wave.detail) +
+  if (barrier.members && barrier.members != barrier.here) {
+    fail(where, "waves " + text(barrier.here) + " meet at " + text(Meeting::kBarrier, wave.detail) +
                     ", where waves " + text(barrier.members) + " met before");
   }
-  const u64 members = barrier.members = barrier.waiting;
-  const size_t first = unit.index * geometry.waves;
-  clocks.join(first, members);
-  words.join(first, members);
-  barrier.waiting = 0;
-  for (u64 left = members; left; left &= left - 1) {
-    Wave& other = waves[first + static_cast<size_t>(__builtin_ctzll(left))];
+  const Barrier done = std::exchange(barrier, Barrier{.members = barrier.here});
+  for (u64 left = done.waiting; left; left &= left - 1) {
+    Wave& other = waves[unit.index * geometry.waves + static_cast<size_t>(__builtin_ctzll(left))];
+    clocks.go_on(other.index, done.met);
+    words.go_on(other.index, done.acquired);
     other.looks = 0;
     if (&other == &wave) continue;
     other.arrived = 0;
@@ -365,7 +376,8 @@ void wave_sync(Where where) {
   machine->part();
 }
 
-void barrier(u32 id, u32 waves, Where where) { machine->barrier(id, waves, where); }
+void barrier(u32 id, u32 waves, Where where) { machine->barrier(id, waves, true, where); }
+void arrive(u32 id, u32 waves, Where where) { machine->barrier(id, waves, false, where); }
 
 u32 shuffle(u32 value, u32 from, Where where) {
   Lane& me = machine->lane();

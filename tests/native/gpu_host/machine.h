@@ -59,14 +59,17 @@ struct Wave {
 
 struct Barrier {
   u32 size = 0;     // waves
-  u64 waiting = 0;  // waves
+  u64 here = 0;     // waves that have come
+  u64 waiting = 0;  // those of them that wait for the others
   u64 members = 0;  // that met here before
+  Clocks::Met met{};
+  u64 acquired = 0;
 };
 
 struct Unit {
   u32 index;
   char* shared;
-  Barrier barriers[8];
+  Barrier barriers[kBarriers];
 };
 
 class Machine {
@@ -82,7 +85,7 @@ class Machine {
   // Waits for all lanes of the wave. True for the one that came last; the others wait until it calls part().
   bool meet(Meeting meeting, u32 detail, Where where);
   void part();
-  void barrier(u32 id, u32 size, Where where);
+  void barrier(u32 id, u32 size, bool waits, Where where);
   [[noreturn]] void fail(Where where, const std::string& what);
 
   Lane& lane() const { return *static_cast<Lane*>(current); }

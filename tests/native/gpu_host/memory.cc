@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace mk::host {
 
@@ -21,18 +22,19 @@ void Clocks::advance(size_t wave) {
   last_told_[wave] = 0;
 }
 
-void Clocks::join(size_t first, u64 members) {
-  for (u64 left = members; left; left &= left - 1) advance(first + static_cast<size_t>(__builtin_ctzll(left)));
-  for (std::vector<u32>* table : {&known_, &heard_}) {
-    std::vector<u32> most(waves_, 0);
-    for (u64 left = members; left; left &= left - 1) {
-      const u32* row = &(*table)[(first + static_cast<size_t>(__builtin_ctzll(left))) * waves_];
-      for (size_t of = 0; of < waves_; of++) most[of] = std::max(most[of], row[of]);
-    }
-    for (u64 left = members; left; left &= left - 1) {
-      std::copy(most.begin(), most.end(), &(*table)[(first + static_cast<size_t>(__builtin_ctzll(left))) * waves_]);
-    }
+void Clocks::come(size_t wave, Met& met) {
+  advance(wave);
+  for (auto [to, table] : {std::pair{&met.known, &known_}, std::pair{&met.heard, &heard_}}) {
+    to->resize(waves_);
+    for (size_t of = 0; of < waves_; of++) (*to)[of] = std::max((*to)[of], (*table)[wave * waves_ + of]);
   }
+}
+
+void Clocks::go_on(size_t wave, const Met& met) {
+  for (auto [from, table] : {std::pair{&met.known, &known_}, std::pair{&met.heard, &heard_}}) {
+    for (size_t of = 0; of < waves_; of++) (*table)[wave * waves_ + of] = std::max((*table)[wave * waves_ + of], (*from)[of]);
+  }
+  last_told_[wave] = 0;
 }
 
 void Clocks::release(size_t wave) {
@@ -195,12 +197,6 @@ void Words::settle_unit(size_t unit, Due due) {
     }
   }
   stores.resize(end);
-}
-
-void Words::join(size_t first, u64 members) {
-  u64 most = 0;
-  for (u64 left = members; left; left &= left - 1) most = std::max(most, acquired_[first + static_cast<size_t>(__builtin_ctzll(left))]);
-  for (u64 left = members; left; left &= left - 1) acquired_[first + static_cast<size_t>(__builtin_ctzll(left))] = most;
 }
 
 void Words::settle_due() {

@@ -1,6 +1,7 @@
 // Device memory as the units of a GPU see it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -21,8 +22,12 @@ class Clocks {
   u32 known(size_t wave, size_t of) const { return known_[wave * waves_ + of]; }
   u32 heard(size_t wave, size_t of) const { return heard_[wave * waves_ + of]; }
   void advance(size_t wave);
-  // The waves of `members` (bit i: wave first + i) meet.
-  void join(size_t first, u64 members);
+  // What waves that come to a barrier have done and know of.
+  struct Met {
+    std::vector<u32> known, heard;  // [of]
+  };
+  void come(size_t wave, Met& met);
+  void go_on(size_t wave, const Met& met);  // for a wave that has waited there
   // What `wave` has done and knows of becomes visible to those who acquire later.
   void release(size_t wave);
   void acquire(size_t wave);
@@ -82,7 +87,9 @@ class Words {
   u32 add(u32* p, size_t i, u32 value);
   void release(size_t unit, size_t wave);
   void acquire(size_t wave) { acquired_[wave] = statistics_.steps; }
-  void join(size_t first, u64 members);  // waves meet, as in Clocks
+  // Of waves that meet, as in Clocks.
+  void come(size_t wave, u64& met) { met = std::max(met, acquired_[wave]); }
+  void go_on(size_t wave, u64 met) { acquired_[wave] = std::max(acquired_[wave], met); }
   // Stores whose time has come become visible.
   void settle() {
     if (statistics_.steps >= next_due_) settle_due();

@@ -42,7 +42,9 @@ struct Matrices {  // one lane's registers of a matrix instruction
 
 char* shared_memory();
 void wave_sync(Where);
+constexpr u32 kFirstGate = 8, kBarriers = kFirstGate + 3;
 void barrier(u32 id, u32 waves, Where);  // id 0: all waves
+void arrive(u32 id, u32 waves, Where);   // the same without waiting
 u32 shuffle(u32 value, u32 from, Where);
 bool any(bool, Where);
 void mma_16x8x16(bool bf16, Matrices&, Where);
@@ -111,12 +113,22 @@ MK_DEVICE void group_sync(host::Where at = host::here()) {
   static_assert(1 <= id && id <= 7 && 1 <= waves && waves <= MK_WAVES + MK_SERVICE_WAVES);
   host::barrier(id, waves, at);
 }
-MK_DEVICE void open_gate(host::Where at = host::here()) { unit_sync(at); }
-MK_DEVICE void pass_gate(host::Where at = host::here()) { unit_sync(at); }
-MK_DEVICE void hand_over(host::Where at = host::here()) { unit_sync(at); }
-MK_DEVICE void take_over(host::Where at = host::here()) { unit_sync(at); }
-MK_DEVICE void hand_over_squares(host::Where at = host::here()) { unit_sync(at); }
-MK_DEVICE void take_over_squares(host::Where at = host::here()) { unit_sync(at); }
+// With waves of 32 lanes, as on the machines that have them, one side of a gate does not wait.
+template <u32 gate>
+MK_DEVICE void come(host::Where at) {
+  if constexpr (kWave == 64) return host::barrier(0, host::geometry.waves, at);
+  host::arrive(host::kFirstGate + gate, host::geometry.waves, at);
+}
+template <u32 gate>
+MK_DEVICE void wait(host::Where at) {
+  host::barrier(kWave == 64 ? 0 : host::kFirstGate + gate, host::geometry.waves, at);
+}
+MK_DEVICE void open_gate(host::Where at = host::here()) { come<0>(at); }
+MK_DEVICE void pass_gate(host::Where at = host::here()) { wait<0>(at); }
+MK_DEVICE void hand_over(host::Where at = host::here()) { come<1>(at); }
+MK_DEVICE void take_over(host::Where at = host::here()) { wait<1>(at); }
+MK_DEVICE void hand_over_squares(host::Where at = host::here()) { come<2>(at); }
+MK_DEVICE void take_over_squares(host::Where at = host::here()) { wait<2>(at); }
 MK_DEVICE void wave_sync(host::Where at = host::here()) { host::wave_sync(at); }
 
 MK_DEVICE u32 as_u32(float v) { return __builtin_bit_cast(u32, v); }
