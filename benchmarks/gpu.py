@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu_kernel import Driver, compile_kernel
+from benchmarks.gpu_kernel import Driver, compile_kernel, without_places
 from jax_monokernel._bench import probe as reading
 from jax_monokernel._bench.energy import find_meter, find_meter_or_reason
 from jax_monokernel._bench.machine import describe_commit, describe_device, describe_machine, versions
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
             continue
         result = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "-m", "benchmarks.gpu", *_without_places(argv)]),
+            "command": shlex.join(["python", "-m", "benchmarks.gpu", *without_places(argv)]),
             **commit,
             "device": describe_device(jax.devices()[0]),
             "machine": describe_machine(),
@@ -173,16 +173,6 @@ def main(argv: list[str] | None = None) -> None:
         (options.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
-
-
-def _without_places(arguments: list[str]) -> list[str]:
-    kept = []
-    skip = False
-    for a in arguments:
-        if not skip and a not in ("--output", "--commit"):
-            kept.append(a)
-        skip = a in ("--output", "--commit")
-    return kept
 
 
 if __name__ == "__main__":

@@ -298,6 +298,17 @@ def compile_all(stubs: dict[Any, tuple[str, Path]]) -> dict[Any, tuple[bytes, fl
         return dict(zip(stubs, pool.map(build, stubs.values()), strict=True))
 
 
+def without_places(arguments: list[str]) -> list[str]:
+    """A command's arguments without --output and --commit, which say nothing of what was measured."""
+    kept = []
+    skip = False
+    for a in arguments:
+        if not skip and a not in ("--output", "--commit"):
+            kept.append(a)
+        skip = a in ("--output", "--commit")
+    return kept
+
+
 def main(argv: list[str] | None = None) -> None:
     """Prints a line for each shape, batch, position and variant."""
     numbers = lambda text: [int(n) for n in text.split(",")]  # noqa: E731
@@ -387,7 +398,7 @@ def main(argv: list[str] | None = None) -> None:
         commit = {"commit": options.commit, "dirty": False} if options.commit else describe_commit(repository)
         head = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "-m", "benchmarks.gpu_kernel", *(argv or sys.argv[1:])]),
+            "command": shlex.join(["python", "-m", "benchmarks.gpu_kernel", *without_places(argv or sys.argv[1:])]),
             **commit,
             "device": describe_device(device),
             "versions": versions(),

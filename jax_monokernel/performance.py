@@ -7,7 +7,7 @@ A layer has a chain of waits and a stream of weights, which overlap, but not who
     layer  = (chain^n + stream^n)^(1/n)
     token  = layers * layer + head
 
-`Calibration` holds what one phase of work takes; its defaults were fitted to ten measurements on one H200 by
+`Calibration` holds what one phase of work takes; its defaults were fitted to thirteen measurements on H200s by
 benchmarks/calibration.py (docs/performance.md says how well). For other devices they are a guess, and only the
 topology's constants are the device's own.
 """
@@ -36,16 +36,17 @@ _BLOCK = 64  # positions that are dealt to a part of the context together (kSpli
 class Calibration:
     """Parts of the work that a topology does not say. Microseconds and GB/s."""
 
-    consume_gb_s: float = 272.0  # weights that a unit multiplies when they are in its ring
-    multiply_us: float = 0.265  # of a phase beside that: first products, sums of waves
-    publish_us: float = 0.15
-    gather_gb_s: float = 9.4  # activations that a unit gathers, as they travel, all requests of a batch together
-    heads_us: float = 0.3  # until an attention task's heads are prepared
-    round_us: float = 1.46  # of attention, beyond the first one: what a unit's waves look at together
-    combine_us: float = 0.69  # of the parts of a context, beside their hand-off
-    head_us: float = 12.0  # of the LM head beside its stream, the choice of a token and the start of the next
-    load_factor: float = 0.894  # hand-offs in the kernel over those of idle memory
-    exponent: float = 2.1  # n above: 1 adds chain and stream, infinity hides the shorter one
+    consume_gb_s: float = 346.0  # weights that a unit multiplies when they are in its ring
+    multiply_us: float = 0.48  # of a phase beside that: first products, sums of waves
+    publish_us: float = 0.308
+    gather_gb_s: float = 14.3  # activations that a unit gathers, as they travel, all requests of a batch together
+    heads_us: float = 0.17  # until an attention task's heads are prepared
+    round_us: float = 1.51  # of attention, beyond the first one: what a unit's waves look at together
+    combine_us: float = 10.2  # of the parts of a context, beside their hand-off
+    squares_us: float = 1.88  # of a norm whose sums of squares are a hand-off: with several requests on NVIDIA
+    head_us: float = 13.8  # of the LM head beside its stream, the choice of a token and the start of the next
+    load_factor: float = 0.815  # hand-offs in the kernel over those of idle memory
+    exponent: float = 2.35  # n above: 1 adds chain and stream, infinity hides the shorter one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +152,8 @@ def predict(
     for name, (values, wait) in gathers.items():
         hand_off = wait + batch * values * element / c.gather_gb_s / 1e3
         multiply = sizes[name] / units / c.consume_gb_s / 1e3 + c.multiply_us
+        if packed and name in ("qkv", "gate_up"):
+            hand_off += c.squares_us
         phases.append(Phase(name, sizes[name], multiply, c.publish_us, hand_off))
     attention = _attention(spec, plan, batch, context, capacity, attended, c)
     stream = sum(p.bytes for p in phases) / rate / 1e3
@@ -164,7 +167,7 @@ def _plan(topology: Topology, groups: int) -> Plan:
     return Plan(platform="rocm" if topology.platform == "rocm" else "cuda", units=topology.units, groups=groups)
 
 
-LEAST_GAIN = 0.05  # of the time of a token, that a plan with groups must be predicted to save: the model errs by 9%
+LEAST_GAIN = 0.05  # of the time of a token, that a plan with groups must be predicted to save: the model errs by 6%
 
 
 def choose_groups(
