@@ -325,6 +325,9 @@ def topology(
             plan = None if groups is None else Plan(platform=device_.platform, units=device_.units, groups=groups)
             for path in draw(found, pictures, spec=spec, plan=plan, model=model or "", format=format):
                 typer.echo(f"drawn: {path}")
+        if measure and found.measurement is not None and found.measurement.missing:
+            # What was found has been printed, and written where that was asked for.
+            raise RuntimeError(f"not all was measured: {'; '.join(found.measurement.missing.values())}")
     except KeyboardInterrupt:
         typer.echo("\ninterrupted", err=True)
         raise typer.Exit(130) from None

@@ -57,7 +57,7 @@ def _time_for_simulated_gpus():
     from jax_monokernel.topology import probe
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "LIMIT_S", 30.0)
+        patch.setattr(probe, "START_S", 30.0)
         yield
 
 

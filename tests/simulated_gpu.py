@@ -28,6 +28,7 @@ class SimulatedGpu:
     across_ns: float = 120.0  # of flags between NVIDIA's domains, wherever the word is
     tells: tuple[str, ...] = ("first", "change")  # looks at lines that depend on their home
     slice_ns: float = 0.0  # units of a group are by so much nearer to some slices of the cache than to others
+    slow: float = 1.0  # hand-offs and looks take so many times as long
     seed: int = 0
     name: str = "Simulated"
     driver_version: int = 13000
@@ -35,6 +36,7 @@ class SimulatedGpu:
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.seed)
         self.launches = 0
+        self.longest_s = 0.0  # of all launches
         self.slices = self.slice_ns * self.rng.standard_normal((max(self.group_of) + 1, 80))
         self.arch = "sm_90" if self.platform == "cuda" else "gfx942"
         # Numbers of SMs and compute units have nothing to do with groups, and have holes.
@@ -88,7 +90,7 @@ class SimulatedGpu:
             time = np.where(group[a] == group[b], self.in_xcd_ns, time + 200)
         time *= 1 + self.noise * self.rng.standard_normal(len(time)).clip(-3, 3)
         load = len(work["blocks"]) > 0
-        time *= 4 if load else 1
+        time *= self.slow * (4 if load else 1)
         ns_per_tick = 10.0 if self.platform == "rocm" else 0.5
         best = time * 2 * rounds / ns_per_tick
         results = np.stack([best, best * work["batches"] * 1.1], axis=1).astype(np.uint32)
@@ -98,6 +100,18 @@ class SimulatedGpu:
         reports[:, 1] = np.asarray(self.group_of)[unit_of] if self.platform == "rocm" else 0
         wide = reports.view(np.uint64)
         took = np.full(self.units, max(time.sum() * 2 * rounds * work["batches"], 1e6))
+        busy = np.zeros(self.units)  # seconds
+        values = 2 * (work["warm_up"] + work["batches"] * rounds)
+        words = [jobs[begin : begin + count, 1] for begin, count in work["tracks"].tolist()]
+        many = np.unique(np.concatenate([np.unique(w) for w in words]), return_counts=True) if words else ((), ())
+        shared = [word for word, tracks in zip(*many, strict=True) if tracks > 1]
+        for track, (begin, count) in enumerate(work["tracks"].tolist()):
+            ends = np.cumsum(time[begin : begin + count]) * values / 1e9
+            # Who waits over a word that another track writes to waits until the end.
+            ends[np.logical_or.accumulate(np.isin(words[track], shared))] = np.inf
+            mine = work["track_of"] == track
+            reports[mine, 3] = np.count_nonzero(ends <= work["limit_s"])
+            busy[mine] = ends[-1] if count else 0
         if work["looks"]:
             results = np.full((len(work["blocks"]), 4), 0xFFFFFFFF, np.uint32)
             for unit, (begin, count) in enumerate(work["readings"]):
@@ -114,7 +128,9 @@ class SimulatedGpu:
                     noise = 1 + self.noise * self.rng.standard_normal(count).clip(-3, 3)
                     if kind == "first":  # memory is refreshed now and then
                         noise += self.rng.random(count) < 0.03
-                    results[begin : begin + count, k] = waited * noise / ns_per_tick
+                    waited = waited * noise * self.slow
+                    results[begin : begin + count, k] = waited / ns_per_tick
+                    busy[unit] += waited.sum() * (rounds if k else 2 if work["touch"] else 1) / 1e9
             took[:] = 1e6
         elif work["steps"]:
             for block, (begin, count) in enumerate(work["readings"]):
@@ -123,9 +139,12 @@ class SimulatedGpu:
                     near = np.mean(self.home(blocks[:512]) == self.domain(unit_of[block]))
                     rate = self.unit_gb_s * (near * self.near_gain + 1 - near)
                     took[block] = work["steps"] * 4096 / rate
-                    wide[block, 5] = work["steps"]
+                    busy[block] = took[block] / 1e9
+                    wide[block, 5] = work["steps"] * min(1, work["limit_s"] / busy[block])
         elif load:
             wide[:, 5] = (took * self.unit_gb_s / 4096).astype(np.uint64)
+        reports[:, 2] = busy > work["limit_s"]
+        self.longest_s = max(self.longest_s, float(busy.max()))
         wide[:, 2] = (took / ns_per_tick).astype(np.uint64)
         wide[:, 3] = 1_000_000
         wide[:, 4] = 1_000_000 + took.astype(np.uint64)

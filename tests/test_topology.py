@@ -18,6 +18,7 @@ from jax_monokernel.cli import main
 from jax_monokernel.plan import available_cpus
 from jax_monokernel.topology import measure_host, store
 from jax_monokernel.topology.host import parse_cpu_list
+from jax_monokernel.topology.probe import Probe
 
 # ---- Parts ----
 
@@ -350,6 +351,28 @@ def test_command_shows_what_was_recorded(monkeypatch, capsys, tmp_path):
     assert (code, err) == (0, "")
     assert out.startswith("NVIDIA H200 (cuda, sm_90): 132 units\n├─ L2 half 0: 66 units")
     assert {path.name for path in tmp_path.iterdir()} == {"groups.png", "latency.png", "homes.png"}
+
+
+def test_command_keeps_what_was_measured_before_a_failure(monkeypatch, capsys, make_fake, tmp_path):
+    fake = make_fake("cuda")
+    fake.units, fake.most_bytes = 4, 17 << 20
+
+    def fails(*_, **__):
+        raise tp.ProbeError("reading memory took longer than 4.0 seconds")
+
+    file = tmp_path / "found.json.gz"
+    with monkeypatch.context() as patch:
+        patch.setattr(Probe, "read", fails)
+        code, out, err = command(patch, capsys, "--platform", "cuda", "--measure", "--output", str(file))
+    assert code == 2
+    assert "not measured: reads from near and far memory: reading memory took longer than 4.0 seconds" in out
+    assert "hand_off" in out
+    assert err.strip().endswith("error: not all was measured: reading memory took longer than 4.0 seconds")
+    assert "not kept, as something is missing" in err
+    assert (tp.recorded(file).latency[0, 1:] > 0).all()
+    assert tp.discover("cuda").measurement is None
+    code, _, err = command(monkeypatch, capsys, "--platform", "cuda", "--measure")
+    assert (code, "saved as" in err) == (0, True)
 
 
 @pytest.mark.parametrize(

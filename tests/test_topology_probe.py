@@ -14,6 +14,7 @@ from test_topology_evaluate import same_partition
 
 from jax_monokernel import _native
 from jax_monokernel import topology as tp
+from jax_monokernel.topology import probe as probe_module
 from jax_monokernel.topology import store
 from jax_monokernel.topology.measure import homes_of_pages
 from jax_monokernel.topology.placement import report
@@ -49,7 +50,9 @@ DEVICES = {
 @pytest.fixture(scope="module", params=DEVICES)
 def simulated(request):
     device = SimulatedGpu(**DEVICES[request.param])
-    return device, tp.measure(device, device.platform)
+    found = tp.measure(device, device.platform)
+    assert not found.missing
+    return device, found
 
 
 def units_in_order(device: SimulatedGpu) -> np.ndarray:
@@ -172,6 +175,149 @@ def test_rates_are_of_all_memory():
     starts = [w["blocks"][int(w["readings"][0][0])] for w in device_rate]
     assert len(set(starts)) == 3
     assert (np.diff(device_rate[0]["blocks"].astype(int)) > 0).all()
+
+
+# ---- Launches that would last too long, and steps that fail ----
+
+
+@pytest.fixture
+def only_its_work(monkeypatch):
+    """A launch may take what its work is said to take, and nothing beside that."""
+    monkeypatch.setattr(probe_module, "START_S", 0.0)
+
+
+def with_limits(device: SimulatedGpu) -> list[float]:
+    limits, run = [], device.run
+    device.run = lambda **work: (limits.append(work["limit_s"]), run(**work))[1]
+    return limits
+
+
+@pytest.mark.parametrize("name", ["h200", "h200_fine_interleave", "mi300x"])
+def test_a_slow_device_is_measured_within_the_limits(only_its_work, name):
+    device = SimulatedGpu(**DEVICES[name] | {"slow": 8.0})  # 12 us for a hand-off while all read
+    limits = with_limits(device)
+    assert not tp.measure(device, device.platform).missing
+    assert max(limits) <= 2.0
+
+
+def test_looks_are_cut_into_launches(only_its_work):
+    device = SimulatedGpu(**H200 | {"slow": 20.0})
+    probe, limits = Probe(device, "cuda"), with_limits(device)
+    blocks = np.arange(30000) % 8192
+    times = probe.look([blocks, blocks[:7000], *[blocks[:0]] * 130], shift=12, kinds=3, touch=2048)
+    assert max(limits) <= 2.0 < sum(limits)
+    assert [t.shape for t in times] == [(3, 30000), (3, 7000)] + [(3, 0)] * 130
+    own = times[0][1]
+    assert np.median(own) == pytest.approx(20 * 150, rel=0.1)
+    assert (times[0] > 0).all()
+    assert (times[1] > 0).all()
+    far = device.home(blocks * 4096) != device.domain(units_in_order(device)[:1])
+    assert np.median(times[0][2][far]) - np.median(times[0][2][~far]) == pytest.approx(20 * 80, rel=0.1)
+
+
+def test_hand_offs_are_cut_into_launches(only_its_work):
+    device = SimulatedGpu(**H200 | {"slow": 40.0})
+    probe, limits = Probe(device, "cuda"), with_limits(device)
+    long = np.array([[0, 1, 128]] * 5000)
+    (a, b), _ = probe.play([long, np.array([[2, 3, 256]] * 7)])
+    assert max(limits) <= 2.0 < sum(limits)
+    assert not np.isnan(a).any()
+    assert not np.isnan(b).any()
+    # One job is not cut: its launch may take as long as it is said to.
+    probe.play([long[:1]], batches=2, rounds=80000)
+    assert limits[-1] > 2.0
+
+
+def test_what_takes_too_long_is_said(only_its_work):
+    device = SimulatedGpu(**H200 | {"slow": 500.0})
+    probe = Probe(device, "cuda")
+    with pytest.raises(tp.ProbeError, match=r"job 0, of units 4 and 5 over the word at byte 4096, took longer than"):
+        probe.play([np.array([[4, 5, 128]])])
+    with pytest.raises(tp.ProbeError, match=r"looking at memory took longer than 0\.\d seconds"):
+        probe.look([np.arange(5000), *[np.arange(0)] * 131], shift=12)
+    with pytest.raises(tp.ProbeError, match="reading memory took longer"):
+        Probe(SimulatedGpu(unit_gb_s=0.5), "cuda").read([np.arange(8)] * 12)
+
+
+def test_two_tracks_over_one_word_do_not_end():
+    probe = Probe(SimulatedGpu(**H200), "cuda")
+    tracks = [np.array([[0, 1, 512], [0, 1, 128]]), np.array([[2, 3, 128]])]
+    with pytest.raises(tp.ProbeError, match=r"job 0, of units 2 and 3 over the word at byte 4096"):
+        probe.play(tracks)
+
+
+FAILURES = {  # by what is recognized, of a launch's work: what is missing then
+    "flags": (lambda w: len(w["tracks"]) > 1, {"hand-offs over words of each part"}),
+    "loaded": (lambda w: len(w["jobs"]) and len(w["blocks"]), {"hand-offs while all units read"}),
+    "homes": (lambda w: w["looks"] and w["block_shift"] == 12, {"by change looks 4096 bytes live together; *"}),
+    "looks": (lambda w: w["looks"], {"what units wait for 6144 lines of memory"}),
+    "one unit": (
+        lambda w: w["steps"] > 4096 and np.count_nonzero(w["readings"][:, 1]) == 1,
+        {"reads from near and far memory"},
+    ),
+    "all": (
+        lambda w: len(w["unit_of"]),
+        {"which units are near each other", "hand-offs between all pairs of units"}
+        | {"hand-offs while all units read", "reads from near and far memory"},
+    ),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_what_was_measured_is_kept_if_a_step_fails(tmp_path, failure):
+    fails, missing = FAILURES[failure]
+    device, run = SimulatedGpu(**H200), SimulatedGpu.run
+
+    def failing(**work):
+        if fails(work):
+            raise RuntimeError("the device is on fire")
+        return run(device, **work)
+
+    device.run = failing
+    said: list[str] = []
+    found = tp.measure(device, "cuda", report=said.append)
+    assert {re.sub(r"; where.*", "; *", what) for what in found.missing} == missing
+    assert set(found.missing.values()) == {"the device is on fire"}
+    assert said.count("this failed: the device is on fire") == len(missing)
+    tp.record(tmp_path / "a.json", found)
+    again = tp.recorded(tmp_path / "a.json")
+    assert again.missing == found.missing
+    topology = tp.topology_of(again)
+    for what in found.missing:
+        assert f"not measured: {what}: the device is on fire" in topology.notes
+    has = set(topology.constants)
+    assert ("hand_off_across_groups_us" in has) == (failure != "all")
+    assert ("hand_off_across_groups_loaded_us" in has) == (failure not in ("all", "loaded"))
+    assert ("stream_device_gb_s" in has) == (failure != "all")
+    assert ("stream_unit_gb_s" in has) == (failure not in ("all", "one unit"))
+    assert ("near_word_us" in has) == (failure in ("loaded", "one unit"))
+    assert found.domains.any() == (failure in ("loaded", "one unit", "flags"))  # homes were told
+    assert (found.looked is not None) == (failure not in ("looks", "all"))
+    if failure == "homes":
+        assert any("have one home each" in note for note in topology.notes)
+    if failure != "all":
+        assert [g.name for g in topology.root.children] == ["L2 half 0", "L2 half 1"]
+    pytest.importorskip("matplotlib")
+    from jax_monokernel.topology.draw import draw
+
+    assert len(draw(tp.Found(topology, again), tmp_path)) == 3
+
+
+def test_amd_steps_that_fail():
+    device, run = SimulatedGpu(**DEVICES["mi300x"]), SimulatedGpu.run
+
+    def failing(**work):
+        if len(work["tracks"]) > 1:
+            raise RuntimeError("the device is on fire")
+        return run(device, **work)
+
+    device.run = failing
+    found = tp.measure(device, "rocm")
+    assert list(found.missing) == ["4 memory domains; which memory is where"]
+    assert not found.domains.any()
+    assert found.profiles.shape == (96, 32)
+    assert not np.isnan(found.latency[0, 1:]).any()
+    assert found.stream["device"] > 0
 
 
 def test_recording(tmp_path):
@@ -433,6 +579,14 @@ def test_a_wait_that_would_not_end(make_probe):
         ({"blocks": np.array([0], np.uint32), "touch": 1 << 28}, "outside its memory"),
         ({"readings": np.array([[0, 2]] * 5, np.uint32), "looks": 1}, "list of blocks"),
         ({"job": (0, 0, 0)}, "two of the device's"),
+        (
+            {
+                "jobs": np.array([[0 | 1 << 16, 8], [0 | 1 << 16, 0], [2 | 3 << 16, 4], [2 | 3 << 16, 8]], np.uint32),
+                "tracks": np.array([[0, 2], [2, 2]], np.uint32),
+                "track_of": np.array([0, 0, 1, 1, -1], np.int32),
+            },
+            "one word for two tracks",
+        ),
         ({"job": (0, 5, 0)}, "two of the device's"),
         ({"job": (0, 1, 1 << 19)}, "outside its memory"),
         ({"job": (0, 1, 0), "track_of": np.array([0, -1, 0, 0, 0], np.int32)}, "another track"),

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <string>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "gpu/build.h"
 #include "gpu/failure.h"
@@ -111,6 +113,7 @@ void Probe::check(const Work& w) const {
   if (w.batches < 1 || w.rounds < 1 || w.batches > 1000 || w.rounds > 100000 || w.warm_up > 100000) throw wrong("a wrong number of rounds");
   if (!(w.limit_s > 0 && w.limit_s <= 60)) throw wrong("a limit that is not between 0 and 60 seconds");
   if (w.block_shift < 7 || w.block_shift > 12) throw wrong("blocks that do not have 128 to 4096 bytes");
+  std::vector<std::pair<uint32_t, uint32_t>> words;  // places, and the tracks that use them
   for (size_t t = 0; t < w.tracks.size(); t++) {
     const topology::Range& track = w.tracks[t];
     if (uint64_t{track.begin} + track.count > w.jobs.size()) throw wrong("a track of jobs that are not there");
@@ -121,7 +124,13 @@ void Probe::check(const Work& w) const {
         throw wrong("a job for units of another track");
       }
       if ((uint64_t{w.jobs[j].place} + 1) * topology::kWordUnit > memory_bytes_) throw wrong("a job outside its memory");
+      words.emplace_back(w.jobs[j].place, static_cast<uint32_t>(t));
     }
+  }
+  // Each pair would write over what the other one waits for.
+  std::sort(words.begin(), words.end());
+  for (size_t i = 1; i < words.size(); i++) {
+    if (words[i].first == words[i - 1].first && words[i].second != words[i - 1].second) throw wrong("one word for two tracks");
   }
   for (const int32_t t : w.track_of) {
     if (t < -1 || t >= static_cast<int64_t>(w.tracks.size())) throw wrong("a track that is not there");

@@ -149,6 +149,8 @@ def measure_device(
 ) -> Found:
     """Probes a GPU, in a few seconds, and keeps the result for `discover`. Nothing else should run on it meanwhile.
 
+    A result with `Measurement.missing`, of which some steps failed, is given back and not kept.
+
     Args:
       platform: as `discover`. With "cpu", hand-offs between this machine's cores and reads of its memory are measured.
       device: as `discover`.
@@ -170,7 +172,10 @@ def measure_device(
     session = _native.GpuProbe(name, ordinal, MEMORY_BYTES)
     found = measure(session, name, report=report)
     found = dataclasses.replace(found, device_id=_device_id(described), mode=_partition(gpu, sysfs).mode)
-    _report_path(store.save(found), report)
+    if found.missing:
+        report("not kept, as something is missing")
+    else:
+        _report_path(store.save(found), report)
     return Found(topology_of(found), found)
 
 

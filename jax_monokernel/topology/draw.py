@@ -216,12 +216,13 @@ def draw_homes(pyplot: Any, found: Found, rows: int = 64) -> Any:
     right.set_xticks(range(len(names)), [f"one {n}" if n != "device" else "the device" for n in names])
     right.set_ylabel("rate over that from all memory; GB/s above")
     right.set_ylim(0, max(1.3, right.get_ylim()[1] * 1.15))
-    right.legend(frameon=False, fontsize=8, ncols=len(kinds), loc="upper center")
+    if kinds:
+        right.legend(frameon=False, fontsize=8, ncols=len(kinds), loc="upper center")
     for side in ("top", "right"):
         right.spines[side].set_visible(False)
     one = count == 1
     title = "all memory is equally far" if one else f"{m.granule_bytes:,} bytes live together"
-    times = "" if one else f"; flags {m.near_ns:.0f} ns near, {m.far_ns:.0f} ns far"
+    times = "" if one or np.isnan(m.near_ns) else f"; flags {m.near_ns:.0f} ns near, {m.far_ns:.0f} ns far"
     figure.suptitle(f"{m.name}: where memory lives ({title}{times})", fontsize=11)
     return figure
 

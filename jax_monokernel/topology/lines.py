@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -30,9 +30,12 @@ _PASSES = 24, 12  # over the sample, and over all blocks
 _FLUSH_BYTES = 512 << 20  # several times an L2
 
 
+SAMPLED = _RUNS * _RUN_BYTES // LINE_BYTES
+
+
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """What looks said.
+class Sample:
+    """What looks at some lines said.
 
     `looked` is made for JSON: {"kind": of `LOOKS`, by which homes were found, or None, "lines": how many were
     looked at, "kinds": {of `LOOKS`: {"ns": [domains][homes] medians, or [domains][1] if it tells no homes,
@@ -41,26 +44,25 @@ class Found:
     of its lines are known, the share of those that live in domain 0}.
     """
 
-    homes: evaluate.Homes | None  # of the first blocks of memory; None: none were found
+    kind: str | None  # of `LOOKS`, which tells homes
+    granule: int  # 0: no kind tells
+    blocks: int  # how many at the start of memory homes can be found of
     block_bytes: int
-    granule: int
     looked: Mapping[str, Any]
 
 
-def find(probe: Probe, domains: np.ndarray, rng: np.random.Generator, report: Callable[[str], None]) -> Found:
-    """Looks for the homes of lines.
+def look(probe: Probe, domains: np.ndarray, rng: np.random.Generator) -> Sample:
+    """Looks at some lines, and whether that tells where they live.
 
     Args:
       probe: of an NVIDIA device. Nothing else may use its memory, of which the second half is read to empty the caches.
       domains: int [units]: which units are near each other.
       rng: chooses the lines.
-      report: is told what is being measured.
     """
     half = probe.session.memory_bytes // 2
     runs = half // _RUN_BYTES // 2  # every other one, as those between are touched
     starts = np.sort(rng.choice(runs, size=min(_RUNS, runs), replace=False)) * (2 * _RUN_BYTES // LINE_BYTES)
     sample = (starts[:, None] + np.arange(_RUN_BYTES // LINE_BYTES)).reshape(-1)
-    report(f"what units wait for {len(sample)} lines of memory")
     levels, times = _look(
         probe, domains, sample, LINE_BYTES, kinds=[0, 1, 2], passes=_PASSES[0], rng=rng, touch=_RUN_BYTES
     )
@@ -82,21 +84,33 @@ def find(probe: Probe, domains: np.ndarray, rng: np.random.Generator, report: Ca
         "page_shares": [],
     }
     if kind is None:
-        return Found(None, PAGE_BYTES, 0, looked)
+        return Sample(None, 0, 0, PAGE_BYTES, looked)
     homes = found[kind].homes.homes
     pages = np.where(homes < 0, np.nan, homes == 0).reshape(-1, PAGE_BYTES // LINE_BYTES)
     known = np.count_nonzero(~np.isnan(pages), axis=1) >= 0.75 * pages.shape[1]
     looked["page_shares"] = [round(float(x), 4) for x in np.nanmean(pages[known], axis=1)]
     granule = evaluate.granule(homes.reshape(len(starts), -1), LINE_BYTES)
     block_bytes = min(granule, PAGE_BYTES)
-    blocks = np.arange((half if block_bytes == PAGE_BYTES else min(half, _MOST_BYTES)) // block_bytes)
-    report(f"by {LOOKS[kind]} looks {granule} bytes live together; where {len(blocks)} blocks of {block_bytes} live")
-    touch = PAGE_BYTES // 2 if block_bytes == PAGE_BYTES else 0  # smaller blocks are so near each other that few wait
-    levels, times = _look(probe, domains, blocks, block_bytes, kinds=[kind], passes=_PASSES[1], rng=rng, touch=touch)
-    last = evaluate.line_homes(levels[0])
-    if not _tells(last, count, least=0.7):  # of fewer passes
-        return Found(None, PAGE_BYTES, 0, looked | {"kind": None})
-    return Found(last.homes, block_bytes, granule, looked)
+    blocks = (half if block_bytes == PAGE_BYTES else min(half, _MOST_BYTES)) // block_bytes
+    return Sample(LOOKS[kind], granule, blocks, block_bytes, looked)
+
+
+def homes(probe: Probe, domains: np.ndarray, sample: Sample, rng: np.random.Generator) -> evaluate.Homes | None:
+    """The homes of the first `sample.blocks` blocks of memory; None if they are not clear.
+
+    Args:
+      probe: as `look`.
+      domains: as `look`.
+      sample: with a kind that tells.
+      rng: deals the blocks.
+    """
+    assert sample.kind is not None
+    kind = LOOKS.index(sample.kind)
+    blocks = np.arange(sample.blocks)
+    touch = PAGE_BYTES // 2 if sample.block_bytes == PAGE_BYTES else 0  # smaller ones are so close that few wait
+    levels, _ = _look(probe, domains, blocks, sample.block_bytes, kinds=[kind], passes=_PASSES[1], rng=rng, touch=touch)
+    found = evaluate.line_homes(levels[0])
+    return found.homes if _tells(found, levels.shape[2], least=0.7) else None  # agreement is of fewer passes
 
 
 def _look(

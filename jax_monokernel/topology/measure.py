@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,24 @@ _MOST_PAGES, _MOST_BLOCKS = 1 << 20, 1 << 20  # whose homes are looked for; the 
 
 
 _LEAST_CONTRAST = 0.15  # of far words over near ones
+_T = TypeVar("_T")
+
+
+class _Steps:
+    """Runs the steps of a measurement. Of one that fails it is noted why, and what the others found is kept."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self.report = report
+        self.missing: dict[str, str] = {}  # what was to be measured, and why it was not
+
+    def __call__(self, what: str, step: Callable[[], _T], otherwise: _T) -> _T:
+        self.report(what)
+        try:
+            return step()
+        except (RuntimeError, ValueError) as error:
+            self.missing[what] = str(error)
+            self.report(f"this failed: {error}")
+            return otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +50,7 @@ class _Near:
     homes: evaluate.Homes  # times are of flags
     granule: int = 0  # one domain: 0
     block_bytes: int = _PAGE  # of homes
-    looked: Mapping[str, Any] | None = None  # as `lines.Found`
+    looked: Mapping[str, Any] | None = None  # as `lines.Sample`
 
 
 def measure(
@@ -46,22 +64,37 @@ def measure(
       seed: of the choice of words and partners.
       report: is told what is being measured.
 
+    Returns:
+      What was found. `missing` says which steps failed, and why.
+
     Raises:
-      ProbeError, RuntimeError, ValueError: what the device or its driver said.
+      ProbeError, RuntimeError, ValueError: what the device or its driver said of the first launch.
     """
     start = time.monotonic()
     rng = np.random.default_rng(seed)
     probe = Probe(session, platform)
+    steps = _Steps(report)
     xcds = len({p.xcc for p in probe.places})
-    report(f"{probe.units} compute units on {xcds} XCDs" if platform == "rocm" else f"{probe.units} SMs")
-    groups = _groups(probe)
-    near = (_near_by_flags if platform == "rocm" else _near_by_looks)(probe, groups, rng, report)
+    groups = steps(
+        f"{probe.units} compute units on {xcds} XCDs" if platform == "rocm" else f"{probe.units} SMs",
+        lambda: _groups(probe),
+        np.zeros(probe.units, int),
+    )
+    near = (_near_by_flags if platform == "rocm" else _near_by_looks)(probe, groups, rng, steps)
     domains, homes = near.domains, near.homes.homes
-    report("hand-offs between all pairs of units")
-    latency = _latency(probe, domains, homes, near.block_bytes)
-    loaded, load = _loaded(probe, domains, homes, near.block_bytes)
-    report("reads from near and far memory")
-    stream = _streams(probe, domains, groups, homes, near.block_bytes)
+    unknown = np.full((probe.units, probe.units), np.nan)
+    latency = steps(
+        "hand-offs between all pairs of units", lambda: _latency(probe, domains, homes, near.block_bytes), unknown
+    )
+    loaded, load = steps(
+        "hand-offs while all units read", lambda: _loaded(probe, domains, homes, near.block_bytes), (unknown, 0.0)
+    )
+    stream: dict[str, float] = {}
+    steps(
+        "reads from near and far memory",
+        lambda: _streams(probe, domains, groups, homes, near.block_bytes, stream),
+        None,
+    )
     return Measurement(
         name=session.name,
         platform=platform,
@@ -84,42 +117,82 @@ def measure(
         looked=near.looked,
         stream=stream,
         seconds=time.monotonic() - start,
+        missing=steps.missing,
     )
 
 
-def _near_by_flags(probe: Probe, groups: np.ndarray, rng: np.random.Generator, report: Callable[[str], None]) -> _Near:
+def _near_by_flags(probe: Probe, groups: np.ndarray, rng: np.random.Generator, steps: _Steps) -> _Near:
     """By words that two units pass to and fro: on AMD's these go to where their memory is."""
-    report("which units are near the same memory")
-    profiles = _profiles(probe, groups, rng)
+    nobody = _Near(np.zeros(probe.units, int), 0.0, np.zeros((probe.units, 0)), _one_domain(probe, float("nan")))
+    profiles = steps("which units are near the same memory", lambda: _profiles(probe, groups, rng), nobody.profiles)
+    if not profiles.size:
+        return nobody
     found = evaluate.cluster_profiles(profiles)
     domains = np.where(found.labels < 0, 0, found.labels)
     pairs = _witnesses(probe, domains, groups)
-    report(f"{found.count} memory domains; which memory is where")
-    granule = _granule(probe, pairs, rng)
-    block_bytes = min(max(granule, 128), _PAGE)
-    homes = _homes(probe, pairs, block_bytes)
-    if found.count > 1 and _holds(found.count, homes):
-        return _Near(domains, found.separation, profiles, homes, granule, block_bytes)
-    # What looked like domains has no memory of its own: noise, or memory that is equally far from everywhere.
-    return _Near(np.zeros(probe.units, int), 0.0, profiles, _one_domain(probe, homes.near_ns))
+
+    def homes_of_memory() -> _Near:
+        granule = _granule(probe, pairs, rng)
+        block_bytes = min(max(granule, 128), _PAGE)
+        homes = _homes(probe, pairs, block_bytes)
+        if found.count > 1 and _holds(found.count, homes):
+            return _Near(domains, found.separation, profiles, homes, granule, block_bytes)
+        # What looked like domains has no memory of its own: noise, or memory that is equally far from everywhere.
+        return dataclasses.replace(nobody, homes=_one_domain(probe, homes.near_ns), profiles=profiles)
+
+    return steps(
+        f"{found.count} memory domains; which memory is where",
+        homes_of_memory,
+        dataclasses.replace(nobody, profiles=profiles),
+    )
 
 
-def _near_by_looks(probe: Probe, groups: np.ndarray, rng: np.random.Generator, report: Callable[[str], None]) -> _Near:
+def _near_by_looks(probe: Probe, groups: np.ndarray, rng: np.random.Generator, steps: _Steps) -> _Near:
     """By hand-offs, which tell the parts of NVIDIA's L2, and by what units of each part wait for lines."""
-    report("which units are near each other")
     one, no_profiles = np.zeros(probe.units, int), np.zeros((probe.units, 0))
-    latency = _latency(probe, one, np.zeros(1, np.int8), _PAGE)
+    nobody = _Near(one, 0.0, no_profiles, _one_domain(probe, float("nan")))
+    latency = steps(
+        "which units are near each other",
+        lambda: _latency(probe, one, np.zeros(1, np.int8), _PAGE),
+        np.full((probe.units, probe.units), np.nan),
+    )
+    if np.isnan(latency).all():  # a failure, or one unit
+        return nobody
+    nobody = dataclasses.replace(nobody, homes=_one_domain(probe, float(np.nanmedian(latency))))
     found = evaluate.cluster_latencies(latency)
-    looked = None
-    if 2 <= found.count <= 8 and found.separation >= CLEAR and np.bincount(found.labels).min() >= 4:
-        seen = lines.find(probe, found.labels, rng, report)
-        looked = seen.looked
-        if seen.homes is not None:
-            near, far = _flags(probe, _witnesses(probe, found.labels, groups), seen.homes.homes, seen.block_bytes)
-            homes = dataclasses.replace(seen.homes, near_ns=near, far_ns=far)
-            return _Near(found.labels, found.separation, no_profiles, homes, seen.granule, seen.block_bytes, looked)
-    homes = _one_domain(probe, float(np.nanmedian(latency)) if probe.units > 1 else 0.0)
-    return _Near(one, 0.0, no_profiles, homes, looked=looked)
+    if not (2 <= found.count <= 8 and found.separation >= CLEAR and np.bincount(found.labels).min() >= 4):
+        return nobody
+    sample = steps(
+        f"what units wait for {lines.SAMPLED} lines of memory", lambda: lines.look(probe, found.labels, rng), None
+    )
+    if sample is None:
+        return nobody
+    nobody = dataclasses.replace(nobody, looked=sample.looked)
+    if sample.kind is None:
+        return nobody
+
+    def with_homes() -> _Near:
+        homes = lines.homes(probe, found.labels, sample, rng)
+        if homes is None:
+            return dataclasses.replace(nobody, looked=dict(sample.looked) | {"kind": None})
+        unknown = dataclasses.replace(homes, near_ns=float("nan"), far_ns=float("nan"))
+        granule, block_bytes = sample.granule, sample.block_bytes
+        return _Near(found.labels, found.separation, no_profiles, unknown, granule, block_bytes, sample.looked)
+
+    near = steps(
+        f"by {sample.kind} looks {sample.granule} bytes live together; "
+        f"where {sample.blocks} blocks of {sample.block_bytes} live",
+        with_homes,
+        nobody,
+    )
+    if not near.domains.any():
+        return near
+    near_ns, far_ns = steps(
+        "hand-offs over words of each part",
+        lambda: _flags(probe, _witnesses(probe, near.domains, groups), near.homes.homes, near.block_bytes),
+        (float("nan"), float("nan")),
+    )
+    return dataclasses.replace(near, homes=dataclasses.replace(near.homes, near_ns=near_ns, far_ns=far_ns))
 
 
 def _one_domain(probe: Probe, near_ns: float) -> evaluate.Homes:
@@ -219,21 +292,23 @@ def _witnesses(probe: Probe, domains: np.ndarray, groups: np.ndarray, most: int 
 
 def _play_words(probe: Probe, pairs: list[list[tuple[int, int]]], places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Times [domains, words] of one pair of each domain over every word, and which pair it was."""
-    tracks, at = [], []
     # Dealt at random, so that every pair meets words of every home.
     order = np.random.default_rng(len(places)).permutation(len(places))
-    for d, of_domain in enumerate(pairs):
-        of_domain = of_domain[: max(1, len(places) // 128)]  # each meets enough to know its near time
-        for i, (a, b) in enumerate(of_domain):
-            chosen = np.sort(order[i :: len(of_domain)])
-            tracks.append(np.stack([np.full(len(chosen), a), np.full(len(chosen), b), places[chosen]], axis=1))
-            at.append((d, i, chosen))
-    found, _ = probe.play(tracks, batches=3, rounds=4, warm_up=2, jobs_at_once=4096)
     times = np.full((len(pairs), len(places)), np.nan)
     players = np.zeros((len(pairs), len(places)), int)
-    for (d, i, chosen), values in zip(at, found, strict=True):
-        times[d, chosen] = values
-        players[d, chosen] = i
+    for turn in range(len(pairs)):
+        tracks, at = [], []
+        for d, of_domain in enumerate(pairs):
+            part = order[(d + turn) % len(pairs) :: len(pairs)]  # no word is in two tracks of a launch
+            of_domain = of_domain[: max(1, len(places) // 128)]  # each meets enough to know its near time
+            for i, (a, b) in enumerate(of_domain):
+                chosen = np.sort(part[i :: len(of_domain)])
+                tracks.append(np.stack([np.full(len(chosen), a), np.full(len(chosen), b), places[chosen]], axis=1))
+                at.append((d, i, chosen))
+        found, _ = probe.play(tracks, batches=3, rounds=4, warm_up=2)
+        for (d, i, chosen), values in zip(at, found, strict=True):
+            times[d, chosen] = values
+            players[d, chosen] = i
     return times, players
 
 
@@ -296,9 +371,15 @@ def _loaded(probe: Probe, domains: np.ndarray, homes: np.ndarray, block_bytes: i
 
 
 def _streams(
-    probe: Probe, domains: np.ndarray, groups: np.ndarray, homes: np.ndarray, block_bytes: int, repeats: int = 3
-) -> dict[str, float]:
-    """Rates of units, groups, domains and the device; but for groups from near and far memory too.
+    probe: Probe,
+    domains: np.ndarray,
+    groups: np.ndarray,
+    homes: np.ndarray,
+    block_bytes: int,
+    found: dict[str, float],
+    repeats: int = 3,
+) -> None:
+    """Adds rates of units, groups, domains and the device to `found`; but for groups from near and far memory too.
 
     Each unit reads its part of the blocks in their order, as a kernel reads its weights. Where blocks are smaller than
     a page, those that have homes are a small part of memory, in small pieces: then "mixed" is what near and far ones
@@ -345,14 +426,13 @@ def _streams(
 
     everyone = np.ones(probe.units, bool)
     # Who reads everything deals it among all units, not among those of each domain.
-    found = dict(zip(("device", "device_sum"), of_all(everyone), strict=True))
+    found["device"], found["device_sum"] = of_all(everyone)
     largest = np.bincount(groups)
     if len(largest) > 1:
         # Of whole groups, four at most: others are alike. They read all memory.
         several = np.flatnonzero(largest == largest.max())[:4]
         found["group"] = float(np.median([rate_of_all(groups == g) for g in several]))
     first = np.array([int(np.argmax(domains == d)) for d in range(count)])
-    units, parts = {"all": [], "near": [], "far": []}, {"all": [], "near": [], "far": []}  # type: ignore[var-annotated]
     sources = {}
     if count > 1:
         sources = {"near": lambda d: near_of[d], "far": lambda d: far_of[d]}
@@ -360,20 +440,19 @@ def _streams(
             found["device_mixed"] = rate(_deal_to(everyone, blocks, 8192 >> shift))
         found["device_near"] = rate(deal(sources["near"], everyone))
         found["device_far"] = rate(deal(_dealt_far(far_of, near_of), everyone))
-    for d in range(count):
-        alone, mine = np.arange(probe.units) == first[d], domains == d
-        units["all"].append(rate_of_all(alone))
-        if count > 1:
-            parts["all"].append(rate_of_all(mine))
-        for kind, source in sources.items():
-            units[kind].append(rate(deal(source, alone)))
-            parts[kind].append(rate(deal(source, mine)))
-    for kind in ("all", *sources):
-        suffix = "" if kind == "all" else f"_{kind}"
-        found[f"unit{suffix}"] = float(np.median(units[kind]))
-        if parts[kind]:
-            found[f"domain{suffix}"] = float(np.median(parts[kind]))
-    return found
+    for kind in ("", *sources):
+        units: list[float] = []
+        parts: list[float] = []
+        for d in range(count):
+            asked = [(units, np.arange(probe.units) == first[d])]
+            if count > 1:
+                asked.append((parts, domains == d))
+            for rates, chosen in asked:
+                rates.append(rate(deal(sources[kind], chosen)) if kind else rate_of_all(chosen))
+        suffix = f"_{kind}" if kind else ""
+        found[f"unit{suffix}"] = float(np.median(units))
+        if parts:
+            found[f"domain{suffix}"] = float(np.median(parts))
 
 
 def _deal_to(chosen: np.ndarray, blocks: np.ndarray, least: int) -> list[np.ndarray]:

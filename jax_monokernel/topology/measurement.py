@@ -42,7 +42,8 @@ class Measurement:
     seconds: float
     device_id: str = ""  # which device it was: its UUID, or where it has none its PCI address
     mode: str = ""  # partition mode, as `Topology.mode`
-    looked: Mapping[str, Any] | None = None  # NVIDIA: what units wait for lines (`lines.Found`)
+    looked: Mapping[str, Any] | None = None  # NVIDIA: what units wait for lines (`lines.Sample`)
+    missing: Mapping[str, str] = dataclasses.field(default_factory=dict)  # steps that failed, and why
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` takes. Latencies are rounded to nanoseconds; of homes the first 65,536 are kept."""
@@ -85,6 +86,8 @@ class Measurement:
 
 def halves(found: Measurement) -> np.ndarray | None:
     """Units that are nearer to each other, 0 or 1 for each, if hand-offs fall into two clear kinds."""
+    if np.isnan(found.latency[~np.eye(len(found.latency), dtype=bool)]).any():  # `found.missing` says why
+        return None
     near = evaluate.cluster_latencies(found.latency)
     if near.count != 2 or near.separation < CLEAR:
         return None
@@ -150,7 +153,9 @@ def topology_of(found: Measurement) -> Topology:
         for name, value in values.items()
         if value is not None and np.isfinite(value)
     }
-    notes = [f"in the loaded case all units together read {found.load_gb_s:.0f} GB/s"]
+    notes = [f"not measured: {what}: {why}" for what, why in found.missing.items()]
+    if not np.isnan(found.latency_loaded).all():
+        notes.append(f"in the loaded case all units together read {found.load_gb_s:.0f} GB/s")
     device, own = found.stream.get("device", 0.0), found.stream.get("device_sum", 0.0)
     if own > 1.03 * device:
         notes.append(f"units are not equally fast: the sum of what each reads in its own time is {own:.0f} GB/s")

@@ -17,7 +17,11 @@ NO_UNIT = 0xFFFFFFFF
 WORD_BYTES = 32  # what places of words are counted in
 STEP_BYTES = 4096  # what readers take at once
 LOOKS = ("first", "again", "change")  # what `Probe.look` measures, in this order
-LIMIT_S = 3.0  # that a launch may take; a device is never stuck for longer
+START_S = 3.0  # that a launch may take beside its work, before it is given up
+# What its work may take. Hand-offs and looks were seen to take 0.2 to 1.5 us, units to read 5 TB/s, and 45 GB/s alone.
+_ACCESS_S = 20e-6
+_GB_S, _UNIT_GB_S = 100.0, 2.0
+_WORK_S = 2.0  # of one launch, by these numbers: longer work is cut into several
 
 
 class Session(Protocol):
@@ -69,8 +73,14 @@ class Place:
         return self.xcc << 7 | self.se << 5 | self.cu
 
 
-def _too_long(doing: str) -> ProbeError:
-    return ProbeError(f"{doing} memory took longer than {LIMIT_S:.0f} seconds; does something else run on the device?")
+def _too_long(doing: str, work_s: float) -> ProbeError:
+    limit = START_S + work_s
+    return ProbeError(f"{doing} took longer than {limit:.1f} seconds; does something else run on the device?")
+
+
+def _at_once(accesses: int) -> int:
+    """Into how many a launch is cut, of jobs or blocks that take a lane so many accesses each."""
+    return max(1, int(_WORK_S / (_ACCESS_S * accesses)))
 
 
 def places(reports: np.ndarray, platform: str) -> list[Place]:
@@ -121,7 +131,8 @@ class Probe:
         """How many there are."""
         return len(self.places)
 
-    def _run(self, **work: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _run(self, work_s: float = 0.0, **work: Any) -> tuple[np.ndarray, np.ndarray]:
+        """One launch, which the device ends when it has taken `START_S` and, at most, `work_s` seconds."""
         empty = np.zeros((0, 2), np.uint32)
         arguments = {
             "unit_of": self._unit_of,
@@ -137,7 +148,7 @@ class Probe:
             "warm_up": 0,
             "touch": 0,
             "looks": 0,
-            "limit_s": LIMIT_S,
+            "limit_s": START_S + work_s,
         }
         self.launches += 1
         results, reports = (np.asarray(x) for x in self.session.run(**arguments | work))
@@ -154,19 +165,18 @@ class Probe:
         warm_up: int = 3,
         load: np.ndarray | None = None,
         load_shift: int = 12,
-        jobs_at_once: int = 2048,
     ) -> tuple[list[np.ndarray], float]:
         """Plays ping-pong.
 
         Args:
           tracks: for each track int [jobs, 3]: the unit that asks, the one that answers, the place of the word in units
-            of 32 bytes. The jobs of a track run one after the other, tracks side by side; no unit may be in two.
+            of 32 bytes. The jobs of a track run one after the other, tracks side by side; no unit may be in two, and no
+            word: each pair would wait for values that the other one has written over.
           batches: of which the fastest counts.
           rounds: there and back, in a batch.
           warm_up: rounds before the first batch.
           load: blocks that the units read meanwhile, each its part of them; none by default.
           load_shift: binary logarithm of the bytes of such a block.
-          jobs_at_once: of a track, in one launch.
 
         Returns:
           For each track float [jobs]: nanoseconds one way; and GB/s of what all units read meanwhile.
@@ -176,17 +186,21 @@ class Probe:
         """
         times = [np.full(len(t), np.nan) for t in tracks]
         rates = []
-        for first in range(0, max(map(len, tracks), default=0), jobs_at_once):
+        accesses = 2 * (warm_up + batches * rounds) + 4  # of a job, with the word's own value and the turn
+        at_once, longest = _at_once(accesses), max(map(len, tracks), default=0)
+        for first in range(0, longest, at_once):
             asked, track_of, ranges, begin = [], np.full(self.units, -1, np.int32), [], 0
             for number, track in enumerate(tracks):
-                jobs = track[first : first + jobs_at_once]
+                jobs = track[first : first + at_once]
                 track_of[jobs[:, 0]] = track_of[jobs[:, 1]] = number
                 asked.append(np.stack([jobs[:, 0] | jobs[:, 1] << 16, jobs[:, 2]], axis=1))
                 ranges.append([begin, len(jobs)])
                 begin += len(jobs)
             if load is not None:
                 track_of[track_of < 0] = 0  # they read until the first track is done
+            work_s = min(at_once, longest - first) * accesses * _ACCESS_S
             results, reports = self._run(
+                work_s,
                 jobs=np.concatenate(asked).astype(np.uint32),
                 tracks=np.array(ranges, np.uint32),
                 track_of=track_of,
@@ -195,9 +209,12 @@ class Probe:
                 rounds=rounds,
                 warm_up=warm_up,
             )
-            if reports[:, 2].any():
-                unit = int(reports[:, 2].argmax())
-                raise ProbeError(f"unit {unit} waited too long in job {int(reports[unit, 3])} of the probe")
+            failed = np.flatnonzero(reports[:, 2])
+            if len(failed):
+                unit = int(failed[reports[failed, 3].argmin()])  # others may only have waited for their turn
+                job = first + int(reports[unit, 3])
+                a, b, word = tracks[track_of[unit]][job].tolist()
+                raise _too_long(f"job {job}, of units {a} and {b} over the word at byte {word * WORD_BYTES},", work_s)
             ns, read = self._clock(reports)
             rates.append(read)
             for number, (start, count) in enumerate(ranges):
@@ -216,14 +233,14 @@ class Probe:
         lists = [np.asarray(blocks, np.uint32) for blocks in blocks_of]
         sizes = np.array([len(x) for x in lists], np.uint32)
         readings = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1).astype(np.uint32)
-        _, reports = self._run(blocks=np.concatenate(lists), readings=readings, block_shift=shift, steps=steps)
+        active = sizes > 0
+        own = steps * STEP_BYTES / 1e9
+        work_s = max(own * np.count_nonzero(active) / _GB_S, own / _UNIT_GB_S)
+        _, reports = self._run(work_s, blocks=np.concatenate(lists), readings=readings, block_shift=shift, steps=steps)
         wide = reports.view(np.uint64)
         begin, end, done = wide[:, 3].astype(np.int64), wide[:, 4].astype(np.int64), wide[:, 5].astype(np.int64)
-        active = sizes > 0
         if (done[active] < steps).any():
-            raise ProbeError(
-                f"reading memory took longer than {LIMIT_S:.0f} seconds; does something else run on the device?"
-            )
+            raise _too_long("reading memory", work_s)
         rates = np.where(active, done * STEP_BYTES / np.maximum(end - begin, 1), 0.0)
         total = done[active].sum() * STEP_BYTES / max(int(end[active].max() - begin[active].min()), 1)
         return Reads(float(total), rates)
@@ -248,17 +265,28 @@ class Probe:
           ProbeError: it did not end in time.
         """
         lists = [np.asarray(blocks, np.uint32) for blocks in blocks_of]
-        ends = np.cumsum([len(x) for x in lists])
-        readings = np.array([[end - len(x), len(x)] for x, end in zip(lists, ends, strict=True)], np.uint32)
-        found, reports = self._run(
-            blocks=np.concatenate(lists), readings=readings, block_shift=shift, rounds=rounds, touch=touch, looks=kinds
-        )
-        if reports[:, 2].any():
-            raise ProbeError(
-                f"looking at memory took longer than {LIMIT_S:.0f} seconds; does something else run on the device?"
+        found = [np.zeros((kinds, len(x))) for x in lists]
+        accesses = 2 + bool(touch) + (kinds - 1) * rounds  # of a block, with its number
+        at_once, longest = _at_once(accesses), max(map(len, lists), default=0)
+        for first in range(0, longest, at_once):
+            parts = [x[first : first + at_once] for x in lists]
+            ends = np.cumsum([len(x) for x in parts])
+            work_s = min(at_once, longest - first) * accesses * _ACCESS_S
+            lines, reports = self._run(
+                work_s,
+                blocks=np.concatenate(parts),
+                readings=np.array([[end - len(x), len(x)] for x, end in zip(parts, ends, strict=True)], np.uint32),
+                block_shift=shift,
+                rounds=rounds,
+                touch=touch,
+                looks=kinds,
             )
-        ns, _ = self._clock(reports)
-        return [(found[end - len(x) : end, :kinds] * ns).T for x, end in zip(lists, ends, strict=True)]
+            if reports[:, 2].any():
+                raise _too_long("looking at memory", work_s)
+            ns, _ = self._clock(reports)
+            for of_unit, part, end in zip(found, parts, ends, strict=True):
+                of_unit[:, first : first + len(part)] = (lines[end - len(part) : end, :kinds] * ns).T
+        return found
 
     def clusters(self, size: int) -> list[list[int]]:
         """Units that were seen in one cluster of this size; none on ROCm."""
