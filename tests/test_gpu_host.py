@@ -496,6 +496,19 @@ def test_a_broken_kernel_is_noticed(mistake, tmp_path):
     pytest.fail("nothing was noticed")
 
 
+@pytest.mark.parametrize(("dtype", "kib"), [("float32", 60), ("bfloat16", 50)])
+def test_rows_that_are_gathered_in_several_fills(dtype, kib):
+    """Where a row's activations do not fit into shared memory at once, lanes overwrite what others have multiplied with."""
+    spec = spec_of("plain", dtype).replace(hidden_size=256, intermediate_size=3000)
+    plan = gpu_plan(spec, 32, 3, waves=2, service_waves=2, chunk_atoms=4)
+    kernel = Kernel(spec, plan, batch=3, sanitize=True, shared_bytes=kib * 1024)
+    state, params = state_of(spec), mixed_params(spec, 3)
+    got, run = decode_on_host(kernel, state, params, 3)
+    assert run.report["reason"] == 0, run.report
+    want = reference(spec, state, params)
+    assert np.mean(got.tokens == np.asarray(want.tokens)[:, :3]) > 0.6
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_products_that_are_not_taken_yet_are_a_race(tmp_path, seed):
     """On NVIDIA who opens a gate or hands over does not wait, and the executor's waves of 32 do not either."""
