@@ -104,8 +104,7 @@ void Races::access(const void* p, u64 bytes, Kind kind, const void* pc) {
                   static_cast<u32>(static_cast<const char*>(pc) - image_begin_), atomic};
   for (u64 i = 0; i < bytes; i++) {
     Cell& cell = r->cells[offset + i];
-    // A vector of the workspace may reach beyond what is there.
-    if (cell.write.lane == 0 && reads && r->blank && (i == 0 || bytes < 16 || r->shared)) {
+    if (cell.write.lane == 0 && reads && r->blank) {
       report(*r, offset + i, "not written before", kind, pc, nullptr);
     }
     if (!(atomic && cell.write.atomic) && !ordered(cell.write)) {

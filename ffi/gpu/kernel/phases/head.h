@@ -69,7 +69,11 @@ MK_DEVICE void search_logits(Service& s, Search& search, const Tiles& deal, int 
   for_products<kTileRows>(
       s, deal, segment, wait, [](int, int) { return 0; },
       [&](int, int token, auto sum) {
-        if (token >= kVocab) return;
+        if (token >= kVocab) {
+          // Filters look at whole vectors.
+          if (token < round_up(kVocab, 4) && options.filtered) arch::store_word(adjusted_row(s, request) + token, 0);
+          return;
+        }
         float raw = sum(0) * scale * MK_LOGIT_MULTIPLIER;
         if constexpr (MK_LOGIT_SOFTCAP > 0.0f) raw = soft_cap(raw, MK_LOGIT_SOFTCAP);
         const float z = adjust(options, s.args, request, token, raw);
