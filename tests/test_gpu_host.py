@@ -498,7 +498,7 @@ def test_a_broken_kernel_is_noticed(mistake, tmp_path):
 
 @pytest.mark.parametrize(("dtype", "kib"), [("float32", 60), ("bfloat16", 50)])
 def test_rows_that_are_gathered_in_several_fills(dtype, kib):
-    """Where a row's activations do not fit into shared memory at once, lanes overwrite what others have multiplied with."""
+    """Where shared memory has a row of activations in parts, lanes overwrite what others have multiplied with."""
     spec = spec_of("plain", dtype).replace(hidden_size=256, intermediate_size=3000)
     plan = gpu_plan(spec, 32, 3, waves=2, service_waves=2, chunk_atoms=4)
     kernel = Kernel(spec, plan, batch=3, sanitize=True, shared_bytes=kib * 1024)
