@@ -68,8 +68,10 @@ def no_plugins(monkeypatch):
 
 
 @pytest.fixture
-def on_rocm(rocm_stand_in, monkeypatch):
-    """JAX's device for ROCM is one of its CPU devices, on which `decode` finds the stand-ins."""
+def on_rocm(rocm_stand_in, environment, tmp_path_factory, monkeypatch):
+    """JAX's device for ROCM is one of its CPU devices, on which `decode` finds stand-ins: copies, because devices are asked
+    once in a process, and these have few units.
+    """
     register()
     jax_device, decode = doctor._jax_device, _self_test._decode
 
@@ -87,8 +89,11 @@ def on_rocm(rocm_stand_in, monkeypatch):
 
     monkeypatch.setattr(doctor, "_jax_device", device)
     monkeypatch.setattr(_self_test, "_decode", run)
-    rocm_stand_in.units = 3
-    return rocm_stand_in
+    copy = StandIn(tmp_path_factory.mktemp("few"), like=rocm_stand_in)
+    copy.units = 3
+    for name, value in copy.variables.items():
+        environment(name, value)
+    return copy
 
 
 def test_a_machine_without_gpus(bare):
