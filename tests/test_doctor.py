@@ -69,8 +69,9 @@ def no_plugins(monkeypatch):
 
 @pytest.fixture
 def on_rocm(rocm_stand_in, environment, tmp_path_factory, monkeypatch):
-    """JAX's device for ROCM is one of its CPU devices, on which `decode` finds stand-ins: copies, because devices are asked
-    once in a process, and these have few units.
+    """JAX's device for ROCM is one of its CPU devices, on which `decode` finds stand-ins.
+
+    They are copies, because devices are asked once in a process, and these have few units.
     """
     register()
     jax_device, decode = doctor._jax_device, _self_test._decode
