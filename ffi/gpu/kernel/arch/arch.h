@@ -67,10 +67,11 @@
 //     void wait()                                until the current slot is there
 //     template <int n> void read(int atom, Vec4 (&w)[n])   atoms `atom` to atom + n - 1 of the slot, 16 bytes a lane
 //     template <int n> void done(int atom)       these atoms will not be read again
-//     void next()                                goes to the next slot
+//     u32 next()                                 goes to the next slot; returns what give_back needs of the one before
+//     template <int n> void give_back(const u32 (&freed)[n])   these slots may be filled again; once what was read of them is used
 //     void drain()                               waits for all that was requested; nothing is requested after
-//   A Ring in registers (MK_REGISTER_RING) is no template and has kAtoms instead of slots: read and done take the index of an
-//   atom of the ring, a constant after unrolling; kReservedShared bytes at the end of shared memory are the machine's own. With
+//   A Ring in registers (MK_REGISTER_RING) is no template, has kAtoms instead of slots, and needs no give_back; read and done
+//   take the index of an atom of the ring, a constant after unrolling; kReservedShared bytes at the end of shared memory are the machine's own. With
 //   MK_PLACED it has
 //     void start(streams, places, last, bytes)   reads a stream whose pages lie where `places` says, in kPlaceBytes from `streams`, and
 //                                                never further than `last`; bytes is a whole number of slots, and they of pages
