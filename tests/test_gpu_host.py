@@ -509,6 +509,26 @@ def test_rows_that_are_gathered_in_several_fills(dtype, kib):
     assert np.mean(got.tokens == np.asarray(want.tokens)[:, :3]) > 0.6
 
 
+@pytest.mark.parametrize(
+    ("dtype", "chunk_atoms", "hidden", "inner", "batch"),
+    [
+        ("bfloat16", 8, 256, 9 * 256, 1),
+        ("bfloat16", 8, 5 * 256, 256, 1),
+        ("float32", 16, 256, 9 * 256, 1),
+        ("bfloat16", 16, 512, 9 * 512, 3),
+    ],
+)
+def test_rows_of_any_number_of_chunks(dtype, chunk_atoms, hidden, inner, batch):
+    """Stream waves gather some columns at once, and the last time fewer. Once, those that are not there were written."""
+    spec = spec_of("plain", dtype).replace(hidden_size=hidden, intermediate_size=inner)
+    kernel = Kernel(spec, gpu_plan(spec, 32, 3, chunk_atoms=chunk_atoms), batch=batch, sanitize=True, shared_bytes=232448)
+    state, params = rows_of(state_of(spec), slice(batch)), params_of(spec, batch)
+    got, _ = decode_on_host(kernel, state, params, 2)
+    want = decode(tape_of(spec, 2), state, params, steps=2)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.log_probs, want.log_probs, rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_products_that_are_not_taken_yet_are_a_race(tmp_path, seed):
     """On NVIDIA who opens a gate or hands over does not wait, and the executor's waves of 32 do not either."""

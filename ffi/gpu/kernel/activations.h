@@ -140,17 +140,23 @@ template <int phase, int lane_columns>
 struct OwnColumns {
   static constexpr int kStep = arch::kWave * lane_columns, kPieces = (most_run(phase) * kAtomCols + kStep - 1) / kStep;
   static constexpr int kCount = smaller(kResident, chunk_count(phase)) * kPieces;
-  // Whether all of them exist for every lane.
+  // Whether those before kCount exist for every lane.
   static constexpr bool kAll = fill_count(phase) == 1 && most_run(phase) * kAtomCols % kStep == 0 &&
                                run_of(phase, chunk_count(phase) - 1, 0).count == most_run(phase) &&
                                run_of(phase, chunk_count(phase) - 1, kWaves - 1).count == most_run(phase);
   int fill, wave, lane;
 
+  // How many are gathered at once, of `most`, so that no turn has much fewer than another.
+  static constexpr int at_once(int most) {
+    const int turns = (kCount + most - 1) / most;
+    return (kCount + turns - 1) / turns;
+  }
+
   // The column in the matrix, or -1 if there is none.
   MK_METHOD int of_matrix(int i) const {
     const int chunk = fill * kResident + i / kPieces, in_run = lane * lane_columns + i % kPieces * kStep;
     const Run run = run_of(phase, chunk, wave);
-    if constexpr (kAll) return run.begin * kAtomCols + in_run;
+    if constexpr (kAll) return i < kCount ? run.begin * kAtomCols + in_run : -1;
     return i < kCount && chunk < chunk_count(phase) && in_run < run.count * kAtomCols ? run.begin * kAtomCols + in_run : -1;
   }
   MK_METHOD int of_row(int i) const {
@@ -187,7 +193,7 @@ MK_DEVICE void gather_own(Service& s, int layer, int fill, int wave, char* own) 
   using Columns = OwnColumns<phase, 4>;
   constexpr bool norm = has_norm(phase);
   constexpr int size = cols(phase), at_once = norm ? 4 : 8;  // vectors of a lane
-  constexpr int items = smaller(Columns::kCount, at_once), requests = smaller(kBatch, at_once / items);
+  constexpr int items = Columns::at_once(at_once), requests = smaller(kBatch, at_once / items);
   constexpr bool bare = Columns::kAll && Columns::kCount % items == 0;  // nothing to check
   const Columns columns = {fill, arch::unknown(wave), arch::unknown(s.lane)};  // addresses of all phases would fill the registers
   const Site site = source_of<phase>(s, layer);

@@ -18,7 +18,7 @@ template <int phase>
 MK_DEVICE void gather_packed(Service& s, int layer, int fill, int wave, char* own) {
   using Columns = OwnColumns<phase, kVector>;
   constexpr int size = cols(phase), at_once = 8;  // vectors of a lane
-  constexpr int items = smaller(Columns::kCount, at_once), requests = smaller(kBatch, at_once / items);
+  constexpr int items = Columns::at_once(at_once), requests = smaller(kBatch, at_once / items);
   constexpr bool bare = Columns::kAll && Columns::kCount % items == 0;  // nothing to check
   const Columns columns = {fill, arch::unknown(wave), arch::unknown(s.lane)};  // addresses of all phases would fill the registers
   const Packed from = packed_source<phase>(s, layer);
