@@ -170,9 +170,14 @@ def test_energy_is_per_token():
     counter = iter(np.cumsum(np.full(20, 3.0)))
     meter = energy.Meter("test", lambda: float(next(counter)))
     workload = Workload(model="tiny", batch=1, prompt_tokens=4, new_tokens=2)
-    found = summarize(measure(spec, workload, {"ours": Clock(0.5, [[7, 9]])}, rounds=3, meter=meter))
-    assert found["peers"]["ours"]["joules"] == [3, 3, 3]
+    peers = {"ours": Clock(0.5, [[7, 9]])}
+    found = summarize(measure(spec, workload, peers, rounds=3, meter=meter, energy_seconds=0))
+    assert found["peers"]["ours"]["energy"]["joules"] == 3
+    assert found["peers"]["ours"]["energy"]["calls"] == 1
     assert found["peers"]["ours"]["joules_per_token"] == 1.5
+    still = energy.Meter("test", lambda: 7.0)  # a counter that has not moved says nothing
+    found = summarize(measure(spec, workload, peers, rounds=1, meter=still, energy_seconds=0))
+    assert "joules_per_token" not in found["peers"]["ours"]
 
 
 def test_a_peer_whose_tokens_change_is_an_error():

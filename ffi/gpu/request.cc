@@ -176,7 +176,7 @@ int64_t pages(const Program& p) {
 
 std::string request_key(const Attributes& a, const Request& r) {
   std::string key;
-  const int64_t call[] = {r.batch, r.splits, r.task_heads, r.trace, r.near, r.placed};
+  const int64_t call[] = {r.batch, r.splits, r.task_heads, r.trace, r.near, r.racecheck, r.placed};
   const auto add = [&key](const void* data, size_t bytes) { key.append(static_cast<const char*>(data), bytes); };
   // The program's first numbers give the sizes of its tables, so that no two requests run together.
   add(a.ints.data(), a.ints.size_bytes());

@@ -27,6 +27,7 @@ struct Request {
   int64_t task_heads = 0;  // query heads of one attention task
   bool trace = false;
   bool near = false;  // words that stay inside a group go no further than the cache of its die
+  bool racecheck = false;  // for compute-sanitizer's racecheck
   bool placed = false;  // the streams' pages lie where a table says, and units are dealt to dies
 
   int threads() const {

@@ -149,6 +149,7 @@ void run(Vendor vendor, int ordinal, void* stream, const Call& call) {
   const Settings s = settings();
   Request request = call.request;
   request.trace = !s.trace.empty();
+  request.racecheck = s.racecheck;
   request.near = request.program.groups > 1 && device.api().vendor == Vendor::kRocm && !s.chip_wide && !device.misplaced();
   Mail mail(device, call.mailbox, request.batch, call.args.max_new_tokens, stream);
   const auto ends_early = [&] {

@@ -14,6 +14,11 @@ std::string variable(const char* name) {
   return value ? value : "";
 }
 
+bool is_set(const char* name) {
+  const std::string value = variable(name);
+  return !value.empty() && value != "0";
+}
+
 std::string cache_dir() {
   if (std::string own = variable("MONOKERNEL_CACHE_DIR"); !own.empty()) return own;
   if (std::string xdg = variable("XDG_CACHE_HOME"); !xdg.empty()) return xdg + "/jax_monokernel";
@@ -26,10 +31,10 @@ std::string cache_dir() {
 void read_environment() {
   Settings s;
   s.cache_dir = cache_dir();
-  const std::string no_compile = variable("MONOKERNEL_NO_COMPILE"), timeout = variable("MONOKERNEL_TIMEOUT");
-  const std::string chip_wide = variable("MONOKERNEL_CHIP_WIDE");
-  s.no_compile = !no_compile.empty() && no_compile != "0";
-  s.chip_wide = !chip_wide.empty() && chip_wide != "0";
+  const std::string timeout = variable("MONOKERNEL_TIMEOUT");
+  s.no_compile = is_set("MONOKERNEL_NO_COMPILE");
+  s.chip_wide = is_set("MONOKERNEL_CHIP_WIDE");
+  s.racecheck = is_set("MONOKERNEL_RACECHECK");
   s.trace = variable("MONOKERNEL_TRACE");
   if (const double seconds = std::strtod(timeout.c_str(), nullptr); seconds > 0 && seconds < 1e6) s.timeout_s = seconds;
   s.cuda_library = variable("MONOKERNEL_CUDA_LIBRARY");

@@ -11,6 +11,7 @@ struct Settings {
   bool no_compile = false;  // MONOKERNEL_NO_COMPILE
   std::string trace;        // MONOKERNEL_TRACE: the file that timelines go to; "": none are recorded
   bool chip_wide = false;   // MONOKERNEL_CHIP_WIDE: hand-offs inside groups are as those between them
+  bool racecheck = false;   // MONOKERNEL_RACECHECK: kernels whose waves meet as compute-sanitizer's racecheck can follow
   double timeout_s = 10;    // MONOKERNEL_TIMEOUT: how long a wait inside the kernel may last
   // Libraries by path, instead of a search: MONOKERNEL_CUDA_LIBRARY, MONOKERNEL_NVRTC_LIBRARY, MONOKERNEL_HIP_LIBRARY,
   // MONOKERNEL_HIPRTC_LIBRARY

@@ -52,6 +52,7 @@ def measure(
     *,
     rounds: int,
     meter: Meter | None = None,
+    energy_seconds: float = 2.0,
     report: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """The workload and what each peer took, for `summarize`. A first round, in which all is compiled, does not count.
@@ -61,7 +62,8 @@ def measure(
       workload: what the peers decode.
       peers: by name.
       rounds: in each, every peer is measured once, and each begins with another.
-      meter: energy is read before and after each measurement.
+      meter: energy is read before and after calls that each peer repeats at the end.
+      energy_seconds: for how long it does so; once at least.
       report: is told of each round.
 
     Raises:
@@ -74,9 +76,7 @@ def measure(
         report(f"round {number} of {rounds}" + (", which compiles and does not count" if number == 0 else ""))
         for turn in range(len(names)):
             name = names[(number + turn) % len(names)]
-            before = meter.joules() if meter else 0.0
             found = peers[name].measure()
-            joules = meter.joules() - before if meter else None
             if "tokens" in found:
                 made = np.asarray(found["tokens"], np.int32)
                 if not np.array_equal(tokens.setdefault(name, made), made):
@@ -85,12 +85,13 @@ def measure(
                 columns[name]["bytes"] = found["bytes"]
             if number > 0:
                 columns[name]["seconds"].append(found["seconds"])
-                if joules is not None and "tokens" in found:
-                    columns[name].setdefault("joules", []).append(joules)
     for name, peer in peers.items():
         if steps := getattr(peer, "steps", None):  # of peers that can tell one from another
             report(f"single steps of {name}")
             columns[name]["steps"] = steps()
+        if meter is not None and name in tokens:
+            report(f"energy of {name}")
+            columns[name]["energy"] = _energy(peer, meter, energy_seconds)
     result: dict[str, Any] = {"workload": _described(spec, workload, rounds), "peers": columns}
     for name, made in tokens.items():
         columns[name]["tokens_sha256"] = hashlib.sha256(made.astype("<i4").tobytes()).hexdigest()[:16]
@@ -99,6 +100,15 @@ def measure(
             same = np.cumprod(made == tokens["ours"], axis=1).sum(1)
             columns[name]["tokens_as_ours_until"] = same.tolist()
     return result
+
+
+def _energy(peer: Peer, meter: Meter, seconds: float) -> dict[str, float]:
+    """What is used for many calls one after the other, because a GPU's counter moves ten times a second or less."""
+    before, start, calls = meter.joules(), time.perf_counter(), 0
+    while calls == 0 or time.perf_counter() - start < seconds:
+        peer.measure()
+        calls += 1
+    return {"joules": meter.joules() - before, "calls": calls, "seconds": time.perf_counter() - start}
 
 
 def _described(spec: DecoderSpec, workload: Workload, rounds: int) -> dict[str, Any]:

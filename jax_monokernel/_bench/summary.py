@@ -29,8 +29,11 @@ def summarize(found: dict[str, Any]) -> dict[str, Any]:
                 numbers["share_of_probe"] = _rounded(np.median(rates[label] / rates["probe"]))
             if "ours" in rates and label != "ours":
                 numbers["ours_is_faster_by"] = _rounded(np.median(rates["ours"] / rates[label]))
-        if "joules" in peer:
+        if "joules" in peer:  # of each round
             joules = np.median(np.array(peer["joules"])) / steps / workload["batch"]
+            numbers["joules_per_token"] = _rounded(joules)
+        if "energy" in peer and peer["energy"]["joules"] > 0:
+            joules = peer["energy"]["joules"] / peer["energy"]["calls"] / steps / workload["batch"]
             numbers["joules_per_token"] = _rounded(joules)
         if np.size(peer.get("steps", ())):  # too many to keep one by one
             single = np.array(peer["steps"]) * 1e3

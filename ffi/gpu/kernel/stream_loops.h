@@ -223,7 +223,7 @@ struct StreamWave {
     }
     ring.drain();
 #if defined(MK_FEED_WAVE)
-    if (wave == 0 && lane == 0) *shared_at<volatile u32>(kShared.stop) = 1;
+    if (wave == 0 && lane == 0) arch::shared_add(shared_at<u32>(kShared.stop), 1);
 #endif
   }
 };

@@ -183,6 +183,9 @@ MK_DEVICE bool any(bool v) { return __builtin_amdgcn_ballot_w64(v) != 0; }
 MK_DEVICE u32 load_word(const u32* p) {
   return __hip_atomic_load((const Global<u32>*)p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }
+MK_DEVICE u32 load_byte(const u8* p) {
+  return __hip_atomic_load((const Global<u8>*)p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
 // Two loads: 8 bytes is what the compiler has as one access for other units' data.
 MK_DEVICE Vec4 load_words(const u32* p) {
   const u64 low = __hip_atomic_load((const Global<u64>*)p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);

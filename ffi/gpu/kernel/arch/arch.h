@@ -33,7 +33,7 @@
 //   store_word(p, v)            relaxed, device scope
 //   store_half(p, v)            likewise, 16 bits
 //   halves_not_zero(v)          whether none of a vector's 16-bit halves is 0
-//   store_byte(p, v)            of a word whose other bytes may be other units'
+//   load_byte(p), store_byte(p, v)   likewise, of a word whose other bytes may be other units' or nobody's
 //   With MK_NEAR or MK_PLACED only:
 //   die()                       the number of the die where this lane is, from 0 to kDies - 1
 //   add(p, v)                   device scope: adds to a u32 and returns what it was

@@ -185,6 +185,7 @@ MK_DEVICE bool halves_not_zero(const Vec4& v) {
   }
   return true;
 }
+MK_DEVICE u32 load_byte(const u8* p) { return *p; }
 MK_DEVICE void store_byte(u8* p, u32 v) { *p = (u8)v; }
 MK_DEVICE u32 die() { return host::die(); }
 MK_DEVICE u32 load_near_word(const u32* p, host::Where at = host::here()) { return host::load_word(p, at); }

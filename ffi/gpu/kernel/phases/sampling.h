@@ -65,11 +65,8 @@ MK_DEVICE float clean(float z) {
   return (z == z ? z : -kInf) + 0.0f;
 }
 
-// A byte of seen, not from a stale cache. The word around it may reach up to 3 bytes beyond the row or the array.
-MK_DEVICE u32 load_seen(const Args& a, int row, i32 token) {
-  const u64 at = (u64)(a.seen + (i64)row * MK_VOCAB_SIZE + token);
-  return arch::load_word((const u32*)(at & ~3ull)) >> (8 * (u32)(at & 3)) & 0xffu;
-}
+// A byte of seen, not from a stale cache.
+MK_DEVICE u32 load_seen(const Args& a, int row, i32 token) { return arch::load_byte(a.seen + (i64)row * MK_VOCAB_SIZE + token); }
 
 // Steps 1 to 4: penalties, bias, temperature.
 MK_DEVICE float adjust(const RowOptions& o, const Args& a, int row, i32 token, float raw) {

@@ -1,0 +1,140 @@
+// What compute-sanitizer's racecheck makes of hand-overs between two warps that are right, each by a kernel of its own:
+//
+//   nvcc -arch=sm_90a -o racecheck racecheck.cu && for i in 0 1 2 3 4 5; do compute-sanitizer --tool racecheck ./racecheck $i; done
+//
+// It calls those a race where one side of a named barrier only arrives (0), and where a lane arrives at an mbarrier for its warp,
+// after __syncwarp (3, 5). The others are the same hand-overs with both sides waiting (1) and all lanes arriving (2, 4). The decode
+// kernel does 0, 3 and 5; with MONOKERNEL_RACECHECK it does 1 and 4 instead (ffi/gpu/kernel/arch/cuda.h).
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+
+namespace {
+
+constexpr int kRounds = 8;
+
+__device__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+__device__ void init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+__device__ void wait(uint64_t* barrier, int parity) {
+  uint32_t over = 0;
+  while (!over) {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(over)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+  }
+}
+template <bool all>
+__device__ void arrive(uint64_t* barrier) {
+  if (!all) __syncwarp();
+  if (all || threadIdx.x % 32 == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// The first warp writes and the second one reads, by turns.
+template <bool both_wait>
+__global__ void named_barriers(int* out) {
+  __shared__ volatile int data[32];
+  const int lane = threadIdx.x % 32;
+  int sum = 0;
+  for (int round = 0; round < kRounds; round++) {
+    if (threadIdx.x < 32) {
+      if (round > 0) asm volatile("barrier.sync 2, 64;" ::: "memory");
+      data[lane] = round + lane;
+      if (both_wait) {
+        asm volatile("barrier.sync 1, 64;" ::: "memory");
+      } else {
+        asm volatile("barrier.arrive 1, 64;" ::: "memory");
+      }
+    } else {
+      asm volatile("barrier.sync 1, 64;" ::: "memory");
+      sum += data[31 - lane];
+      if (round + 1 == kRounds) continue;
+      if (both_wait) {
+        asm volatile("barrier.sync 2, 64;" ::: "memory");
+      } else {
+        asm volatile("barrier.arrive 2, 64;" ::: "memory");
+      }
+    }
+  }
+  out[threadIdx.x] = sum;
+}
+
+template <bool all>
+__global__ void mbarriers(int* out) {
+  __shared__ volatile int data[32];
+  __shared__ uint64_t full, free;
+  const int lane = threadIdx.x % 32;
+  int sum = 0;
+  if (threadIdx.x == 0) {
+    init(&full, all ? 32 : 1);
+    init(&free, all ? 32 : 1);
+  }
+  __syncthreads();
+  for (int round = 0; round < kRounds; round++) {
+    if (threadIdx.x < 32) {
+      if (round > 0) wait(&free, (round - 1) & 1);
+      data[lane] = round + lane;
+      arrive<all>(&full);
+    } else {
+      wait(&full, round & 1);
+      sum += data[31 - lane];
+      arrive<all>(&free);
+    }
+  }
+  out[threadIdx.x] = sum;
+}
+
+// A bulk copy writes.
+template <bool all>
+__global__ void copies(const int* from, int* out) {
+  __shared__ alignas(128) int data[32];
+  __shared__ uint64_t full, free;
+  const int lane = threadIdx.x % 32;
+  int sum = 0;
+  if (threadIdx.x == 0) {
+    init(&full, 1);
+    init(&free, all ? 32 : 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  for (int round = 0; round < kRounds; round++) {
+    if (threadIdx.x == 0) {
+      if (round > 0) wait(&free, (round - 1) & 1);
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], 128;" ::"r"(shared_address(&full)) : "memory");
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], 128, [%2];" ::"r"(shared_address(data)),
+                   "l"(from + 32 * round), "r"(shared_address(&full))
+                   : "memory");
+    }
+    if (threadIdx.x >= 32) {
+      wait(&full, round & 1);
+      sum += *(volatile int*)&data[lane];
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      arrive<all>(&free);
+    }
+  }
+  out[threadIdx.x] = sum;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int which = count > 1 ? atoi(arguments[1]) : 0;
+  int *from, *out;
+  cudaMalloc(&from, 4096);
+  cudaMalloc(&out, 4096);
+  cudaMemset(from, 1, 4096);
+  switch (which) {
+    case 0: named_barriers<false><<<1, 64>>>(out); break;
+    case 1: named_barriers<true><<<1, 64>>>(out); break;
+    case 2: mbarriers<true><<<1, 64>>>(out); break;
+    case 3: mbarriers<false><<<1, 64>>>(out); break;
+    case 4: copies<true><<<1, 64>>>(from, out); break;
+    case 5: copies<false><<<1, 64>>>(from, out); break;
+  }
+  const cudaError_t error = cudaDeviceSynchronize();
+  printf("%d: %s\n", which, cudaGetErrorString(error));
+  return error != cudaSuccess;
+}
