@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def pack_atoms(spec: DecoderSpec, plan: Plan, weights: DecoderWeights, pages: ja
       pages: int32 [pages] where each page of the streams is to begin, in PLACE_BYTES; no two overlap.
 
     Returns:
-      spec.dtype [units, unit_elems]; with `pages`, [pages + 1, elements of a page], where what is no page's is 0.
+      spec.dtype `Geometry.stream_shape`; with `pages`, [pages + 1, elements of a page], where what is no page's is 0.
     """
     geo = geometry(spec, plan)
     w = jax.tree.map(to_bits, weights.layers)
@@ -68,7 +69,7 @@ def pack_atoms(spec: DecoderSpec, plan: Plan, weights: DecoderWeights, pages: ja
     atoms = jnp.concatenate([layers.reshape(-1, layers.shape[2]), head[0], jnp.zeros_like(head[0, :1])])
     places = _places(spec, plan)
     if pages is None:
-        return from_bits(atoms[places].reshape(plan.units, geo.unit_elems), spec.dtype)
+        return from_bits(atoms[places].reshape(geo.stream_shape), spec.dtype)
     lines = atoms.reshape(-1, _line(spec))
     per_atom = lines.shape[0] // atoms.shape[0]
     wanted = (places.reshape(-1, 1) * per_atom + jnp.arange(per_atom)).reshape(-1, _PAGE_LINES)
@@ -87,7 +88,7 @@ def unpack_atoms(
     if pages is None:
         bits = to_bits(streams).reshape(*places.shape, -1)
     else:
-        bits = _atoms_at(spec, plan, streams, pages, jnp.arange(places.size).reshape(places.shape))
+        bits = _atoms_at(spec, plan, streams, pages, jnp.arange(places.size))
     atoms = jnp.zeros((total + 1, bits.shape[-1]), bits.dtype).at[places].set(bits)
     layers = atoms[: per_layer * spec.num_layers].reshape(spec.num_layers, per_layer, -1)
     head = _from_atoms(atoms[None, per_layer * spec.num_layers : total], spec, plan, "head")[0]
@@ -277,39 +278,48 @@ def _atom_places(spec: DecoderSpec, plan: Plan) -> tuple[np.ndarray, np.ndarray,
       where each atom of the head is, [atoms of the head].
     """
     per_layer, last = _atom_counts(spec, plan)
-    length = geometry(spec, plan).wave_elems // (plan.wave_size * _vector(spec))
+    begins = _stream_begins(spec, plan)
     first, step, head = (np.zeros(n, np.int32) for n in (per_layer, per_layer, last))
     for stream, (layer, after) in enumerate(zip(*_stream_orders(spec, plan), strict=True)):
-        first[layer] = stream * length + np.arange(len(layer))
+        first[layer] = begins[stream] + np.arange(len(layer))
         step[layer] = len(layer)
-        head[after] = stream * length + len(layer) * spec.num_layers + np.arange(len(after))
+        head[after] = begins[stream] + len(layer) * spec.num_layers + np.arange(len(after))
     return first, step, head
 
 
+def _stream_begins(spec: DecoderSpec, plan: Plan) -> np.ndarray:
+    """Where the stream of each wave of each unit begins, in atoms, and the last one ends; int [units * waves + 1]."""
+    geo, atom_elems = geometry(spec, plan), plan.wave_size * _vector(spec)
+    units = np.array(geo.unit_begin) // atom_elems
+    waves = np.arange(plan.waves) * (np.diff(units) // plan.waves)[:, None]
+    return np.append((units[:-1, None] + waves).reshape(-1), math.prod(geo.stream_shape) // atom_elems)
+
+
 def _places(spec: DecoderSpec, plan: Plan) -> jax.Array:
-    """int32 [units * waves, atoms of a stream]: which of all atoms, layers first, then head, stands there.
+    """int32 [atoms of all streams]: which of all atoms, layers first, then head, stands there.
 
     Padding at a stream's end points behind the last atom. Computed from one layer's order, so that a jitted pack has no
     constant of the size of all layers.
     """
     per_layer, last = _atom_counts(spec, plan)
     layer_orders, head_orders = _stream_orders(spec, plan)
-    length = geometry(spec, plan).wave_elems // (plan.wave_size * _vector(spec))
+    begins = _stream_begins(spec, plan)
 
     def table(orders: list[np.ndarray]) -> tuple[jax.Array, jax.Array]:
         sizes = np.array([len(o) for o in orders], np.int32)
         out = np.zeros((len(orders), max(1, sizes.max())), np.int32)
         for i, order in enumerate(orders):
             out[i, : len(order)] = order
-        return jnp.asarray(out), jnp.asarray(sizes)[:, None]
+        return jnp.asarray(out), jnp.asarray(sizes)
 
-    layer_table, layer_size = table(layer_orders)
-    head_table, head_size = table(head_orders)
-    at = jnp.arange(length, dtype=jnp.int32)[None]
-    size = jnp.maximum(layer_size, 1)
-    layer = at // size
-    in_layer = jnp.take_along_axis(layer_table, at % size, axis=1) + layer * per_layer
-    after = at - layer_size * spec.num_layers
-    in_head = jnp.take_along_axis(head_table, jnp.clip(after, 0, head_table.shape[1] - 1), axis=1)
-    in_head = jnp.where(after < head_size, in_head + per_layer * spec.num_layers, per_layer * spec.num_layers + last)
+    layer_table, layer_sizes = table(layer_orders)
+    head_table, head_sizes = table(head_orders)
+    at = jnp.arange(begins[-1], dtype=jnp.int32)
+    stream = jnp.searchsorted(jnp.asarray(begins[1:-1], jnp.int32), at, side="right")
+    at = at - jnp.asarray(begins[:-1], jnp.int32)[stream]
+    size = jnp.maximum(layer_sizes, 1)[stream]
+    in_layer = layer_table[stream, at % size] + at // size * per_layer
+    after = at - layer_sizes[stream] * spec.num_layers
+    in_head = head_table[stream, jnp.clip(after, 0, head_table.shape[1] - 1)] + per_layer * spec.num_layers
+    in_head = jnp.where(after < head_sizes[stream], in_head, per_layer * spec.num_layers + last)
     return jnp.where(after < 0, in_layer, in_head)

@@ -236,7 +236,9 @@ class Geometry:
     atom_cols: int  # GPU
     group_atoms: int  # waves of 32: atoms of a slot of a wave's ring, of which every run is a multiple; else 0
     chunk_cols: int  # GPU
-    wave_elems: int  # GPU: one wave's part of a unit's stream
+    wave_elems: int  # GPU: one wave's part of a unit's stream; waves of 32: of the longest
+    unit_begin: tuple[int, ...]  # [units + 1]: where each unit's stream begins, and the last one ends
+    stream_shape: tuple[int, ...]  # of all streams: [units, unit_elems]; waves of 32: one after the other, in one piece
     attention_groups: int  # 1, or plan.groups where each holds whole heads: its rows of qkv, its columns of o
     mlp_groups: int  # 1, or plan.groups where each holds a part of the inner width
     inner_cols: int  # of that part, including padding
@@ -292,7 +294,7 @@ def geometry(spec: DecoderSpec, plan: Plan) -> Geometry:
         k_group=k_group,
         matrices=matrices,
         layer_elems=layer_elems,
-        unit_elems=_round_up(max(fill), 32),
+        **_equal_streams(plan, _round_up(max(fill), 32)),
         atom_cols=0,
         group_atoms=0,
         chunk_cols=0,
@@ -301,6 +303,14 @@ def geometry(spec: DecoderSpec, plan: Plan) -> Geometry:
         mlp_groups=1,
         inner_cols=inter,
     )
+
+
+def _equal_streams(plan: Plan, unit_elems: int) -> dict[str, Any]:
+    return {
+        "unit_elems": unit_elems,
+        "unit_begin": tuple(u * unit_elems for u in range(plan.units + 1)),
+        "stream_shape": (plan.units, unit_elems),
+    }
 
 
 def _with_constants(spec: DecoderSpec, **streams: Any) -> Geometry:
@@ -401,14 +411,23 @@ def _gpu_geometry(spec: DecoderSpec, plan: Plan) -> Geometry:
         for u in range(plan.units):
             layer = sum(atoms[p] * counts[p][u] for p in PHASES[:-1])
             longest = max(longest, layer * spec.num_layers + atoms["head"] * counts["head"][u])
-    slot = group or SLOT_ATOMS
-    wave_elems = max(1, -(-longest // slot)) * slot * plan.wave_size * vector
+    slot, atom_elems = group or SLOT_ATOMS, plan.wave_size * vector
+    wave_elems = max(1, -(-longest // slot)) * slot * atom_elems
+    streams = _equal_streams(plan, wave_elems * plan.waves)
+    if group:
+        # Runs are whole slots, so streams need no padding, and where one begins follows from where its tiles do.
+        times = {p: (1 if p == "head" else spec.num_layers) * width[p] * plan.tile_rows for p in PHASES}
+        streams["unit_begin"] = tuple(
+            sum(times[p] * matrices[p].begin[u] for p in PHASES) for u in range(plan.units + 1)
+        )
+        # A unit without tiles reads a slot all the same.
+        streams["stream_shape"] = (streams["unit_begin"][-1] + slot * atom_elems,)
     return _with_constants(
         spec,
         k_group=1,
         matrices=matrices,
         layer_elems=0,
-        unit_elems=wave_elems * plan.waves,
+        **streams,
         atom_cols=atom_cols,
         group_atoms=group,
         chunk_cols=chunk_cols,

@@ -24,7 +24,7 @@ from jax_monokernel.spec import DecoderSpec
 from jax_monokernel.weights import DecoderWeights, LayerWeights, check_weights, layer_shapes
 
 # Raised whenever the order of bytes in a tape changes.
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
 DIES = 16  # that a device can tell apart; ffi/gpu/kernel/args.h
 
@@ -38,7 +38,7 @@ DIES = 16  # that a device can tell apart; ffi/gpu/kernel/args.h
 class Tape:
     """Packed weights. `spec`, `plan` and `layout_version` are static: a jitted function recompiles when they change."""
 
-    streams: jax.Array  # spec.dtype [units, unit_elems]; if placed, [pages + 1, elements of a page of 4096 bytes]
+    streams: jax.Array  # spec.dtype `Geometry.stream_shape`; if placed, [pages + 1, elements of a page of 4096 bytes]
     constants: jax.Array  # f32: final norm, RoPE frequencies, then every layer's norms and biases
     embedding: jax.Array | None  # spec.dtype [vocab, hidden]; None when tied: rows are then read from the head's tiles
     spec: DecoderSpec
@@ -218,7 +218,7 @@ def check_layout(tape: Tape) -> None:
     if (tape.pages is None) != (tape.die_units is None):
         raise ValueError("a tape has both of pages and die_units, if it is placed, or none")
     want: dict[str, tuple[tuple[int, ...], str]] = {
-        "streams": ((tape.plan.units, geo.unit_elems), spec.dtype),
+        "streams": (geo.stream_shape, spec.dtype),
         "constants": ((geo.constants,), "float32"),
     }
     if tape.pages is not None:

@@ -145,7 +145,7 @@ def make_call(
         return rng.standard_normal(shape, np.float32).astype(dtype)
 
     operands = {
-        "streams": floats(units, geo.unit_elems, dtype=dtype),
+        "streams": floats(*geo.stream_shape, dtype=dtype),
         "constants": floats(geo.constants),
         "embedding": floats(*((0, 0) if spec.tied_head else (spec.vocab_size, spec.hidden_size)), dtype=dtype),
         "temperature": floats(batch),

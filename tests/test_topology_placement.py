@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import hypothesis.strategies as st
 import numpy as np
@@ -127,8 +128,8 @@ def test_traffic_counts_every_byte_of_every_stream_once(spec, units, platform):
     itemsize = 4 if spec.dtype == "float32" else 2
     assert (traffic >= 0).all()
     assert (traffic.sum(axis=1) <= 4096).all()
-    assert len(traffic) == -(-units * geo.unit_elems * itemsize // 4096)
-    expected = np.bincount(near, minlength=3) * geo.unit_elems * itemsize
+    assert len(traffic) == -(-math.prod(geo.stream_shape) * itemsize // 4096)
+    expected = np.bincount(near, np.diff(geo.unit_begin), minlength=3) * itemsize
     np.testing.assert_allclose(traffic.sum(axis=0), expected)
 
 

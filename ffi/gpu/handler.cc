@@ -96,7 +96,7 @@ Call make_call(const std::vector<AnyBuffer>& in, const std::vector<AnyBuffer>& o
       p.tied_head ? std::vector<int64_t>{0, 0} : std::vector<int64_t>{p.vocab_size, p.hidden_size};
   const Field operands[kOperands] = {
       {"streams", weights,
-       call.request.placed ? std::vector<int64_t>{page_count + 1, page_elems} : std::vector<int64_t>{p.units, p.unit_elems}},
+       call.request.placed ? std::vector<int64_t>{page_count + 1, page_elems} : stream_shape(p)},
       {"constants", DataType::F32, {p.constants}},
       {"embedding", weights, embedding},
       {"temperature", DataType::F32, {batch}},

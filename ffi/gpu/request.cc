@@ -49,6 +49,7 @@ void check_plan(const Program& p) {
   require(p.chunk_cols >= p.atom_cols && p.chunk_cols % p.atom_cols == 0 && p.chunk_cols <= (1 << 24) &&
               p.segment_tiles >= 1 && p.segment_tiles <= (1 << 16),
           "the chunks or segments are out of range");
+  require(p.wave_size == 32 ? p.group_atoms >= 1 && p.group_atoms <= 8 : p.group_atoms == 0, "the slots are out of range");
   require(p.wave_elems >= 1 && p.wave_elems % (p.atom_cols * p.tile_rows) == 0 &&
               p.unit_elems == p.waves * p.wave_elems,
           "the streams' lengths are out of range");
@@ -164,6 +165,20 @@ Request read_request(const Attributes& a, int64_t batch, int64_t splits, int64_t
   request.splits = splits;
   request.task_heads = task_heads;
   return request;
+}
+
+std::vector<int64_t> stream_shape(const Program& p) {
+  if (p.wave_size != 32) return {p.units, p.unit_elems};
+  // In one piece: the matrices with whole slots of all waves in a row, and a slot for units without tiles.
+  const int64_t columns[kPhases] = {p.hidden_size, p.q_size() / p.attention_groups, p.hidden_size, p.inner_cols, p.hidden_size};
+  const int64_t slot = p.group_atoms * p.atom_cols;
+  int64_t elems = slot;
+  for (int phase = 0; phase < kPhases; phase++) {
+    const TileRow& last = p.tile(static_cast<Phase>(phase), p.units - 1);
+    const int64_t align = slot * p.waves, width = (columns[phase] + align - 1) / align * align;
+    elems += (last.begin + last.count) * width * (phase == kHead ? 1 : p.num_layers);
+  }
+  return {elems * p.tile_rows};
 }
 
 int64_t pages(const Program& p) {

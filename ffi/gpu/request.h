@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "gpu/driver.h"
 #include "program.h"
@@ -35,6 +36,9 @@ struct Request {
     return static_cast<int>((program.waves + program.service_waves + feed_waves) * program.wave_size);
   }
 };
+
+// Elements of all streams, in the shape that the operand has.
+std::vector<int64_t> stream_shape(const Program& program);
 
 // Pages of the streams, if they can be placed; else 0.
 int64_t pages(const Program& program);

@@ -6,6 +6,8 @@ Pure functions of a tape's layout and of where pages live. `pack_near` uses them
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,7 +62,7 @@ def page_traffic(
       page_bytes: bytes of a page.
 
     Returns:
-      float [pages, domains]. Streams stand one after the other, [units, unit_elems], and every unit reads its own once.
+      float [pages, domains]. Streams stand one after the other, and every unit reads its own once.
 
     Raises:
       ValueError: not one domain for each unit.
@@ -69,11 +71,11 @@ def page_traffic(
     if near.shape != (plan.units,) or (near < 0).any() or (near >= domains).any():
         raise ValueError(f"near must have one of {domains} domains for each of the {plan.units} units")
     itemsize = 4 if spec.dtype == "float32" else 2
-    unit_bytes = geometry(spec, plan).unit_elems * itemsize
-    pages = -(-unit_bytes * plan.units // page_bytes)
-    traffic = np.zeros((pages, domains))
-    for unit in range(plan.units):
-        begin, end = unit * unit_bytes, (unit + 1) * unit_bytes
+    geo = geometry(spec, plan)
+    traffic = np.zeros((-(-math.prod(geo.stream_shape) * itemsize // page_bytes), domains))
+    for unit, (begin, end) in enumerate(itertools.pairwise(n * itemsize for n in geo.unit_begin)):
+        if begin == end:
+            continue
         first, last = begin // page_bytes, (end - 1) // page_bytes
         traffic[first : last + 1, near[unit]] += page_bytes
         traffic[first, near[unit]] -= begin - first * page_bytes
@@ -157,7 +159,7 @@ def place_tape(
         return Placement(None, share, share, reason)
     # A last page that is not whole cannot change places with others.
     itemsize = 4 if spec.dtype == "float32" else 2
-    whole = geometry(spec, plan).unit_elems * plan.units * itemsize // PAGE_BYTES
+    whole = math.prod(geometry(spec, plan).stream_shape) * itemsize // PAGE_BYTES
     placed = place(traffic[:whole], np.asarray(homes)[:whole])
     if whole == len(traffic):
         return placed

@@ -32,7 +32,7 @@ enum Reason : u32 {
 
 // Device pointers; shapes as in jax_monokernel.decode. Everything carried is read and written in place.
 struct Args {
-  const void* streams;      // weights [units][waves][wave_elems]; MK_PLACED: see pages
+  const void* streams;      // weights, those of each unit's waves one after the other (pages.h); MK_PLACED: see pages
   const float* constants;   // [constants]
   const void* embedding;    // weights [vocab][hidden]; null when tied
   const float* temperature;         // [batch]

@@ -1,7 +1,31 @@
-// Streams whose pages lie anywhere (MK_PLACED): the table that says where.
+// Where streams lie: one after the other, or in pages that lie anywhere (MK_PLACED).
 #pragma once
 
 #include "config.h"
+
+namespace mk {
+
+// Elements of all streams before a unit's, and of one of its waves' stream.
+#if defined(MK_REGISTER_RING)
+MK_DEVICE i64 elems_before(int unit) { return (i64)unit * MK_UNIT_ELEMS; }
+MK_DEVICE i64 wave_elems(int) { return MK_WAVE_ELEMS; }
+#else
+// All waves have the same to do, in whole slots, and tiles are dealt in order.
+MK_DEVICE i64 elems_before(int unit) {
+  i64 rows = 0;  // of tiles, one atom wide
+  MK_UNROLL
+  for (int p = 0; p < kPhases; p++) rows += (i64)kTiles[p * MK_UNITS + unit].begin * (atoms(p) * (p == kHead ? 1 : MK_NUM_LAYERS));
+  return rows * arch::kWave * kVector;
+}
+MK_DEVICE i64 wave_elems(int unit) {
+  int rows = 0;
+  MK_UNROLL
+  for (int p = 0; p < kPhases; p++) rows += kTiles[p * MK_UNITS + unit].count * (atoms(p) / kWaves) * (p == kHead ? 1 : MK_NUM_LAYERS);
+  return (i64)rows * arch::kWave * kVector;
+}
+#endif
+
+}  // namespace mk
 
 #if defined(MK_PLACED)
 

@@ -256,7 +256,7 @@ MK_DEVICE HeadRow find_head_row(const Args& args, int token) {
 #if defined(MK_PLACED)
   r.args = &args;
 #else
-  r.unit_stream = (const char*)args.streams + (i64)unit * MK_UNIT_ELEMS * kWeightBytes;
+  r.unit_stream = (const char*)args.streams + elems_before(unit) * kWeightBytes;
 #endif
   return r;
 }
@@ -278,9 +278,9 @@ MK_DEVICE Vec4 load_head_row(const HeadRow& r, int column) {
   before += r.tile % kSegmentTiles * run.count + atom - run.begin;
   const int block = column % kAtomCols / kVector, element = column % kVector;
   const int place = (MK_ROW_MAJOR_ATOM ? r.row * kBlocks + block : block * kTileRows + r.row) * kVector + element;
-  const i64 in_unit = (i64)wave * MK_WAVE_ELEMS + (i64)before * arch::kWave * kVector + place;
+  const i64 in_unit = wave * wave_elems(r.unit) + (i64)before * arch::kWave * kVector + place;
 #if defined(MK_PLACED)
-  const char* p = placed(*r.args, (u64)((i64)r.unit * MK_UNIT_ELEMS + in_unit) * kWeightBytes);
+  const char* p = placed(*r.args, (u64)(elems_before(r.unit) + in_unit) * kWeightBytes);
 #else
   const char* p = r.unit_stream + in_unit * kWeightBytes;
 #endif

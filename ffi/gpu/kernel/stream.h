@@ -24,7 +24,7 @@ MK_DEVICE u64 stream_bytes(int wave) {
   return (u64)round_up(larger(count_atoms(wave, true), 1), Ring::kSlotAtoms) * arch::kWave * 16;
 }
 MK_DEVICE const char* stream_of(const Args& args, int wave) {
-  return (const char*)args.streams + (i64)(unit() * kWaves + wave) * MK_WAVE_ELEMS * kWeightBytes;
+  return (const char*)args.streams + (elems_before(unit()) + wave * wave_elems(unit())) * kWeightBytes;
 }
 
 #if defined(MK_FEED_WAVE)
@@ -32,7 +32,7 @@ MK_DEVICE void feed(const Args& args) {
   if (arch::lane() != 0) return;
   auto slots = [](int bytes) { return (u32)larger(1, bytes / Ring::kEntryBytes); };
   Ring::feed(shared_at<char>(kShared.ring), shared_at<char>(kShared.barriers), shared_at<u32>(kShared.stop), stream_of(args, 0),
-             (u32)stream_bytes(0), (i64)MK_WAVE_ELEMS * kWeightBytes, (u32)count_atoms(0, false) * arch::kWave * 16,
+             (u32)stream_bytes(0), wave_elems(unit()) * kWeightBytes, (u32)count_atoms(0, false) * arch::kWave * 16,
              slots(MK_FLIGHT_BYTES), slots(MK_HEAD_FLIGHT_BYTES), MK_PACE * Ring::kEntryBytes / 1024);
 }
 #endif
