@@ -111,7 +111,7 @@ def test_the_custom_call_is_complete_on_every_platform(platform, units):
     operands, results = (re.findall(r"tensor<(\S*?)>", types) for types in (operands, results))
     cache = "3x2x2x40x8xbf16"
     assert operands == [
-        f"{units}x{tape.streams.shape[1]}xbf16",
+        f"{'x'.join(map(str, tape.streams.shape))}xbf16",
         f"{tape.constants.shape[0]}xf32",
         "37x20xbf16",
         *["3xf32", "3xi32", "3xf32", "3xf32", "3xf32", "3xf32", "3xi32"],
