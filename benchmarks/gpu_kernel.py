@@ -35,7 +35,7 @@ from jax_monokernel import DecoderSpec, DecodeState, SamplingParams, _gpu, _nati
 from jax_monokernel._bench.machine import describe_commit, describe_device, versions
 from jax_monokernel._bench.shapes import SHAPES, random_weights_on_device
 from jax_monokernel._program import program
-from jax_monokernel.plan import Plan
+from jax_monokernel.plan import Plan, make_plan
 from jax_monokernel.tape import Tape, pack
 
 KERNEL = Path(__file__).resolve().parent.parent / "ffi" / "gpu" / "kernel"
@@ -158,7 +158,7 @@ class Driver:
             self.check(self.calls.cuEventCreate(ctypes.byref(event), 0))
 
     def attribute(self, number: int) -> int:
-        """A CUfunction_attribute of the kernel: 3, bytes of local memory (spills); 4, registers of a lane."""
+        """A CUfunction_attribute of the kernel: 0, threads of a unit; 3, spilled bytes of a lane; 4, its registers."""
         value = ctypes.c_int()
         self.check(self.calls.cuFuncGetAttribute(ctypes.byref(value), number, self.function))
         return value.value
@@ -225,9 +225,9 @@ class Variant:
                 )
         return cls(name, headers, **{sort: tuple(found) for sort, found in sorts.items()})
 
-    def make_plan(self, units: int) -> Plan:
+    def make_plan(self, spec: DecoderSpec, units: int) -> Plan:
         """Its plan for an NVIDIA GPU."""
-        return Plan(platform="cuda", units=units, **dict(self.plan))
+        return dataclasses.replace(make_plan(spec, platform="cuda", units=units), **dict(self.plan))
 
     def attributes(self, spec: DecoderSpec, plan: Plan, batch: int, capacity: int) -> dict[str, Any]:
         """What the native part is told of the program and of a call."""
@@ -279,8 +279,7 @@ class Launcher:
         driver, size = self.driver, ctypes.c_size_t(self.workspace.size)
         driver.check(driver.calls.cuMemsetD8_v2(ctypes.c_void_p(args.workspace), 0, size))
         plan = self.tape.plan
-        threads = (plan.waves + plan.service_waves + 1) * plan.wave_size  # and the feed wave
-        micros = driver.timed_launch(plan.units, threads, args) / tokens * 1e6
+        micros = driver.timed_launch(plan.units, driver.attribute(0), args) / tokens * 1e6
         report = np.frombuffer(ctypes.string_at(self.host, 32), np.uint32)
         if report[0]:
             raise RuntimeError(f"the kernel reports {report.tolist()} (mk::Report)")
@@ -346,14 +345,16 @@ def main(argv: list[str] | None = None) -> None:
     ]
     stubs = {}
     for name, variant, batch, position in jobs:
-        spec, plan = SHAPES[name].spec(), variant.make_plan(device.core_count)
+        spec = SHAPES[name].spec()
+        plan = variant.make_plan(spec, device.core_count)
         stub = variant.stub(spec, plan, batch, capacity_at(position), options.trace is not None)
         stubs[stub, variant.headers] = stub, variant.headers
     binaries = compile_all(stubs)
 
     results, packed, tape = [], None, None
     for name, variant, batch, position in jobs:
-        spec, plan, capacity = SHAPES[name].spec(), variant.make_plan(device.core_count), capacity_at(position)
+        spec, capacity = SHAPES[name].spec(), capacity_at(position)
+        plan = variant.make_plan(spec, device.core_count)
         if packed != (name, plan):
             packed, tape = (name, plan), None  # two tapes may not fit
             tape = jax.jit(lambda w, spec=spec, plan=plan: pack(spec, w, plan))(random_weights_on_device(spec))

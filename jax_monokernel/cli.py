@@ -318,11 +318,15 @@ def topology(
             spec = pretrained_spec(models.SMALL if model == "small" else model)
             typer.echo(f"placement of {model}'s pages: {report(spec, found)}")
         if pictures is not None:
-            from jax_monokernel.plan import Plan
+            from jax_monokernel.plan import make_plan
             from jax_monokernel.topology.draw import draw
 
             device_ = found.topology
-            plan = None if groups is None else Plan(platform=device_.platform, units=device_.units, groups=groups)
+            plan = (
+                None
+                if groups is None
+                else make_plan(spec, platform=device_.platform, units=device_.units, groups=groups)
+            )
             for path in draw(found, pictures, spec=spec, plan=plan, model=model or "", format=format):
                 typer.echo(f"drawn: {path}")
         if measure and found.measurement is not None and found.measurement.missing:

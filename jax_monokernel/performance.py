@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from jax_monokernel.plan import Plan, attention_tasks, geometry
+from jax_monokernel.plan import Plan, attention_tasks, geometry, make_plan
 from jax_monokernel.topology.model import Topology
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def predict(
     rate = _rate(topology, local_before, local_after)
     units = topology.units
     flat = kind == "flat"
-    plan = _plan(topology, 1 if flat else max(1, len(topology.groups())))
+    plan = _plan(spec, topology, 1 if flat else max(1, len(topology.groups())))
     itemsize = 4 if spec.dtype == "float32" else 2
     geo = geometry(spec, plan)
     sizes = {name: m.rows * m.cols * itemsize for name, m in geo.matrices.items()}
@@ -163,8 +163,10 @@ def predict(
     return Prediction(kind, tuple(phases), attention, stream, layer, head, spec.num_layers)
 
 
-def _plan(topology: Topology, groups: int) -> Plan:
-    return Plan(platform="rocm" if topology.platform == "rocm" else "cuda", units=topology.units, groups=groups)
+def _plan(spec: DecoderSpec, topology: Topology, groups: int) -> Plan:
+    if topology.platform == "rocm":
+        return Plan(platform="rocm", units=topology.units, groups=groups)
+    return make_plan(spec, platform="cuda", units=topology.units, groups=groups)
 
 
 LEAST_GAIN = 0.05  # of the time of a token, that a plan with groups must be predicted to save: the model errs by 6%

@@ -119,8 +119,8 @@ def make_plan(
 ) -> Plan:
     """The default plan for `spec` on a platform.
 
-    On ROCm, chunks have 16 atoms where the device here, or the part that has so many units, has the shared memory for
-    it (gfx950), else 8.
+    On CUDA, units have 8 stream waves, or 7 or 6 where the model's rows are padded less for those. On ROCm, chunks have
+    16 atoms where the device here, or the part that has so many units, has the shared memory for it (gfx950), else 8.
 
     Args:
       platform: where decode will run; by default where JAX puts arrays (`default_platform`).
@@ -138,12 +138,32 @@ def make_plan(
         raise ValueError(f"platform is {platform!r}; expected one of {', '.join(get_args(Platform))}")
     if units is None:
         units = _default_threads(spec) if platform == "cpu" else _device_units(platform)
-    if platform != "rocm":
+    if platform == "cuda":
+        return _cuda_plan(spec, units, 1 if groups is None else groups)
+    if platform == "cpu":
         return Plan(platform=platform, units=units, groups=1 if groups is None else groups)
     topology = _rocm_topology(units)
     if groups is None:
         groups = _default_groups(spec, topology)
     return Plan(platform=platform, units=units, groups=groups, chunk_atoms=_default_chunk(topology))
+
+
+def _cuda_plan(spec: DecoderSpec, units: int, groups: int) -> Plan:
+    """With 8 stream waves, or 7 or 6 where rows are padded less for those: all of them must have the same to do.
+
+    Measured on an H200 (docs/performance-log.md): bytes less are time less.
+    """
+
+    def weights(plan: Plan) -> float:
+        times = {phase: 1 if phase == "head" else spec.num_layers for phase in PHASES}
+        return sum(m.rows * m.cols * times[phase] for phase, m in geometry(spec, plan).matrices.items())
+
+    plans = [
+        Plan(platform="cuda", units=units, groups=groups, waves=waves, service_waves=service)
+        for waves, service in ((8, 7), (7, 8), (6, 8))
+    ]
+    # Fewer waves have more to multiply each, for which a byte less in fifty is too little.
+    return min(plans, key=lambda plan: weights(plan) * (1 + 0.02 * (8 - plan.waves)))
 
 
 def _rocm_topology(units: int) -> Topology | None:

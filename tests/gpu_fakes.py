@@ -132,10 +132,11 @@ def make_call(
     steps: int = 4,
     capacity: int = 16,
     log_probs: bool = False,
+    plan: Plan | None = None,
 ) -> Call:
     """A call with random contents."""
     spec = spec or spec_of()
-    plan = Plan(platform=platform, units=units)
+    plan = plan or Plan(platform=platform, units=units)
     geo = geometry(spec, plan)
     rng = np.random.default_rng(0)
     dtype = jnp.dtype(spec.dtype)

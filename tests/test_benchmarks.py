@@ -343,8 +343,8 @@ def test_bad_arguments_exit_with_2(arguments, capsys):
 @pytest.mark.parametrize("batch", [1, 16])
 def test_nvrtc_keeps_a_fence_before_slots_are_given_back(batch):
     """Without it copies are not ordered behind what a wave reads of a slot: weights that came later were seen."""
-    variant = gpu_kernel.Variant()
-    stub = variant.stub(SHAPES["qwen3-0.6b"].spec(), variant.make_plan(132), batch, 160)
+    variant, spec = gpu_kernel.Variant(), SHAPES["qwen3-0.6b"].spec()
+    stub = variant.stub(spec, variant.make_plan(spec, 132), batch, 160)
     ptx = gpu_kernel.compile_kernel(stub, as_text=True).decode()
     events = re.findall(r"ld\.shared\.v4\.u32|fence\.proxy\.async\.shared::cta|mbarrier\.arrive\.shared::cta", ptx)
     given_back = [events[:i] for i, event in enumerate(events) if event.startswith("mbarrier")]

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from jax_monokernel import LayerSpec, _gpu, _native, cli
 from jax_monokernel._program import program
-from jax_monokernel.plan import Plan
+from jax_monokernel.plan import Plan, make_plan
 
 EDGES = [-(2**63), -1, 0, 1, 3, 7, 65, 1023, 2**20, 2**31 - 1, 2**31, 2**40, 2**59, 2**62, 2**63 - 1]
 
@@ -414,7 +414,7 @@ def test_compile_ahead_gives_the_kernel_that_decode_asks_for(make_fake, environm
     _gpu.compile_ahead(spec, _gpu.Target("cuda", "sm_90", 5), batch=2, capacity=16)
     fake = make_fake()
     environment("MONOKERNEL_NO_COMPILE", "1")
-    call = make_call(spec=spec)
+    call = make_call(spec=spec, plan=make_plan(spec, platform="cuda", units=5))
     call.attributes["task_heads"] = np.int64(int(re.search(r"TASK_HEADS (\d+)", stub_of(spec)).group(1)))
     call.run()
     assert fake.launches == 1

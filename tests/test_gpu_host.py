@@ -519,9 +519,10 @@ def test_rows_that_are_gathered_in_several_fills(dtype, kib):
     ],
 )
 def test_rows_of_any_number_of_chunks(dtype, chunk_atoms, hidden, inner, batch):
-    """Stream waves gather some columns at once, and the last time fewer. Once, those that are not there were written."""
+    """Stream waves gather some columns at once, fewer the last time; once, those that are not there were written."""
     spec = spec_of("plain", dtype).replace(hidden_size=hidden, intermediate_size=inner)
-    kernel = Kernel(spec, gpu_plan(spec, 32, 3, chunk_atoms=chunk_atoms), batch=batch, sanitize=True, shared_bytes=232448)
+    plan = gpu_plan(spec, 32, 3, chunk_atoms=chunk_atoms)
+    kernel = Kernel(spec, plan, batch=batch, sanitize=True, shared_bytes=232448)
     state, params = rows_of(state_of(spec), slice(batch)), params_of(spec, batch)
     got, _ = decode_on_host(kernel, state, params, 2)
     want = decode(tape_of(spec, 2), state, params, steps=2)

@@ -35,8 +35,9 @@ def test_arguments_are_those_of_the_kernel():
 def test_variants():
     variant = gpu_kernel.Variant.parse("x:MK_PACE=3,splits=2,heads=1,chunk_atoms=16")
     assert variant.defines == (("MK_PACE", "3"),)
-    assert variant.make_plan(UNITS).chunk_atoms == 16
-    spec, plan = SHAPES[SHAPE].spec(), variant.make_plan(UNITS)
+    spec = SHAPES[SHAPE].spec()
+    plan = variant.make_plan(spec, UNITS)
+    assert plan.chunk_atoms == 16
     stub = variant.stub(spec, plan, 2, 512)
     assert stub.startswith("#define MK_PACE 3\n")
     assert {"#define MK_SPLITS 2", "#define MK_TASK_HEADS 1", "#define MK_BATCH 2"} <= set(stub.split("\n"))
@@ -76,7 +77,7 @@ class _Driver:
         assert error == 0
 
     def attribute(self, number):
-        return {3: 0, 4: 128}[number]
+        return {0: 480, 3: 0, 4: 128}[number]
 
     def timed_launch(self, units, threads, args):
         pointers = [getattr(args, name) for name in gpu_kernel.POINTERS]

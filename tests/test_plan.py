@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 
+import jax
 import pytest
 from decoding import SPECS
 from hypothesis import assume, given, settings
@@ -13,7 +15,7 @@ from tape_specs import fits, specs
 from jax_monokernel import LayerSpec
 from jax_monokernel._bench.shapes import SHAPES
 from jax_monokernel.plan import PHASES, VECTOR_ROLES, Plan, available_cpus, geometry, make_plan
-from jax_monokernel.weights import layer_shapes
+from jax_monokernel.weights import layer_shapes, weight_shapes
 
 
 @settings(max_examples=300, deadline=None)
@@ -111,7 +113,8 @@ def test_bad_plans_are_named(options, message):
 def test_gpu_plans_need_their_number_of_units(platform):
     with pytest.raises(ValueError, match=f"no {platform} device here, so a plan for it needs units="):
         make_plan(SPECS["plain"], platform=platform)
-    assert make_plan(SPECS["plain"], platform=platform, units=132) == Plan(platform=platform, units=132)
+    plan = make_plan(SPECS["plain"], platform=platform, units=132)
+    assert (plan.platform, plan.units) == (platform, 132)
 
 
 @pytest.mark.parametrize(("units", "chunk"), [(304, 8), (256, 16), (100, 8)], ids=["MI300X", "MI350X", "unknown"])
@@ -122,10 +125,26 @@ def test_chunks_are_as_large_as_shared_memory_allows(units, chunk):
 
 def test_gpu_kernels_need_pairs_of_16_bit_elements():
     spec = SPECS["nope"].replace(head_dim=5, ropes=(), layers=(LayerSpec(rope=None),), kv_dtype="bfloat16")
-    plan = make_plan(spec, platform="cuda", units=2)
     with pytest.raises(ValueError, match="head_dim is 5; use kv_dtype"):
-        geometry(spec, plan)
+        geometry(spec, Plan(platform="cuda", units=2))
+    with pytest.raises(ValueError, match="head_dim is 5; use kv_dtype"):
+        make_plan(spec, platform="cuda", units=2)
+    plan = make_plan(spec.replace(kv_dtype="float32"), platform="cuda", units=2)
     assert geometry(spec.replace(kv_dtype="float32"), plan).unit_elems > 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "waves"),
+    [("smollm2-135m", 6), ("qwen2.5-0.5b", 7), ("qwen3-0.6b", 8), ("llama3.2-1b", 8), ("llama3.1-8b", 8)],
+)
+def test_stream_waves_of_cuda_are_those_that_rows_fit(shape, waves):
+    """Rows of 576, 896, 1024, 2048 and 4096 columns; and the tape of each takes 3% more than the weights at most."""
+    spec = SHAPES[shape].spec()
+    plan = make_plan(spec, platform="cuda", units=132)
+    assert (plan.waves, plan.service_waves) == (waves, 7 if waves == 8 else 8)
+    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weight_shapes(spec)))
+    untied = 0 if spec.tied_head else spec.vocab_size * spec.hidden_size
+    assert math.prod(geometry(spec, plan).stream_shape) + untied < 1.03 * weights
 
 
 @settings(max_examples=100, deadline=None)

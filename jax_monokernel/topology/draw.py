@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jax_monokernel.performance import choose_groups
-from jax_monokernel.plan import PHASES, Plan, attention_tasks, geometry
+from jax_monokernel.plan import PHASES, Plan, attention_tasks, geometry, make_plan
 from jax_monokernel.topology.discover import Found
 from jax_monokernel.topology.layout import DOMAIN_COLOURS, INK, LINE, Layout
 from jax_monokernel.topology.measurement import halves
@@ -73,7 +73,8 @@ def draw(
 
 
 def _default_plan(topology: Topology, spec: DecoderSpec) -> Plan:
-    return Plan(platform=topology.platform, units=topology.units, groups=choose_groups(spec, topology))
+    groups = choose_groups(spec, topology)
+    return make_plan(spec, platform=topology.platform, units=topology.units, groups=groups)
 
 
 def _pyplot() -> Any:

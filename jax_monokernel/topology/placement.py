@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jax_monokernel._gpu_tape import PAGE_BYTES
-from jax_monokernel.plan import Plan, geometry
+from jax_monokernel.plan import Plan, geometry, make_plan
 from jax_monokernel.topology.model import Topology
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def place_tape(
 def report(spec: DecoderSpec, found: Found) -> str:
     """What placement would be worth for a model on a device, if its tape lay as the probe's memory did: one line."""
     topology, m = found.topology, found.measurement
-    plan = Plan(platform=topology.platform, units=topology.units)
+    plan = make_plan(spec, platform=topology.platform, units=topology.units, groups=1)
     ranks = np.array(topology.root.all_units())  # CPUs have the system's numbers
     near_of = topology.near_domain()
     pages = len(page_traffic(spec, plan, np.array([near_of[int(u)] for u in ranks]), len(topology.domains)))
