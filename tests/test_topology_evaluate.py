@@ -170,6 +170,21 @@ def test_the_halves_of_an_h200(file):
     assert all(len({int(near.labels[u]) for u in g.units}) == 1 for g in device.groups())
     same = near.labels[:, None] == near.labels[None]
     assert np.nanmedian(found.latency[same]) < 0.75 * np.nanmedian(found.latency[~same])
+    # Each half has memory of its own, page by page, and all kinds of looks that tell say the same of each line.
+    np.testing.assert_array_equal(found.domains, near.labels)
+    assert (found.block_bytes, len(device.domains)) == (4096, 2)
+    assert np.abs(np.bincount(found.homes[found.homes >= 0]) / len(found.homes) - 0.5).max() < 0.01
+    assert found.looked is not None
+    leads = [np.array(kind["lead_ns"]) for kind in found.looked["kinds"].values() if kind["tells"]]
+    assert len(leads) == 2
+    np.testing.assert_array_equal(leads[0] > 0, leads[1] > 0)
+    # Inside 4 MiB a page's home is the parity of some bits of its address: almost all pages that were looked at fit.
+    runs = found.homes.reshape(-1, 1024)
+    bits = [evaluate.xor_bits(run, 2) for run in runs]
+    assert bits == [[0b1010101011]] * len(runs)
+    odd = (runs & 1) ^ (np.bitwise_count(np.arange(1024) & bits[0][0]) & 1)
+    ones = np.count_nonzero((odd == 1) & (runs >= 0), axis=1)
+    assert np.minimum(ones, np.count_nonzero(runs >= 0, axis=1) - ones).sum() < 0.004 * found.homes.size
 
 
 def test_recorded_measurements_are_in_the_docs():

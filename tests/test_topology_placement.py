@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from tape_specs import specs
 
+from jax_monokernel._bench.shapes import SHAPES
 from jax_monokernel.plan import Plan, geometry
-from jax_monokernel.topology import Constant, Group, Interleave, MemoryDomain, Topology
+from jax_monokernel.topology import Constant, Group, Interleave, MemoryDomain, Topology, recorded, topology_of
 from jax_monokernel.topology.placement import apply_order, page_traffic, place, place_tape, undo_order, why_not
 
 
@@ -133,9 +135,11 @@ def test_traffic_counts_every_byte_of_every_stream_once(spec, units, platform):
     np.testing.assert_allclose(traffic.sum(axis=0), expected)
 
 
+RATES = {"stream_device_gb_s": 1000.0, "stream_device_near_gb_s": 1100.0}
+
+
 def measured(**changes) -> Topology:
     groups = tuple(Group("l2_half", f"half {d}", tuple(range(d, 8, 2)), (), (d,)) for d in range(2))
-    rates = {"stream_device_gb_s": 1000.0, "stream_device_near_gb_s": 1100.0}
     made = Topology(
         name="Simulated",
         platform="cuda",
@@ -144,7 +148,7 @@ def measured(**changes) -> Topology:
         group_kind="l2_half",
         domains=(MemoryDomain("a", 0), MemoryDomain("b", 0)),
         interleave=Interleave(4096, "hashed", "measured", "test"),
-        constants={k: Constant(v, "measured", "test") for k, v in rates.items()},
+        constants={k: Constant(v, "measured", "test") for k, v in RATES.items()},
     )
     return dataclasses.replace(made, **changes)
 
@@ -180,7 +184,11 @@ def test_a_last_page_that_is_not_whole_stays():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"constants": {}}, "not faster"),
+        ({"constants": {}}, "was not measured"),
+        (
+            {"constants": dict.fromkeys(RATES, Constant(1000.0, "measured", "test"))},
+            "near memory is not faster by 2%: all units read 1,000 GB/s from it and 1,000 from all memory",
+        ),
         ({"interleave": Interleave(4096, "hashed", "published", "test")}, "was not measured"),
         ({"interleave": Interleave(512, "hashed", "measured", "test")}, "finer than a page"),
         (
@@ -188,7 +196,7 @@ def test_a_last_page_that_is_not_whole_stays():
             "equally far",
         ),
     ],
-    ids=["rates", "published", "fine", "one"],
+    ids=["unknown", "rates", "published", "fine", "one"],
 )
 def test_nothing_moves_where_it_cannot_help(changes, reason):
     from decoding import spec_of
@@ -201,3 +209,26 @@ def test_nothing_moves_where_it_cannot_help(changes, reason):
     assert found.order is None
     assert found.source() is None
     assert reason in found.describe()
+
+
+def test_on_the_h200_that_was_measured_pages_would_come_near_and_gain_too_little():
+    """What docs/topology.md says of it."""
+    folder = Path(__file__).parents[1] / "benchmarks" / "results" / "topology"
+    found = recorded(folder / "h200-71c8866.json.gz")
+    topology = topology_of(found)
+    plan, spec = Plan(platform="cuda", units=132), SHAPES["qwen3-0.6b"].spec()
+    near = topology.near_domain()
+    traffic = page_traffic(spec, plan, np.array([near[u] for u in range(132)]), 2)
+    homes = np.resize(found.homes, len(traffic))  # the file has those of the first 256 MiB
+    placed = place(traffic, homes)
+    assert (round(placed.local_before, 3), round(placed.local_after, 3)) == (0.497, 0.993)
+    said = place_tape(spec, plan, topology, homes).describe()
+    assert said == (
+        "pages stay where they are, traffic local 49.7%, remote 50.3%: near memory is not faster by 2%: "
+        "all units read 4,404 GB/s from it and 4,336 from all memory"
+    )
+    # The link between the halves would carry more than a half of each unit's reads.
+    rates = found.stream
+    assert 0.8 * rates["device_far"] < rates["device"] / 2 < 0.9 * rates["device_far"]
+    assert rates["domain_far"] == pytest.approx(rates["device_far"] / 2, rel=0.01)
+    assert rates["domain_near"] == pytest.approx(rates["device_near"] / 2, rel=0.01)

@@ -11,15 +11,24 @@ import numpy as np
 
 from jax_monokernel.performance import choose_groups
 from jax_monokernel.plan import PHASES, Plan, attention_tasks, geometry, make_plan
+from jax_monokernel.topology import lines
 from jax_monokernel.topology.discover import Found
 from jax_monokernel.topology.layout import DOMAIN_COLOURS, INK, LINE, Layout
-from jax_monokernel.topology.measurement import halves
+from jax_monokernel.topology.measurement import Measurement, halves
 from jax_monokernel.topology.model import Topology
 
 if TYPE_CHECKING:
     from jax_monokernel.spec import DecoderSpec
 
 FORMATS = ("png", "svg")
+SETTINGS: dict[Any, Any] = {
+    "font.size": 9,
+    "font.family": "sans-serif",  # DejaVu Sans; an SVG names what else will do
+    "svg.fonttype": "none",
+    "svg.hashsalt": "topology",
+    "image.interpolation": "none",  # in an SVG a matrix is then a pixel for each number
+    "axes.edgecolor": LINE,
+}
 
 
 def draw(
@@ -60,13 +69,12 @@ def draw(
         laid = plan or _default_plan(found.topology, spec)
         makers.append(("plan", lambda p: draw_plan(p, found.topology, spec, laid, model)))
     written = []
-    with pyplot.rc_context(
-        {"font.size": 9, "font.family": "DejaVu Sans", "svg.fonttype": "none", "axes.edgecolor": LINE}
-    ):
+    with pyplot.rc_context(SETTINGS):
         for name, make in makers:
             figure = make(pyplot)
             path = folder / f"{name}.{format}"
-            figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
+            metadata = {"Date": None} if format == "svg" else None  # the same picture is the same file
+            figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white", metadata=metadata)
             pyplot.close(figure)
             written.append(path)
     return written
@@ -101,12 +109,12 @@ def draw_groups(pyplot: Any, topology: Topology) -> Any:
     layout.draw()
     figure.set_size_inches(*layout.inches())
     axes.set_title(_title(topology), loc="left", fontsize=11, color=INK)
-    lines = [f"{_constant_text(name, c.value)} ({c.basis})" for name, c in topology.constants.items()]
-    if lines:
-        half = math.ceil(len(lines) / 2)
-        rows = ["     ".join(f"{x:<52}" for x in pair) for pair in zip(lines[:half], [*lines[half:], ""], strict=False)]
+    said = [f"{_constant_text(name, c.value)} ({c.basis})" for name, c in topology.constants.items()]
+    if said:
+        half = math.ceil(len(said) / 2)
+        rows = ["     ".join(f"{x:<52}" for x in pair) for pair in zip(said[:half], [*said[half:], ""], strict=False)]
         text = "\n".join(row.rstrip() for row in rows)
-        axes.text(0, layout.height + 1.2, text, va="top", family="DejaVu Sans Mono", fontsize=7, color="#444444")
+        axes.text(0, layout.height + 1.2, text, va="top", family="monospace", fontsize=7, color="#444444")
         line = 0.135 / layout.scale()  # inches
         axes.set_ylim(layout.height + 1.3 + line * len(rows), -0.6)
     return figure
@@ -134,7 +142,7 @@ def _blank(pyplot: Any) -> tuple[Any, Any]:
 
 
 def _unit_order(found: Found) -> tuple[np.ndarray, list[int], list[str]]:
-    """Units by memory domain or half of the L2, then group; where groups begin; their names."""
+    """Units by memory domain or half of the L2, then group; where groups begin; their names, "" of a narrow one."""
     m = found.measurement
     assert m is not None
     parts = None if m.domains.any() or m.platform == "rocm" else halves(m)
@@ -143,7 +151,9 @@ def _unit_order(found: Found) -> tuple[np.ndarray, list[int], list[str]]:
     keys = list(zip(parts[order].tolist(), m.groups[order].tolist(), strict=True))
     starts = [i for i, key in enumerate(keys) if i == 0 or keys[i - 1] != key]
     kind = "XCD" if m.platform == "rocm" else "cluster"
-    return order, starts, [f"{kind} {keys[i][1]}" for i in starts]
+    # Names of groups that are narrower than a line of text would lie on each other.
+    wide = np.diff([*starts, len(order)]) * 44 >= len(order)
+    return order, starts, [f"{kind} {keys[i][1]}" if w else "" for i, w in zip(starts, wide, strict=True)]
 
 
 def draw_latency(pyplot: Any, found: Found) -> Any:
@@ -223,9 +233,16 @@ def draw_homes(pyplot: Any, found: Found, rows: int = 64) -> Any:
         right.spines[side].set_visible(False)
     one = count == 1
     title = "all memory is equally far" if one else f"{m.granule_bytes:,} bytes live together"
-    times = "" if one or np.isnan(m.near_ns) else f"; flags {m.near_ns:.0f} ns near, {m.far_ns:.0f} ns far"
-    figure.suptitle(f"{m.name}: where memory lives ({title}{times})", fontsize=11)
+    figure.suptitle(f"{m.name}: where memory lives ({title}{'' if one else _told_by(m)})", fontsize=11)
     return figure
+
+
+def _told_by(m: Measurement) -> str:
+    """The times by which homes were found."""
+    if m.looked is not None and m.looked["kind"] is not None:
+        near, far = lines.waits(m.looked, m.looked["kind"])
+        return f"; {lines.NAMES[m.looked['kind']]}: {near:.0f} ns near, {far:.0f} ns elsewhere"
+    return "" if np.isnan(m.near_ns) else f"; flags {m.near_ns:.0f} ns near, {m.far_ns:.0f} ns far"
 
 
 # ---- Plan ----
@@ -279,6 +296,7 @@ def draw_plan(pyplot: Any, topology: Topology, spec: DecoderSpec, plan: Plan, mo
         if not heads:
             return "#e4e4e0", ""
         text = f"h{heads[0]}" if len(heads) == 1 else f"h{heads[0]}-{heads[-1]}"
+        text = text if len(text) < 5 else text.replace("-", "-\n")
         red, green, blue, _ = shades(heads[0] // group % 20)
         return (0.4 + 0.6 * red, 0.4 + 0.6 * green, 0.4 + 0.6 * blue), text  # light enough for the text
 

@@ -2,9 +2,10 @@
 
 Each half of the L2 of an H100 or H200 serves the SMs of its own side, and keeps copies of lines whose memory is on the
 other side. So a word that two units of one half pass to and fro stays in their half, wherever its memory is, and flags
-tell nothing of homes. Three other things might, and all are tried: the first look at a line that no cache has, which
-comes from its memory; further looks, if there were no copies; and atomic changes, which are made where the line is
-at home. What tells is decided by the numbers: homes found from half of the passes must be those found from the others.
+tell nothing of homes. Three other things might, and all are tried: the first look at a line after the caches were
+emptied, which comes from its memory or what the half there still has; further looks, if there were no copies; and
+atomic changes, which are made where the line is at home. What tells is decided by the numbers: homes found from half
+of the passes must be those found from the others.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _FLUSH_BYTES = 512 << 20  # several times an L2
 
 
 SAMPLED = _RUNS * _RUN_BYTES // LINE_BYTES
+NAMES = {"first": "a first look at a line", "again": "a line of the L2", "change": "an atomic change"}  # of `LOOKS`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,20 +197,26 @@ def _median(x: np.ndarray) -> float | None:
     return round(float(np.nanmedian(x)), 1) if x.size else None
 
 
+def waits(looked: Mapping[str, Any], kind: str) -> tuple[float, float]:
+    """What units wait for lines near them and elsewhere, in nanoseconds, by a kind of look that tells."""
+    table = looked["kinds"][kind]["ns"]
+    near = np.mean([row[d] for d, row in enumerate(table)])
+    far = np.mean([x for d, row in enumerate(table) for h, x in enumerate(row) if h != d])
+    return float(near), float(far)
+
+
 def describe(looked: Mapping[str, Any]) -> list[str]:
     """What looks said, as sentences."""
-    names = {"first": "a line that no cache has", "again": "a line of the L2", "change": "an atomic change"}
     out = []
-    for kind, what in names.items():
+    for kind, what in NAMES.items():
         of = looked["kinds"][kind]
         table = of["ns"]
         if of["tells"]:
-            near = np.mean([row[d] for d, row in enumerate(table)])
-            far = np.mean([x for d, row in enumerate(table) for h, x in enumerate(row) if h != d])
+            near, far = waits(looked, kind)
             out.append(f"{what}: a unit waits {near:.0f} ns near it and {far:.0f} ns elsewhere")
         else:
-            waits = " and ".join(f"{row[0]:.0f}" for row in table)
-            out.append(f"{what}: units of each part wait {waits} ns, and that does not tell where the line lives")
+            each = " and ".join(f"{row[0]:.0f}" for row in table)
+            out.append(f"{what}: units of each part wait {each} ns, and that does not tell where the line lives")
     if looked["kind"] is None:
         out.append("no home of any memory was found")
         return out

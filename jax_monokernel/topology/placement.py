@@ -43,10 +43,10 @@ class Placement:
     def describe(self) -> str:
         """One line."""
         if self.order is None:
-            return f"pages stay where they are: {self.reason}"
-        before = f"local {self.local_before:.1%}, remote {1 - self.local_before:.1%}"
-        after = f"local {self.local_after:.1%}, remote {1 - self.local_after:.1%}"
-        return f"traffic {before} -> {after}: {self.reason}"
+            known = 0 < self.local_before < 1  # neither one domain, nor homes that nobody knows
+            share = f", traffic {_shares(self.local_before)}" if known else ""
+            return f"pages stay where they are{share}: {self.reason}"
+        return f"traffic {_shares(self.local_before)} -> {_shares(self.local_after)}: {self.reason}"
 
 
 def page_traffic(
@@ -194,8 +194,11 @@ def why_not(topology: Topology) -> str | None:
     if topology.interleave.granule_bytes < PAGE_BYTES:
         return f"memory is interleaved by {topology.interleave.granule_bytes} bytes, finer than a page"
     near, mixed = topology.constant("stream_device_near_gb_s"), topology.constant("stream_device_gb_s")
-    if near is None or mixed is None or near < LEAST_GAIN * mixed:
-        return "reading near memory is not faster on this device"
+    if near is None or mixed is None:
+        return "how fast near memory is read was not measured"
+    if near < LEAST_GAIN * mixed:
+        rates = f"all units read {near:,.0f} GB/s from it and {mixed:,.0f} from all memory"
+        return f"near memory is not faster by {LEAST_GAIN - 1:.0%}: {rates}"
     return None
 
 
@@ -208,6 +211,10 @@ def apply_order(pages: Any, placement: Placement) -> Any:
 def undo_order(pages: Any, placement: Placement) -> Any:
     """The inverse of `apply_order`."""
     return pages if placement.order is None else pages[placement.order]
+
+
+def _shares(local: float) -> str:
+    return f"local {local:.1%}, remote {1 - local:.1%}"
 
 
 def _local(traffic: np.ndarray, homes: np.ndarray) -> float:

@@ -18,7 +18,8 @@ WORD_BYTES = 32  # what places of words are counted in
 STEP_BYTES = 4096  # what readers take at once
 LOOKS = ("first", "again", "change")  # what `Probe.look` measures, in this order
 START_S = 3.0  # that a launch may take beside its work, before it is given up
-# What its work may take. Hand-offs and looks were seen to take 0.2 to 1.5 us, units to read 5 TB/s, and 45 GB/s alone.
+# What its work may take. Hand-offs and looks were seen to take 0.2 to 1.5 us, units to read 2.5 TB/s together, and 45
+# GB/s alone.
 _ACCESS_S = 20e-6
 _GB_S, _UNIT_GB_S = 100.0, 2.0
 _WORK_S = 2.0  # of one launch, by these numbers: longer work is cut into several
