@@ -158,10 +158,7 @@ def _cuda_plan(spec: DecoderSpec, units: int, groups: int) -> Plan:
         times = {phase: 1 if phase == "head" else spec.num_layers for phase in PHASES}
         return sum(m.rows * m.cols * times[phase] for phase, m in geometry(spec, plan).matrices.items())
 
-    plans = [
-        Plan(platform="cuda", units=units, groups=groups, waves=waves, service_waves=service)
-        for waves, service in ((8, 7), (7, 8), (6, 8))
-    ]
+    plans = [Plan(platform="cuda", units=units, groups=groups, waves=waves) for waves in (8, 7, 6)]
     # Fewer waves have more to multiply each, for which a byte less in fifty is too little.
     return min(plans, key=lambda plan: weights(plan) * (1 + 0.02 * (8 - plan.waves)))
 

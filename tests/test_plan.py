@@ -141,7 +141,7 @@ def test_stream_waves_of_cuda_are_those_that_rows_fit(shape, waves):
     """Rows of 576, 896, 1024, 2048 and 4096 columns; and the tape of each takes 3% more than the weights at most."""
     spec = SHAPES[shape].spec()
     plan = make_plan(spec, platform="cuda", units=132)
-    assert (plan.waves, plan.service_waves) == (waves, 7 if waves == 8 else 8)
+    assert plan.waves == waves
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weight_shapes(spec)))
     untied = 0 if spec.tied_head else spec.vocab_size * spec.hidden_size
     assert math.prod(geometry(spec, plan).stream_shape) + untied < 1.03 * weights

@@ -41,7 +41,7 @@ void check_model(const Program& p) {
 void check_plan(const Program& p) {
   const int64_t bytes = p.weight_dtype == kF32 ? 4 : 2;
   require(p.wave_size == 32 || p.wave_size == 64, "wave_size is " + std::to_string(p.wave_size) + "; expected 32 or 64");
-  require(p.waves >= 1 && p.waves <= 32 && p.service_waves >= 1 && p.service_waves <= 32 && Request{p}.threads() <= 1024,
+  require(p.waves >= 1 && p.service_waves >= 1 && p.waves + p.service_waves < 1024 / p.wave_size + (p.wave_size == 64),
           "a unit has too few or too many waves");
   require(p.tile_rows == (p.wave_size == 32 ? 8 : 4) && p.row_major_atom == (p.wave_size == 32) &&
               p.atom_cols * p.tile_rows * bytes == p.wave_size * 16,

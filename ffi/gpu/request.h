@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "gpu/driver.h"
-#include "gpu/kernel/layout/waves.h"
 #include "program.h"
 
 namespace monokernel::gpu {
@@ -33,9 +32,8 @@ struct Request {
   bool placed = false;  // the streams' pages lie where a table says, and units are dealt to dies
 
   int threads() const {
-    const int feed_waves = program.wave_size == 32;  // MK_FEED_WAVE of kernel/arch/cuda.h
-    const auto waves = static_cast<int>(program.waves), service_waves = static_cast<int>(program.service_waves);
-    return mk::waves_of_unit(waves, service_waves, feed_waves) * static_cast<int>(program.wave_size);
+    const int64_t feed_waves = program.wave_size == 32;  // MK_FEED_WAVE of kernel/arch/cuda.h
+    return static_cast<int>((program.waves + program.service_waves + feed_waves) * program.wave_size);
   }
 };
 

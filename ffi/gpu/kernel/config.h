@@ -2,7 +2,6 @@
 #pragma once
 
 #include "arch/arch.h"
-#include "layout/waves.h"
 #include "layout/workspace.h"
 
 namespace mk {
@@ -43,15 +42,13 @@ constexpr bool kPlaced = false;
 
 constexpr int kBatch = MK_BATCH;
 constexpr int kWaves = MK_WAVES;                 // stream waves
-constexpr int kServiceWaves = MK_SERVICE_WAVES;  // waves kFirstService and up
+constexpr int kServiceWaves = MK_SERVICE_WAVES;  // waves kWaves and up
 #if defined(MK_FEED_WAVE)
 constexpr int kFeedWaves = 1;
 #else
 constexpr int kFeedWaves = 0;
 #endif
-constexpr int kFirstService = first_service_wave(kWaves, kFeedWaves);
-constexpr int kFeedWave = kFirstService == kWaves ? kWaves + kServiceWaves : kWaves;
-constexpr int kThreads = waves_of_unit(kWaves, kServiceWaves, kFeedWaves) * arch::kWave;
+constexpr int kThreads = (kWaves + kServiceWaves + kFeedWaves) * arch::kWave;
 constexpr int kServiceLanes = kServiceWaves * arch::kWave;
 constexpr int kServiceGroup = 1;  // of group_sync
 
@@ -211,11 +208,11 @@ constexpr bool kPaced = kLayerBytes > 128 * 1024 && kLayerBytes < 512 * 1024;
 #endif
 
 // Registers of a stream wave's lane where it gives some of its 128 to the service waves, which attend: 0, none. With several
-// requests it needs them itself. Both sides, the feed wave with one of them, are 8 waves then.
+// requests it needs them itself.
 #if !defined(MK_STREAM_REGISTERS)
 #define MK_STREAM_REGISTERS 112
 #endif
-constexpr int kStreamRegisters = kBatch == 1 && kFeedWaves > 0 && kFirstService == 8 && kThreads == 16 * arch::kWave ? MK_STREAM_REGISTERS : 0;
+constexpr int kStreamRegisters = kBatch == 1 && kWaves == 8 && kServiceWaves + kFeedWaves == 8 ? MK_STREAM_REGISTERS : 0;
 
 // Where one matrix instruction takes all requests, half its rows are free: the second instruction of an atom uses them, with
 // the same registers, if the middle words of every 16 bytes of activations are swapped (math/matrix.h).

@@ -196,23 +196,17 @@ MK_KERNEL(mk::kThreads) void monokernel(mk::Args args) {
   if (!mk::find_place(args)) return;
 #endif
 #if defined(MK_FEED_WAVE)
-  const bool feeds = mk::arch::wave() == mk::kFeedWave;
+  const bool feeds = mk::arch::wave() == mk::kWaves + mk::kServiceWaves;
   if (feeds) {
     *mk::shared_at<mk::u32>(mk::kShared.stop) = 0;
     mk::Ring::make_barriers(mk::shared_at<char>(mk::kShared.barriers));
   }
   mk::arch::unit_sync();
 #endif
-  if (mk::arch::wave() < mk::kFirstService) {
+  if (mk::arch::wave() < mk::kWaves) {
     mk::arch::divide_registers<true, mk::kStreamRegisters>();
-    if (mk::arch::wave() < mk::kWaves) {
-      mk::StreamWave stream;
-      stream.run(args);
-      return;
-    }
-#if defined(MK_FEED_WAVE)
-    if (feeds) mk::feed(args);
-#endif
+    mk::StreamWave stream;
+    stream.run(args);
     return;
   }
   mk::arch::divide_registers<false, mk::kStreamRegisters>();

@@ -71,7 +71,7 @@ struct Service {
 
   MK_METHOD explicit Service(const Args& a) : args(a) {
     unit = mk::unit();
-    wave = arch::wave() - kFirstService;
+    wave = arch::wave() - kWaves;
     lane = arch::lane();
     index = wave * arch::kWave + lane;
     team = wave / kTeamWaves;
@@ -99,7 +99,7 @@ struct Service {
   MK_METHOD void mark(int event) {
 #if MK_TRACE
     const int track = wave == 0 ? 0 : 1;
-    if ((wave == 0 || wave == -kFirstService) && lane == 0 && token >= kTraceFrom && events < kTraceEvents) {
+    if ((wave == 0 || wave == -kWaves) && lane == 0 && token >= kTraceFrom && events < kTraceEvents) {
       u64* to = (u64*)args.trace + (((i64)unit * kTracks + track) * kTraceEvents + events++) * 2;
       to[0] = arch::ticks() << 8 | (u64)event;
       to[1] = arch::wall_clock();
