@@ -27,6 +27,7 @@ from typing import Any, SupportsIndex
 import jax
 import numpy as np
 
+from benchmarks.gpu_kernel import without_places
 from jax_monokernel import generate, make_plan, models, prepare, stream
 from jax_monokernel._bench.machine import OtherWork, describe_commit, describe_machine, versions
 from jax_monokernel._bench.runner import make_prompt
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, help="of the kernel, on a CPU; by default all")
     parser.add_argument("--no-log-probs", action="store_true", help="tokens and text only, of both")
+    parser.add_argument("--commit", help="of the code, where it is measured outside its repository")
     parser.add_argument("--output", type=Path, help="folder for the results")
     arguments = parser.parse_args()
     for name in arguments.shapes.split(","):
@@ -131,12 +133,12 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "platform": plan.platform,
         "device": jax.devices()[0].device_kind,
         "plan_units": plan.units,
-        "command": shlex.join(["python", "-m", "benchmarks.streaming", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.streaming", *without_places(sys.argv[1:])]),
         "date": datetime.date.today().isoformat(),
         "other_work": others.share(),
         "machine": describe_machine(),
         "versions": versions(),
-        **describe_commit(),
+        **({"commit": arguments.commit, "dirty": False} if arguments.commit else describe_commit()),
         "modes": {mode: digest(mode, rounds[mode], rounds["generate"]) for mode in modes},
     }
 

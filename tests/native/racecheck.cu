@@ -1,10 +1,11 @@
 // What compute-sanitizer's racecheck makes of hand-overs between two warps that are right, each by a kernel of its own:
 //
-//   nvcc -arch=sm_90a -o racecheck racecheck.cu && for i in 0 1 2 3 4 5; do compute-sanitizer --tool racecheck ./racecheck $i; done
+//   nvcc -arch=sm_90a -o racecheck racecheck.cu && for i in 0 1 2 3 4 5 6; do compute-sanitizer --tool racecheck ./racecheck $i; done
 //
 // It calls those a race where one side of a named barrier only arrives (0), and where a lane arrives at an mbarrier for its warp,
-// after __syncwarp (3, 5). The others are the same hand-overs with both sides waiting (1) and all lanes arriving (2, 4). The decode
-// kernel does 0, 3 and 5; with MONOKERNEL_RACECHECK it does 1 and 4 instead (ffi/gpu/kernel/arch/cuda.h).
+// after __syncwarp (3, 5). The others are the same hand-overs with both sides waiting (1, and 6 where the writers wait for each
+// other at a barrier of their own before they meet the readers) and all lanes arriving (2, 4). The decode kernel does 0, 3 and 5;
+// with MONOKERNEL_RACECHECK it does 1, 4 and 6 instead (ffi/gpu/kernel/arch/cuda.h).
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -57,6 +58,26 @@ __global__ void named_barriers(int* out) {
       } else {
         asm volatile("barrier.arrive 2, 64;" ::: "memory");
       }
+    }
+  }
+  out[threadIdx.x] = sum;
+}
+
+// Two warps write, each what its neighbour's lanes see too, and a third one reads.
+__global__ void inner_barrier(int* out) {
+  __shared__ volatile int data[64];
+  int sum = 0;
+  for (int round = 0; round < kRounds; round++) {
+    if (threadIdx.x < 64) {
+      if (round > 0) asm volatile("barrier.sync 2, 96;" ::: "memory");
+      data[threadIdx.x] = round;
+      asm volatile("barrier.sync 3, 64;" ::: "memory");
+      sum += data[63 - threadIdx.x];
+      asm volatile("barrier.sync 1, 96;" ::: "memory");
+    } else {
+      asm volatile("barrier.sync 1, 96;" ::: "memory");
+      sum += data[threadIdx.x % 32] + data[63 - threadIdx.x % 32];
+      if (round + 1 < kRounds) asm volatile("barrier.sync 2, 96;" ::: "memory");
     }
   }
   out[threadIdx.x] = sum;
@@ -133,6 +154,7 @@ int main(int count, char** arguments) {
     case 3: mbarriers<false><<<1, 64>>>(out); break;
     case 4: copies<true><<<1, 64>>>(from, out); break;
     case 5: copies<false><<<1, 64>>>(from, out); break;
+    case 6: inner_barrier<<<1, 96>>>(out); break;
   }
   const cudaError_t error = cudaDeviceSynchronize();
   printf("%d: %s\n", which, cudaGetErrorString(error));
