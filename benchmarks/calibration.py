@@ -23,12 +23,7 @@ TOKENS = 128  # of a measured call
 
 def measured() -> dict[tuple[str, int, int, int], float]:
     """(shape, batch, mean context, capacity): microseconds of a step of the launch, by CUDA events, medians."""
-    found = {
-        # Not measured again since between commits 80d7e22 and c7cde3c, where docs/performance-log.md has them.
-        ("qwen3-0.6b", 1, 96, 160): 391.0,
-        ("smollm2-135m", 1, 96, 160): 278.0,
-        ("llama3.1-8b", 1, 96, 160): 3482.0,
-    }
+    found = {}
     for path in sorted(RESULTS.glob("*.json")):
         for result in json.loads(path.read_text())["results"]:
             context = result["position"] + TOKENS // 2

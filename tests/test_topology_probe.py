@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import amd_code
 import numpy as np
@@ -616,7 +617,7 @@ def test_a_device_on_which_the_probe_does_not_fit(make_fake):
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_measuring_and_discovering(make_fake, platform):
+def test_measuring_and_discovering(make_fake, platform, monkeypatch):
     fake = make_fake(platform)
     fake.units = 4
     fake.most_bytes = 17 << 20
@@ -628,6 +629,11 @@ def test_measuring_and_discovering(make_fake, platform):
     again = tp.discover(platform)
     assert again.measurement is not None
     assert again.topology.root == found.topology.root
+    with monkeypatch.context() as patch:  # what the probe does not measure is what is published
+        patch.setattr(sys.modules["jax_monokernel.topology.discover"], "part_for", lambda *_: tp.part("H200"))
+        constants = tp.discover(platform).topology.constants
+    assert constants["gather_us"] == tp.part("H200").constants["gather_us"]
+    assert constants["hand_off_across_groups_us"] == found.topology.constants["hand_off_across_groups_us"]
     fake.driver_version = 13010
     make_fake(platform).driver_version = 13010
     assert store.load("Fake GPU", 4, 13010) is None

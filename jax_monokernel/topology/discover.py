@@ -69,6 +69,8 @@ def _pick(platform: Platform | None, device: int) -> tuple[Platform, int, dict[s
 def discover(platform: Platform | None = None, device: int = 0, *, sysfs: Path = Path("/sys")) -> Found:
     """The topology of a device: as measured, if `measure_device` was called for it with its driver, else as published.
 
+    Constants that the probe does not measure are those that are published.
+
     Args:
       platform: "cpu", "cuda" or "rocm"; by default that of the first GPU, or the CPUs where there is none.
       device: its number among the GPUs of that platform, the driver's. 0 is the first that kernels are for.
@@ -85,9 +87,13 @@ def discover(platform: Platform | None = None, device: int = 0, *, sysfs: Path =
     found = store.load(
         described["name"], described["units"], described["driver_version"], _device_id(described), partition.mode
     )
-    if found is not None:
-        return Found(topology_of(found), found)
-    return Found(part_for(described["name"], described["arch"], described["units"], name, partition), None)
+    published = part_for(described["name"], described["arch"], described["units"], name, partition)
+    if found is None:
+        return Found(published, None)
+    measured = topology_of(found)
+    # The probe does not measure all that the model of a token's time can use.
+    constants = {**published.constants, **measured.constants}
+    return Found(dataclasses.replace(measured, constants=constants), found)
 
 
 def _partition(gpu: tuple[Platform, int, dict[str, Any]], sysfs: Path) -> Partition:

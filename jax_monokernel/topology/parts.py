@@ -65,8 +65,8 @@ _MI350_CONSTANTS = (
     ("memory_peak_gb_s", 8000.0, "AMD data sheet"),
 )
 _HOPPER_CONSTANTS = (
-    ("hand_off_in_group_us", 0.25, f"one flag, relaxed, the word in the near half of the L2; {_OURS}"),
-    ("hand_off_across_groups_us", 0.40, f"one flag, relaxed, the word in the far half; {_OURS}"),
+    ("hand_off_in_group_us", 0.25, f"one flag, relaxed, two units of one half of the L2; {_OURS}"),
+    ("hand_off_across_groups_us", 0.40, f"one flag, relaxed, of two halves; {_OURS}"),
     ("gather_us", 0.83, f"1,024 to 3,072 values of 16 bits by 132 units, 0.78-0.88 us; {_OURS}"),
 )
 

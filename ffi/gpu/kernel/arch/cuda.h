@@ -48,22 +48,34 @@ MK_DEVICE void group_sync() {
   asm volatile("barrier.sync %0, %1;" ::"n"(id), "n"(waves * 32) : "memory");
 }
 // compute-sanitizer's racecheck does not see what orders one side of a barrier that only arrives before the other, nor the lanes of
-// a wave for which one of them arrives (tests/native/racecheck.cu). For it, both sides wait and all lanes arrive: slower.
+// a wave for which one of them arrives (tests/native/racecheck.cu). For it, both sides wait, whole waves at a time, and all lanes
+// arrive: slower.
 #if defined(MK_RACECHECK)
-#define MK_ARRIVE "barrier.sync"
 constexpr bool kRacecheck = true;
 #else
-#define MK_ARRIVE "barrier.arrive"
 constexpr bool kRacecheck = false;
 #endif
 // Barriers at which one side arrives and the other waits; group_sync has those up to 7.
 constexpr int kOpened = 8, kHandedOver = 9, kSquares = 10, kAllLanes = (MK_WAVES + MK_SERVICE_WAVES) * 32;
-MK_DEVICE void open_gate() { asm volatile(MK_ARRIVE " %0, %1;" ::"n"(kOpened), "n"(kAllLanes) : "memory"); }
-MK_DEVICE void pass_gate() { asm volatile("barrier.sync %0, %1;" ::"n"(kOpened), "n"(kAllLanes) : "memory"); }
-MK_DEVICE void hand_over() { asm volatile(MK_ARRIVE " %0, %1;" ::"n"(kHandedOver), "n"(kAllLanes) : "memory"); }
-MK_DEVICE void take_over() { asm volatile("barrier.sync %0, %1;" ::"n"(kHandedOver), "n"(kAllLanes) : "memory"); }
-MK_DEVICE void hand_over_squares() { asm volatile(MK_ARRIVE " %0, %1;" ::"n"(kSquares), "n"(kAllLanes) : "memory"); }
-MK_DEVICE void take_over_squares() { asm volatile("barrier.sync %0, %1;" ::"n"(kSquares), "n"(kAllLanes) : "memory"); }
+template <int barrier>
+MK_DEVICE void wait_at() {
+  if constexpr (kRacecheck) __syncwarp();
+  asm volatile("barrier.sync %0, %1;" ::"n"(barrier), "n"(kAllLanes) : "memory");
+}
+template <int barrier>
+MK_DEVICE void arrive_at() {
+  if constexpr (kRacecheck) {
+    wait_at<barrier>();
+  } else {
+    asm volatile("barrier.arrive %0, %1;" ::"n"(barrier), "n"(kAllLanes) : "memory");
+  }
+}
+MK_DEVICE void open_gate() { arrive_at<kOpened>(); }
+MK_DEVICE void pass_gate() { wait_at<kOpened>(); }
+MK_DEVICE void hand_over() { arrive_at<kHandedOver>(); }
+MK_DEVICE void take_over() { wait_at<kHandedOver>(); }
+MK_DEVICE void hand_over_squares() { arrive_at<kSquares>(); }
+MK_DEVICE void take_over_squares() { wait_at<kSquares>(); }
 MK_DEVICE void wave_sync() { __syncwarp(); }
 
 MK_DEVICE u32 as_u32(float v) { return __float_as_uint(v); }
