@@ -9,8 +9,10 @@ import re
 import subprocess
 import sys
 import textwrap
+import tomllib
 import typing
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,3 +145,11 @@ def test_import_leaves_heavy_packages_alone():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert not loaded & {"flax", "tokenizers", "huggingface_hub", "typer", "rich", "matplotlib", "safetensors"}
+
+
+def test_it_is_built_with_the_headers_of_the_oldest_jax():
+    """Handlers that were compiled with newer headers are refused by an older JAX when a backend starts."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    oldest = next(d for d in project["project"]["dependencies"] if d.startswith("jax>="))
+    minor = int(oldest.removeprefix("jax>=0."))
+    assert f"jax>=0.{minor},<0.{minor + 1}" in project["build-system"]["requires"]
