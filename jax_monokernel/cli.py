@@ -322,11 +322,9 @@ def topology(
             from jax_monokernel.topology.draw import draw
 
             device_ = found.topology
-            plan = (
-                None
-                if groups is None
-                else make_plan(spec, platform=device_.platform, units=device_.units, groups=groups)
-            )
+            plan = None
+            if groups is not None and spec is not None:
+                plan = make_plan(spec, platform=device_.platform, units=device_.units, groups=groups)
             for path in draw(found, pictures, spec=spec, plan=plan, model=model or "", format=format):
                 typer.echo(f"drawn: {path}")
         if measure and found.measurement is not None and found.measurement.missing:
