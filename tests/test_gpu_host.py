@@ -37,6 +37,7 @@ from gpu_decode import Kernel, decode_on_host, gpu_plan
 from gpu_host import POLICIES, STORES, Fault, HostError
 
 from jax_monokernel import pack
+from jax_monokernel.plan import geometry
 from jax_monokernel.state import FULL, RUNNING, STOPPED
 
 WAVE_SIZES = pytest.mark.parametrize("wave", [32, 64])
@@ -528,6 +529,20 @@ def test_rows_of_any_number_of_chunks(dtype, chunk_atoms, hidden, inner, batch):
     want = decode(tape_of(spec, 2), state, params, steps=2)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.log_probs, want.log_probs, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["post_norm", "plain"])
+def test_padding_of_rows_is_written(name):
+    """Service waves take 896 columns at once, all that there are, and the rows that stream waves multiply have 960."""
+    spec = spec_of(name, "float16").replace(intermediate_size=896)
+    plan = gpu_plan(spec, 32, 2, waves=6, service_waves=7, segment_tiles=8)
+    kernel = Kernel(spec, plan, batch=1, sanitize=True, shared_bytes=232448)
+    assert geometry(spec, plan).matrices["down"].cols == 960
+    state, params = rows_of(state_of(spec), slice(1)), params_of(spec, 1)
+    got, _ = decode_on_host(kernel, state, params, 2)
+    want = decode(tape_of(spec, 2), state, params, steps=2)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.log_probs, want.log_probs, rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -347,13 +347,13 @@ struct NoWeights {
   MK_METHOD Float4 operator()(int) const { return {}; }
 };
 
-// Calls use(column, value, weight) for the columns [begin, end) of a request that fall to this lane. whole: begin and end are
-// those of the row, which is a multiple of what the lanes take at once.
+// Calls use(column, value, weight) for the columns [begin, end) of a request that fall to this lane; columns from `size` on are 0.
+// whole: begin and end are those of the row.
 template <int size, bool whole, bool near, typename Weights, typename Use>
 MK_DEVICE void gather_words(Service& s, const Site& site, const u32* row, int begin, int end, Weights weights_of, Use use) {
-  constexpr int step = kTeamLanes * 4;
-  constexpr int most = (round_up(size, kAtomCols) + step - 1) / step, count = most < 4 ? most : 4;
-  constexpr bool bare = whole && size % step == 0 && most % count == 0;  // nothing to check
+  constexpr int step = kTeamLanes * 4, padded = round_up(size, kAlignAtoms * kAtomCols);
+  constexpr int most = (padded + step - 1) / step, count = most < 4 ? most : 4;
+  constexpr bool bare = whole && size == padded && size % step == 0 && most % count == 0;  // nothing to check
   const int own = (int)arch::fresh((u32)s.team_lane) * 4;
   for (int column = begin + own; column - own < end; column += count * step) {
     Vec4 v[count];
