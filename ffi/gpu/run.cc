@@ -77,25 +77,15 @@ void give_back(const Driver& api, const Call& call, void* stream) {
   }
 }
 
-// Waits a little, again and again: by sleeping where that takes a small part of the time waited so far, so that long calls leave
-// the CPU to others, and short ones return at once. How long the shortest sleep takes is the system's: 100 microseconds on Linux,
-// more than a millisecond on some virtual machines.
-class Pauses {
- public:
-  void pause() {
-    const Clock::time_point now = Clock::now();
-    if ((now - start_) / 256 < sleep_) {
-      std::this_thread::yield();
-      return;
-    }
-    std::this_thread::sleep_for(microseconds(50));
-    sleep_ = std::max((Clock::now() - now + sleep_) / 2, Clock::duration(microseconds(50)));  // a busy machine may be less so later
+// Sleeps a small part of the time waited so far, so that short calls return at once and long ones leave the CPU to others.
+void pause(Clock::time_point start) {
+  const auto waited = std::chrono::duration_cast<microseconds>(Clock::now() - start);
+  if (waited < microseconds(500)) {
+    std::this_thread::yield();
+  } else {
+    std::this_thread::sleep_for(std::min(waited / 128, microseconds(50)));
   }
-
- private:
-  const Clock::time_point start_ = Clock::now();
-  Clock::duration sleep_ = microseconds(100);
-};
+}
 
 // Launches and waits for the end. The device is locked and current.
 template <typename IsCancelled>
@@ -133,12 +123,12 @@ mk::Report launch(Device& device, const Call& call, const Request& request, cons
     api.stream_wait(stream);  // the next call must not find this one's work under way
     throw;
   }
-  Pauses pauses;
+  const Clock::time_point start = Clock::now();
   int state;
   while ((state = api.event_query(exchange.event)) == kNotReady) {
     if (is_cancelled() || mail.stopped()) cancel.store(1);
     mail.collect();
-    pauses.pause();
+    pause(start);
   }
   api.check(state, "run the kernel");
   mail.collect();
