@@ -269,6 +269,24 @@ def test_operands_of_another_shape_or_dtype(make_fake, name):
             call.run()
 
 
+@pytest.mark.parametrize("changes", [{}, {"waves": 3, "chunk_atoms": 1}, {"groups": 2, "chunk_atoms": 2}], ids=str)
+@pytest.mark.parametrize("spec", [spec_of(), spec_of(hidden_size=1100, intermediate_size=700)], ids=["small", "wide"])
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_streams_are_as_long_as_units_and_waves_need(make_fake, platform, spec, changes):
+    """An atom more or less is refused, so that the native side has the tape's size exactly."""
+    make_fake(platform)
+    plan = Plan(platform=platform, units=8, **changes)
+    for more in (0, 1, -1):
+        call = make_call(platform, spec=spec, plan=plan)
+        streams = call.operands["streams"]
+        call.operands["streams"] = np.resize(streams, streams.size + more * plan.wave_size * 8)
+        if more == 0:
+            call.run()
+        else:
+            with pytest.raises(DECODE_ERRORS, match=rf"streams is .*; expected bf16\[{streams.size}\]"):
+                call.run()
+
+
 @pytest.mark.parametrize("name", RESULTS)
 def test_results_of_another_shape(make_fake, name):
     make_fake()

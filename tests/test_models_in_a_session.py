@@ -171,7 +171,7 @@ def share_of_weights(name: str, plan: Plan) -> tuple[float, float]:
     [
         ("cpu", 2, (1.00, 1.00, 1.00, 1.00, 1.00)),
         ("cuda", 132, (1.27, 1.12, 1.00, 1.00, 1.00)),
-        ("rocm", 304, (1.93, 1.23, 1.09, 1.05, 1.04)),
+        ("rocm", 304, (1.11, 1.01, 1.01, 1.00, 1.00)),
     ],
 )
 def test_tapes_of_larger_models_are_one_copy(platform, units, ratios):
@@ -186,8 +186,8 @@ def test_tapes_of_larger_models_are_one_copy(platform, units, ratios):
     [
         ("smollm2-135m", "cuda", 132, 0, 0.27, 0.00),
         ("qwen2.5-0.5b", "cuda", 132, 0, 0.12, 0.00),
-        ("smollm2-135m", "rocm", 304, 0, 0.09, 0.84),
-        ("qwen2.5-0.5b", "rocm", 304, 0, 0.00, 0.23),
+        ("smollm2-135m", "rocm", 304, 0, 0.09, 0.02),
+        ("qwen2.5-0.5b", "rocm", 304, 0, 0.00, 0.01),
         ("smollm2-135m", "cuda", 132, 6, 0.02, 0.00),
         ("qwen2.5-0.5b", "cuda", 132, 7, 0.02, 0.00),
         ("qwen2.5-0.5b", "cuda", 132, 4, 0.00, 0.00),
@@ -198,7 +198,7 @@ def test_where_the_bytes_of_a_tape_go(name, platform, units, waves, padding, une
     tape, padded = share_of_weights(name, Plan(platform=platform, units=units, waves=waves))
     assert padded - 1 == pytest.approx(padding, abs=0.006)
     assert tape - padded == pytest.approx(uneven, abs=0.006)
-    if waves:
+    if waves or platform == "rocm":
         assert tape <= 1.15
 
 
