@@ -20,7 +20,7 @@ from decoding import DECODE_ERRORS, params_of, state_of
 from gpu_fakes import ARCHES, PLATFORMS, WARP, make_call, register, spec_of
 from naive import random_weights
 
-from jax_monokernel import _native, cancel, decode
+from jax_monokernel import LayerSpec, _native, cancel, decode
 from jax_monokernel._program import program
 from jax_monokernel.plan import Plan
 from jax_monokernel.tape import pack
@@ -285,6 +285,14 @@ def test_streams_are_as_long_as_units_and_waves_need(make_fake, platform, spec, 
         else:
             with pytest.raises(DECODE_ERRORS, match=rf"streams is .*; expected bf16\[{streams.size}\]"):
                 call.run()
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_streams_that_cannot_be_counted_are_refused(platform):
+    spec = spec_of(hidden_size=2**18, intermediate_size=2**18, layers=(LayerSpec(),) * 4096)
+    wanted = program(spec, Plan(platform=platform, units=5))
+    with pytest.raises(ValueError, match="the streams are too long"):
+        _native.gpu_workspace_bytes(**wanted, batch=1, splits=1, task_heads=1)
 
 
 @pytest.mark.parametrize("name", RESULTS)
