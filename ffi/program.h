@@ -35,13 +35,12 @@
   X(group_atoms)  /* neighbouring atoms of a run that are multiplied together; 0: as the runs happen to be */             \
   X(chunk_cols)                                                                                                       \
   X(segment_tiles)                                                                                                    \
-  X(wave_elems)   /* one wave's stream */                                                                             \
   X(groups)       /* of neighbouring units, all of one size */                                                        \
   X(attention_groups) /* 1, or groups where each holds whole heads */                                                 \
   X(mlp_groups)   /* 1, or groups where each holds inner_cols of the inner width */                                   \
   X(inner_cols)                                                                                                       \
   X(layer_elems)  /* CPU: one layer of one unit's stream */                                                                \
-  X(unit_elems)   /* one unit's stream */                                                                             \
+  X(unit_elems)   /* CPU: one unit's stream */                                                                             \
   X(constants)    /* number of f32 constants */                                                                       \
   X(final_norm)                                                                                                       \
   X(inv_freq)                                                                                                         \

@@ -33,10 +33,9 @@ def page_count(spec: DecoderSpec, plan: Plan) -> int:
     """Pages of a tape's streams, if they can be placed; else 0. ffi/gpu/request.cc has the same rule."""
     if plan.platform != "rocm" or plan.wave_size != 64:
         return 0  # NVIDIA's units read larger pieces
-    geo, itemsize = geometry(spec, plan), _itemsize(spec)
-    size = geo.unit_elems * plan.units * itemsize
-    whole = geo.wave_elems * itemsize % (2 * PAGE_BYTES) == 0
-    return size // PAGE_BYTES if whole and size // PLACE_BYTES < 2**31 else 0
+    # Streams are whole slots of two pages, so that no atom is on two of them.
+    size = math.prod(geometry(spec, plan).stream_shape) * _itemsize(spec)
+    return size // PAGE_BYTES if size // PLACE_BYTES < 2**31 else 0
 
 
 def pack_atoms(spec: DecoderSpec, plan: Plan, weights: DecoderWeights, pages: jax.Array | None = None) -> jax.Array:
@@ -289,10 +288,9 @@ def _atom_places(spec: DecoderSpec, plan: Plan) -> tuple[np.ndarray, np.ndarray,
 
 def _stream_begins(spec: DecoderSpec, plan: Plan) -> np.ndarray:
     """Where the stream of each wave of each unit begins, in atoms, and the last one ends; int [units * waves + 1]."""
-    geo, atom_elems = geometry(spec, plan), plan.wave_size * _vector(spec)
-    units = np.array(geo.unit_begin) // atom_elems
-    waves = np.arange(plan.waves) * (np.diff(units) // plan.waves)[:, None]
-    return np.append((units[:-1, None] + waves).reshape(-1), math.prod(geo.stream_shape) // atom_elems)
+    geo = geometry(spec, plan)
+    # What may stand behind the last one is counted with it.
+    return np.append(geo.wave_begin[:-1], geo.stream_shape) // (plan.wave_size * _vector(spec))
 
 
 def _places(spec: DecoderSpec, plan: Plan) -> jax.Array:

@@ -249,13 +249,13 @@ class Geometry:
     k_group: int  # CPU: neighbouring columns kept together: 2 for bf16, whose dot-product instructions take pairs
     matrices: dict[str, Matrix]
     layer_elems: int  # CPU: one layer of one unit's stream
-    unit_elems: int  # one unit's stream: every layer, then its part of the head
+    unit_elems: int  # CPU: one unit's stream: every layer, then its part of the head
     atom_cols: int  # GPU
     group_atoms: int  # waves of 32: atoms of a slot of a wave's ring, of which every run is a multiple; else 0
     chunk_cols: int  # GPU
-    wave_elems: int  # GPU: one wave's part of a unit's stream; waves of 32: of the longest
     unit_begin: tuple[int, ...]  # [units + 1]: where each unit's stream begins, and the last one ends
-    stream_shape: tuple[int, ...]  # of all streams: [units, unit_elems]; waves of 32: one after the other, in one piece
+    wave_begin: tuple[int, ...]  # GPU: [units * waves + 1], likewise for the streams of a unit's waves
+    stream_shape: tuple[int, ...]  # of all streams: CPU: [units, unit_elems]; GPU: one after the other, in one piece
     attention_groups: int  # 1, or plan.groups where each holds whole heads: its rows of qkv, its columns of o
     mlp_groups: int  # 1, or plan.groups where each holds a part of the inner width
     inner_cols: int  # of that part, including padding
@@ -306,28 +306,23 @@ def geometry(spec: DecoderSpec, plan: Plan) -> Geometry:
         matrices[phase] = Matrix(groups * tile * together, cols, groups * together, begin, tuple(fill))
         fill = [f + (begin[u + 1] - begin[u]) * tile * cols for u, f in enumerate(fill)]
 
+    unit_elems = _round_up(max(fill), 32)
     return _with_constants(
         spec,
         k_group=k_group,
         matrices=matrices,
         layer_elems=layer_elems,
-        **_equal_streams(plan, _round_up(max(fill), 32)),
+        unit_elems=unit_elems,
+        unit_begin=tuple(u * unit_elems for u in range(plan.units + 1)),
+        wave_begin=(),
+        stream_shape=(plan.units, unit_elems),
         atom_cols=0,
         group_atoms=0,
         chunk_cols=0,
-        wave_elems=0,
         attention_groups=1,
         mlp_groups=1,
         inner_cols=inter,
     )
-
-
-def _equal_streams(plan: Plan, unit_elems: int) -> dict[str, Any]:
-    return {
-        "unit_elems": unit_elems,
-        "unit_begin": tuple(u * unit_elems for u in range(plan.units + 1)),
-        "stream_shape": (plan.units, unit_elems),
-    }
 
 
 def _with_constants(spec: DecoderSpec, **streams: Any) -> Geometry:
@@ -419,36 +414,29 @@ def _gpu_geometry(spec: DecoderSpec, plan: Plan) -> Geometry:
     matrices = {
         p: Matrix(*padded[p], tiles[p], tuple(np.cumsum([0, *counts[p]]).tolist()), (0,) * plan.units) for p in PHASES
     }
-    longest = 0
-    for w in range(plan.waves):
-        atoms = {
-            p: sum(b - a for a, b in (c[w] for c in chunks(width[p], atom_cols, chunk_cols, plan.waves)))
-            for p in PHASES
-        }
-        for u in range(plan.units):
-            layer = sum(atoms[p] * counts[p][u] for p in PHASES[:-1])
-            longest = max(longest, layer * spec.num_layers + atoms["head"] * counts["head"][u])
-    slot, atom_elems = group or SLOT_ATOMS, plan.wave_size * vector
-    wave_elems = max(1, -(-longest // slot)) * slot * atom_elems
-    streams = _equal_streams(plan, wave_elems * plan.waves)
-    if group:
-        # Runs are whole slots, so streams need no padding, and where one begins follows from where its tiles do.
-        times = {p: (1 if p == "head" else spec.num_layers) * width[p] * plan.tile_rows for p in PHASES}
-        streams["unit_begin"] = tuple(
-            sum(times[p] * matrices[p].begin[u] for p in PHASES) for u in range(plan.units + 1)
-        )
-        # A unit without tiles reads a slot all the same.
-        streams["stream_shape"] = (streams["unit_begin"][-1] + slot * atom_elems,)
+    # Of each unit's waves, [units, waves].
+    lengths = np.zeros((plan.units, plan.waves), np.int64)
+    for p in PHASES:
+        deal = chunks(width[p], atom_cols, chunk_cols, plan.waves)
+        of_row = np.array([[end - begin for begin, end in chunk] for chunk in deal]).sum(axis=0)
+        lengths += np.outer(counts[p], of_row) * (1 if p == "head" else spec.num_layers)
+    spare = group  # a unit without tiles reads a slot all the same
+    if not group:
+        # Runs are as they happen to be, so streams are rounded up, and each has the slot that its wave reads.
+        lengths = np.maximum(1, -(-lengths // SLOT_ATOMS)) * SLOT_ATOMS
+    wave_begin = tuple((np.cumsum([0, *lengths.reshape(-1)]) * plan.wave_size * vector).tolist())
     return _with_constants(
         spec,
         k_group=1,
         matrices=matrices,
         layer_elems=0,
-        **streams,
+        unit_elems=0,
+        unit_begin=wave_begin[:: plan.waves],
+        wave_begin=wave_begin,
+        stream_shape=(wave_begin[-1] + spare * plan.wave_size * vector,),
         atom_cols=atom_cols,
         group_atoms=group,
         chunk_cols=chunk_cols,
-        wave_elems=wave_elems,
         attention_groups=attention,
         mlp_groups=mlp,
         inner_cols=inner,

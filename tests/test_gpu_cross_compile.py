@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from amd_code import Kernel, blocks, instructions, metadata, needs_clang, read_e
 from decoding import spec_of
 
 from jax_monokernel import DecoderSpec, LayerSpec, RopeSpec
-from jax_monokernel.plan import Plan, attention_tasks
+from jax_monokernel.plan import Plan, attention_tasks, geometry
 
 pytestmark = needs_clang
 
@@ -111,6 +112,16 @@ def test_registers_and_memory(kernel):
     # All shared memory is requested at launch; that the kernel needs no more is asserted when it is compiled.
     assert numbers["group_segment_fixed_size"] == 0
     assert kernel.shared_bytes == {"gfx942": 64, "gfx950": 160}[kernel.arch] * 1024
+
+
+def test_streams_begin_where_the_tape_has_them(kernel):
+    """The compiler fills the table in, from tiles and chunks."""
+    lines = iter(kernel.assembly.read_text().splitlines())
+    assert any("kStreamBeginsE:" in line for line in lines)
+    words = [re.match(r"\s+\.long\s+(\d+)", line) for line in lines]
+    got = [int(word[1]) for word in itertools.takewhile(bool, words) if word]
+    slot = 8 * 64 * 16 // (4 if kernel.spec.dtype == "float32" else 2)
+    assert [slots * slot for slots in got] == list(geometry(kernel.spec, kernel.plan).wave_begin)
 
 
 def test_forbidden_instructions(kernel):

@@ -20,7 +20,7 @@ from decoding import DECODE_ERRORS, params_of, state_of
 from gpu_fakes import ARCHES, PLATFORMS, WARP, make_call, register, spec_of
 from naive import random_weights
 
-from jax_monokernel import _native, cancel, decode
+from jax_monokernel import LayerSpec, _native, cancel, decode
 from jax_monokernel._program import program
 from jax_monokernel.plan import Plan
 from jax_monokernel.tape import pack
@@ -267,6 +267,32 @@ def test_operands_of_another_shape_or_dtype(make_fake, name):
         call.operands[name] = np.asarray(operand, np.int8 if operand.dtype == np.float64 else operand.dtype)
         with pytest.raises(DECODE_ERRORS, match=r"INVALID_ARGUMENT.*expected"):
             call.run()
+
+
+@pytest.mark.parametrize("changes", [{}, {"waves": 3, "chunk_atoms": 1}, {"groups": 2, "chunk_atoms": 2}], ids=str)
+@pytest.mark.parametrize("spec", [spec_of(), spec_of(hidden_size=1100, intermediate_size=700)], ids=["small", "wide"])
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_streams_are_as_long_as_units_and_waves_need(make_fake, platform, spec, changes):
+    """An atom more or less is refused, so that the native side has the tape's size exactly."""
+    make_fake(platform)
+    plan = Plan(platform=platform, units=8, **changes)
+    for more in (0, 1, -1):
+        call = make_call(platform, spec=spec, plan=plan)
+        streams = call.operands["streams"]
+        call.operands["streams"] = np.resize(streams, streams.size + more * plan.wave_size * 8)
+        if more == 0:
+            call.run()
+        else:
+            with pytest.raises(DECODE_ERRORS, match=rf"streams is .*; expected bf16\[{streams.size}\]"):
+                call.run()
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_streams_that_cannot_be_counted_are_refused(platform):
+    spec = spec_of(hidden_size=2**18, intermediate_size=2**18, layers=(LayerSpec(),) * 4096)
+    wanted = program(spec, Plan(platform=platform, units=5))
+    with pytest.raises(ValueError, match="the streams are too long"):
+        _native.gpu_workspace_bytes(**wanted, batch=1, splits=1, task_heads=1)
 
 
 @pytest.mark.parametrize("name", RESULTS)

@@ -130,7 +130,7 @@ def test_gpu_kernels_need_pairs_of_16_bit_elements():
     with pytest.raises(ValueError, match="head_dim is 5; use kv_dtype"):
         make_plan(spec, platform="cuda", units=2)
     plan = make_plan(spec.replace(kv_dtype="float32"), platform="cuda", units=2)
-    assert geometry(spec.replace(kv_dtype="float32"), plan).unit_elems > 0
+    assert math.prod(geometry(spec.replace(kv_dtype="float32"), plan).stream_shape) > 0
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def megabytes(size: float) -> str:
 def data_path(spec: DecoderSpec, plan: Plan, path: Path) -> None:
     """From a checkpoint to tokens, with the sizes of what lies on the way."""
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight_shapes(spec)))
-    stream = geometry(spec, plan).unit_elems * np.dtype(np.float16).itemsize
+    stream = int(np.diff(geometry(spec, plan).unit_begin).max()) * np.dtype(np.float16).itemsize
     position, read = megabytes(kv_bytes(spec, 1)), megabytes(weight_bytes(spec))
     svg = Svg(920, 400)
     svg.box(20, 40, 170, 60, GREY, "checkpoint or", "your Flax NNX module")

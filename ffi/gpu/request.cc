@@ -38,6 +38,39 @@ void check_model(const Program& p) {
   require(p.qk_norm >= 0 && p.qk_norm <= 2 && p.activation >= 0 && p.activation <= 3, "unknown norm or activation");
 }
 
+// Atoms of all streams, one after the other: the tape's size. The tile table must have been checked.
+int64_t stream_atoms(const Program& p) {
+  const int64_t columns[kPhases] = {p.hidden_size, p.q_size() / p.attention_groups, p.hidden_size, p.inner_cols, p.hidden_size};
+  const auto round_up = [](int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; };
+  const auto times = [&](int phase) { return phase == kHead ? 1 : p.num_layers; };
+  if (p.wave_size == 32) {
+    // The matrices with whole slots of all waves in a row, and a slot for units without tiles.
+    int64_t sum = p.group_atoms;
+    for (int phase = 0; phase < kPhases; phase++) {
+      const TileRow& last = p.tile(static_cast<Phase>(phase), p.units - 1);
+      const int64_t row = round_up(columns[phase], p.group_atoms * p.atom_cols * p.waves) / p.atom_cols;
+      sum += (last.begin + last.count) * row * times(phase);
+    }
+    return sum;
+  }
+  constexpr int64_t kSlotAtoms = 8;  // of a ring in registers; each stream is whole slots, and one at least
+  int64_t sum = 0;
+  for (int64_t wave = 0; wave < p.waves; wave++) {
+    int64_t of_tile[kPhases];  // this wave's, in all layers
+    for (int phase = 0; phase < kPhases; phase++) {
+      const int64_t chunk = p.chunk_cols / p.atom_cols, row = round_up(columns[phase], p.atom_cols) / p.atom_cols;
+      const auto run = [&](int64_t atoms) { return atoms * (wave + 1) / p.waves - atoms * wave / p.waves; };
+      of_tile[phase] = (row / chunk * run(chunk) + run(row % chunk)) * times(phase);
+    }
+    for (int64_t unit = 0; unit < p.units; unit++) {
+      int64_t atoms = 0;
+      for (int phase = 0; phase < kPhases; phase++) atoms += of_tile[phase] * p.tile(static_cast<Phase>(phase), unit).count;
+      sum += std::max(round_up(atoms, kSlotAtoms), kSlotAtoms);
+    }
+  }
+  return sum;
+}
+
 void check_plan(const Program& p) {
   const int64_t bytes = p.weight_dtype == kF32 ? 4 : 2;
   require(p.wave_size == 32 || p.wave_size == 64, "wave_size is " + std::to_string(p.wave_size) + "; expected 32 or 64");
@@ -50,9 +83,6 @@ void check_plan(const Program& p) {
               p.segment_tiles >= 1 && p.segment_tiles <= (1 << 16),
           "the chunks or segments are out of range");
   require(p.wave_size == 32 ? p.group_atoms >= 1 && p.group_atoms <= 8 : p.group_atoms == 0, "the slots are out of range");
-  require(p.wave_elems >= 1 && p.wave_elems % (p.atom_cols * p.tile_rows) == 0 &&
-              p.unit_elems == p.waves * p.wave_elems,
-          "the streams' lengths are out of range");
   require(p.groups >= 1 && p.groups <= kMaxGroups && p.units % p.groups == 0, "the groups are out of range");
   require(p.hidden_size <= std::numeric_limits<int32_t>::max() / kMaxBatch / 4 / p.groups, "the groups are out of range");
   for (int64_t groups : {p.attention_groups, p.mlp_groups}) require(groups == 1 || groups == p.groups, "the groups are out of range");
@@ -82,6 +112,8 @@ void check_plan(const Program& p) {
     }
     require(next == tiles, "the tile table does not cover the matrices");
   }
+  // The kernel counts them in 32 bits.
+  require(stream_atoms(p) <= std::numeric_limits<int32_t>::max(), "the streams are too long");
 }
 
 void check_tables(const Program& p) {
@@ -167,26 +199,13 @@ Request read_request(const Attributes& a, int64_t batch, int64_t splits, int64_t
   return request;
 }
 
-std::vector<int64_t> stream_shape(const Program& p) {
-  if (p.wave_size != 32) return {p.units, p.unit_elems};
-  // In one piece: the matrices with whole slots of all waves in a row, and a slot for units without tiles.
-  const int64_t columns[kPhases] = {p.hidden_size, p.q_size() / p.attention_groups, p.hidden_size, p.inner_cols, p.hidden_size};
-  const int64_t slot = p.group_atoms * p.atom_cols;
-  int64_t elems = slot;
-  for (int phase = 0; phase < kPhases; phase++) {
-    const TileRow& last = p.tile(static_cast<Phase>(phase), p.units - 1);
-    const int64_t align = slot * p.waves, width = (columns[phase] + align - 1) / align * align;
-    elems += (last.begin + last.count) * width * (phase == kHead ? 1 : p.num_layers);
-  }
-  return {elems * p.tile_rows};
-}
+std::vector<int64_t> stream_shape(const Program& p) { return {stream_atoms(p) * p.atom_cols * p.tile_rows}; }
 
 int64_t pages(const Program& p) {
   // NVIDIA's units read larger pieces than pages. A wave's slot of 8 atoms of 64 * 16 bytes is two pages.
   if (p.platform != 2 || p.wave_size != 64) return 0;
-  const int64_t itemsize = p.weight_dtype == kF32 ? 4 : 2, most = std::numeric_limits<int32_t>::max();
-  if (p.unit_elems > most * mk::kPlaceBytes / itemsize / p.units || p.wave_elems * itemsize % (2 * mk::kPageBytes) != 0) return 0;
-  return p.units * p.unit_elems * itemsize / mk::kPageBytes;
+  const int64_t places = stream_atoms(p) * (p.wave_size * 16 / mk::kPlaceBytes);
+  return places <= std::numeric_limits<int32_t>::max() ? places * mk::kPlaceBytes / mk::kPageBytes : 0;
 }
 
 std::string request_key(const Attributes& a, const Request& r) {

@@ -37,7 +37,7 @@ struct Request {
   }
 };
 
-// Elements of all streams, in the shape that the operand has.
+// Of the operand with all streams.
 std::vector<int64_t> stream_shape(const Program& program);
 
 // Pages of the streams, if they can be placed; else 0.

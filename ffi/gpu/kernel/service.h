@@ -278,7 +278,7 @@ MK_DEVICE Vec4 load_head_row(const HeadRow& r, int column) {
   before += r.tile % kSegmentTiles * run.count + atom - run.begin;
   const int block = column % kAtomCols / kVector, element = column % kVector;
   const int place = (MK_ROW_MAJOR_ATOM ? r.row * kBlocks + block : block * kTileRows + r.row) * kVector + element;
-  const i64 in_unit = wave * wave_elems(r.unit) + (i64)before * arch::kWave * kVector + place;
+  const i64 in_unit = elems_before_wave(r.unit, wave) + (i64)before * arch::kWave * kVector + place;
 #if defined(MK_PLACED)
   const char* p = placed(*r.args, (u64)(elems_before(r.unit) + in_unit) * kWeightBytes);
 #else

@@ -24,7 +24,7 @@ MK_DEVICE u64 stream_bytes(int wave) {
   return (u64)round_up(larger(count_atoms(wave, true), 1), Ring::kSlotAtoms) * arch::kWave * 16;
 }
 MK_DEVICE const char* stream_of(const Args& args, int wave) {
-  return (const char*)args.streams + (elems_before(unit()) + wave * wave_elems(unit())) * kWeightBytes;
+  return (const char*)args.streams + (elems_before(unit()) + elems_before_wave(unit(), wave)) * kWeightBytes;
 }
 
 #if defined(MK_FEED_WAVE)

@@ -14,7 +14,7 @@ mk::u64 regions(const mk::Args& a, mk::host::Region* out) {
   const auto add = [&](const char* name, const void* begin, mk::u64 bytes, bool writable, bool blank = false, bool narrow = false) {
     out[n++] = {name, static_cast<char*>(const_cast<void*>(begin)), bytes, writable, blank, narrow, 0};
   };
-  const mk::u64 streams = mk::u64{MK_UNITS} * MK_UNIT_ELEMS * mk::kWeightBytes;
+  const mk::u64 streams = mk::kStreamBytes;
   add("streams", a.streams, streams + (mk::kPlaced ? mk::kPageBytes : 0), false);
   add("pages", a.pages, mk::kPlaced ? streams / mk::kPageBytes * 4 : 0, false);
   add("die_units", a.die_units, mk::kPlaced ? mk::kDies * 4 : 0, false);
