@@ -414,7 +414,7 @@ def _gpu_geometry(spec: DecoderSpec, plan: Plan) -> Geometry:
     matrices = {
         p: Matrix(*padded[p], tiles[p], tuple(np.cumsum([0, *counts[p]]).tolist()), (0,) * plan.units) for p in PHASES
     }
-    # Of each unit's waves, [units, waves].
+    # Atoms of each stream, [units, waves].
     lengths = np.zeros((plan.units, plan.waves), np.int64)
     for p in PHASES:
         deal = chunks(width[p], atom_cols, chunk_cols, plan.waves)
