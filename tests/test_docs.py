@@ -188,7 +188,7 @@ def test_environment_page_knows_every_variable():
         folder: "".join(p.read_text() for p in (ROOT / folder).rglob("*") if p.suffix in (".cc", ".h", ".py"))
         for folder in ("ffi", "jax_monokernel", "tests")
     }
-    read = set(re.findall(r'(?:variable|getenv)\("(MONOKERNEL_\w+)', code["ffi"]))
+    read = set(re.findall(r'(?:variable|getenv|is_set)\("(MONOKERNEL_\w+)', code["ffi"]))
     read |= set(re.findall(r'environ\S*"(MONOKERNEL_\w+)', code["jax_monokernel"]))
     assert len(read) >= 10
     assert read <= described
