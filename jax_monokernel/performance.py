@@ -7,7 +7,7 @@ A layer has a chain of waits and a stream of weights, which overlap, but not who
     layer  = (chain^n + stream^n)^(1/n)
     token  = layers * layer + head
 
-`Calibration` holds what one phase of work takes; its defaults were fitted to thirteen measurements on H200s by
+`Calibration` holds what one phase of work takes; its defaults were fitted to fourteen measurements on H200s by
 benchmarks/calibration.py (docs/performance.md says how well). For other devices they are a guess, and only the
 topology's constants are the device's own.
 """

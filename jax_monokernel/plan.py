@@ -131,7 +131,8 @@ def make_plan(
         device here, as measured or published, or of the part that has so many units; elsewhere 1.
 
     Raises:
-      ValueError: units or groups out of range, or units not given where JAX sees no device of that platform.
+      ValueError: units or groups out of range, or units not given where JAX sees no device of that platform; for CUDA
+        also a model that its kernels cannot have.
     """
     platform = platform or default_platform()
     if platform not in get_args(Platform):
