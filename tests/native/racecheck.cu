@@ -1,11 +1,12 @@
 // What compute-sanitizer's racecheck makes of hand-overs between two warps that are right, each by a kernel of its own:
 //
-//   nvcc -arch=sm_90a -o racecheck racecheck.cu && for i in 0 1 2 3 4 5 6; do compute-sanitizer --tool racecheck ./racecheck $i; done
+//   nvcc -arch=sm_90a -o racecheck racecheck.cu && for i in 0 1 2 3 4 5 6 7 8 9; do compute-sanitizer --tool racecheck ./racecheck $i; done
 //
-// It calls those a race where one side of a named barrier only arrives (0), and where a lane arrives at an mbarrier for its warp,
-// after __syncwarp (3, 5). The others are the same hand-overs with both sides waiting (1, and 6 where the writers wait for each
-// other at a barrier of their own before they meet the readers) and all lanes arriving (2, 4). The decode kernel does 0, 3 and 5;
-// with MONOKERNEL_RACECHECK it does 1, 4 and 6 instead (ffi/gpu/kernel/arch/cuda.h).
+// It calls those a race where one side of a named barrier only arrives (0), where a lane arrives at an mbarrier for its warp, after
+// __syncwarp (3, 5), and where some of the warps that meet at two barriers by turns meet each other between them (8). The others are
+// the same hand-overs with both sides waiting (1, and 6 where the writers wait for each other before they meet the readers), all
+// lanes arriving (2, 4), and nothing between the two barriers (7, and 9 where some lanes write nothing). The decode kernel does 0, 3,
+// 5 and 8; with MONOKERNEL_RACECHECK it does 1, 4, 6 and 8 instead (ffi/gpu/kernel/arch/cuda.h).
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -139,13 +140,41 @@ __global__ void copies(const int* from, int* out) {
   out[threadIdx.x] = sum;
 }
 
+// Seven warps write for six, which read it and write something back: all meet twice in a round. between: the seven also meet each other
+// between the two. some: some of their lanes write nothing.
+template <bool between, bool some>
+__global__ void two_sides(int* out) {
+  constexpr int kReaders = 6, kWriters = 7;
+  __shared__ volatile int there[kWriters * 32], back[2][kReaders * 32];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int sum = 0;
+  for (int round = 0; round < 8 * kRounds; round++) {
+    if (warp >= kReaders) {
+      const int writer = warp - kReaders;
+      if (!some || lane < 24) there[writer * 32 + lane] = round + lane;
+      __syncwarp();
+      asm volatile("barrier.sync 8, %0;" ::"n"((kReaders + kWriters) * 32) : "memory");
+      if (between) asm volatile("barrier.sync 1, %0;" ::"n"(kWriters * 32) : "memory");
+      asm volatile("barrier.sync 9, %0;" ::"n"((kReaders + kWriters) * 32) : "memory");
+      for (int i = writer * 32 + lane; i < kReaders * 32; i += kWriters * 32) sum += back[round % 2][i];
+      __syncwarp();
+    } else {
+      asm volatile("barrier.sync 8, %0;" ::"n"((kReaders + kWriters) * 32) : "memory");
+      for (int i = 0; i < kWriters; i++) sum += there[i * 32 + (lane + warp) % 24];
+      back[round % 2][warp * 32 + lane] = sum;
+      asm volatile("barrier.sync 9, %0;" ::"n"((kReaders + kWriters) * 32) : "memory");
+    }
+  }
+  out[threadIdx.x] = sum;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   const int which = count > 1 ? atoi(arguments[1]) : 0;
   int *from, *out;
   cudaMalloc(&from, 4096);
-  cudaMalloc(&out, 4096);
+  cudaMalloc(&out, 8192);
   cudaMemset(from, 1, 4096);
   switch (which) {
     case 0: named_barriers<false><<<1, 64>>>(out); break;
@@ -155,6 +184,9 @@ int main(int count, char** arguments) {
     case 4: copies<true><<<1, 64>>>(from, out); break;
     case 5: copies<false><<<1, 64>>>(from, out); break;
     case 6: inner_barrier<<<1, 96>>>(out); break;
+    case 7: two_sides<false, false><<<1, 13 * 32>>>(out); break;
+    case 8: two_sides<true, false><<<1, 13 * 32>>>(out); break;
+    case 9: two_sides<false, true><<<1, 13 * 32>>>(out); break;
   }
   const cudaError_t error = cudaDeviceSynchronize();
   printf("%d: %s\n", which, cudaGetErrorString(error));
