@@ -237,7 +237,7 @@ class Variant:
     def stub(self, spec: DecoderSpec, plan: Plan, batch: int, capacity: int, trace: bool = False) -> str:
         """The source that is compiled with its headers."""
         attributes = self.attributes(spec, plan, batch, capacity)
-        stub = _native.gpu_stub(**attributes, shared_bytes=SHARED_BYTES, trace=trace)
+        stub = _native.gpu_stub(**attributes, shared_bytes=SHARED_BYTES, capacity=capacity, trace=trace)
         return "".join(f"#define {name} {value}\n" for name, value in self.defines) + stub
 
 

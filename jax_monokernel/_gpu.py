@@ -142,6 +142,8 @@ def compile_ahead(
     attributes: dict[str, Any] = program(spec, plan) | call_attributes(spec, plan, batch, capacity)
     near = plan.platform == "rocm" and plan.groups > 1
     if near:  # what it falls back on where work-groups are not as expected
-        _native.gpu_compile(**attributes, batch=batch, arch=target.arch, placed=placed)
-    result = _native.gpu_compile(**attributes, batch=batch, arch=target.arch, near=near, placed=placed)
+        _native.gpu_compile(**attributes, batch=batch, arch=target.arch, capacity=capacity, placed=placed)
+    result = _native.gpu_compile(
+        **attributes, batch=batch, arch=target.arch, capacity=capacity, near=near, placed=placed
+    )
     return Compiled(result["code"], result["path"], result["seconds"])

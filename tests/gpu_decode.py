@@ -53,6 +53,7 @@ class Kernel:
     source: Path = gpu_host.KERNEL
     near: bool = False
     placed: bool = False
+    defines: tuple[tuple[str, int], ...] = ()  # of what config.h would choose otherwise
 
     @functools.cached_property
     def library(self) -> Path:
@@ -65,6 +66,7 @@ class Kernel:
             near=self.near,
             placed=self.placed,
         )
+        stub = "".join(f"#define {name} {value}\n" for name, value in self.defines) + stub
         return gpu_host.build(stub + _WORKSPACE, sanitize=self.sanitize, kernel=self.source)
 
     @functools.cached_property

@@ -346,9 +346,17 @@ def test_nvrtc_keeps_a_fence_before_slots_are_given_back(batch):
     variant, spec = gpu_kernel.Variant(), SHAPES["qwen3-0.6b"].spec()
     stub = variant.stub(spec, variant.make_plan(spec, 132), batch, 160)
     ptx = gpu_kernel.compile_kernel(stub, as_text=True).decode()
-    events = re.findall(r"ld\.shared\.v4\.u32|fence\.proxy\.async\.shared::cta|mbarrier\.arrive\.shared::cta", ptx)
-    given_back = [events[:i] for i, event in enumerate(events) if event.startswith("mbarrier")]
+    of_cache = (
+        r"cp\.async\.bulk\.shared::cluster\.global\.mbarrier::complete_tx::bytes \["  # those of weights have a hint
+    )
+    events = re.findall(
+        rf"ld\.shared\.v4\.u32|fence\.proxy\.async\.shared::cta|mbarrier\.arrive\.shared::cta|{of_cache}", ptx
+    )
+    overwrites = ("mbarrier", "cp")
+    given_back = [events[:i] for i, event in enumerate(events) if event.startswith(overwrites)]
     assert given_back
     for before in given_back:
-        last = [event for event in before if not event.startswith("mbarrier")][-1]
+        last = [event for event in before if not event.startswith(overwrites)][-1]
         assert last.startswith("fence")
+    assert any(event.startswith("cp") for event in events) == (batch == 1)
+    assert ("fence.proxy.async.global" in ptx) == (batch == 1)  # after keys and values are appended

@@ -278,6 +278,58 @@ def test_attention_by_matrix_instructions(head_dim, heads, kv_heads, task_heads,
     np.testing.assert_allclose(got.log_probs, want.log_probs, rtol=0, atol=0.02)
 
 
+def cache_kernel(dtype, head_dim, window, batch, **options):
+    """A kernel whose attention takes many steps: of 3 query heads by matrix instructions, of single ones otherwise."""
+    spec = spec_of("windows" if dtype == "float16" else "plain", dtype).replace(
+        num_heads=3, num_kv_heads=1, head_dim=head_dim
+    )
+    first, *others = spec.layers
+    spec = spec.replace(
+        ropes=tuple(dataclasses.replace(rope, rotary_dim=head_dim) for rope in spec.ropes),
+        layers=(dataclasses.replace(first, window=window), *(dataclasses.replace(x, window=None) for x in others)),
+    )
+    heads = 3 if head_dim in (64, 128) and dtype != "float32" else 1
+    return Kernel(spec, gpu_plan(spec, 32, 4, service_waves=3), batch=batch, splits=2, task_heads=heads, **options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "window", "batch", "slots"),
+    [("bfloat16", 64, None, 2, 2), ("float16", 128, 20, 1, 1), ("float16", 80, 40, 1, 3), ("float32", 32, None, 1, 2)],
+)
+def test_copies_of_the_cache_give_the_same_bits(dtype, head_dim, window, batch, slots):
+    """Keys and values in shared memory, some steps ahead, or one step in registers."""
+    loads = cache_kernel(dtype, head_dim, window, batch, defines=(("MK_COPY_CACHE", 0),))
+    defines = (("MK_COPY_CACHE", 1), ("MK_CACHE_SLOTS", slots))
+    copies = dataclasses.replace(loads, sanitize=True, defines=defines)
+    state, params = state_of(loads.spec, (150, 63)[:batch], capacity=200), params_of(loads.spec, batch)
+    want, _ = decode_on_host(loads, state, params, 4)
+    got, _ = decode_on_host(copies, state, params, 4, stores="late")
+    np.testing.assert_array_equal(got.log_probs, want.log_probs)
+    assert np.asarray(got.state.k_cache).tobytes() == np.asarray(want.state.k_cache).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("file", "pattern", "replacement"),
+    [
+        ("phases/cache.h", r"arch::wave_sync\(\);\n    request", "request"),
+        (
+            "kernel.h",
+            r"(?s)opened = kCopiesCache \? false : (.*?)if constexpr \(kCopiesCache\) opened = opens_early<kO>\(s\);",
+            r"opened = \1",
+        ),
+    ],
+)
+def test_copies_of_the_cache_without_order_are_a_race(tmp_path, file, pattern, replacement):
+    """One stream wave multiplies the even heads, which are other units' than the one that starves."""
+    source = gpu_host.broken_copy(tmp_path, file, pattern, replacement)
+    defines = (("MK_COPY_CACHE", 1), ("MK_CACHE_SLOTS", 2))
+    kernel = cache_kernel("float32", 32, None, 1, source=source, sanitize=True, defines=defines)
+    kernel = dataclasses.replace(kernel, spec=kernel.spec.replace(num_heads=8, num_kv_heads=8), splits=1)
+    state, params = state_of(kernel.spec, (150,), capacity=200), params_of(kernel.spec, 1)
+    with pytest.raises(HostError, match=r"race with a (write|read)|not written"):
+        decode_on_host(kernel, state, params, 4, policy="starve", unit=1)
+
+
 @pytest.mark.parametrize(("wave", "dtype"), [(32, "float16"), (64, "float16"), (32, "float32"), (64, "float32")])
 def test_a_batch_of_sixteen(wave, dtype):
     spec = spec_of("nope", dtype)
@@ -570,6 +622,26 @@ def test_rows_of_any_number_of_chunks(dtype, chunk_atoms, hidden, inner, batch):
     want = decode(tape_of(spec, 2), state, params, steps=2)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.log_probs, want.log_probs, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("inner", "batch", "segment_tiles", "sanitize"),
+    [(4 * 256, 4, 2, True), (5 * 256 + 96, 3, 3, False), (3 * 256, 2, 2, True)],
+)
+def test_fills_that_come_ahead(inner, batch, segment_tiles, sanitize):
+    """Where several requests' rows are multiplied once, the next fill is asked for during the one before."""
+    spec = spec_of("plain", "bfloat16").replace(hidden_size=64, intermediate_size=inner, num_kv_heads=1, head_dim=32)
+    spec = spec.replace(num_heads=2, ropes=tuple(dataclasses.replace(rope, rotary_dim=32) for rope in spec.ropes))
+    plan = gpu_plan(spec, 32, 4, chunk_atoms=8, segment_tiles=segment_tiles, service_waves=2)
+    kernel = Kernel(spec, plan, batch=batch, sanitize=sanitize, shared_bytes=160 * 1024)
+    state, params = state_of(spec, tuple(range(1, batch + 1))), params_of(spec, batch)
+    at_once = dataclasses.replace(kernel, sanitize=False, defines=(("MK_AHEAD_VECTORS", 0),))
+    want, _ = decode_on_host(at_once, state, params, 2)
+    got, run = decode_on_host(kernel, state, params, 2, stores="late")
+    assert run.report["reason"] == 0, run.report
+    np.testing.assert_array_equal(got.log_probs, want.log_probs)
+    exact = decode(tape_of(spec, 2), state, params, steps=2)
+    np.testing.assert_allclose(got.log_probs, exact.log_probs, rtol=0, atol=0.3)
 
 
 @pytest.mark.parametrize("name", ["post_norm", "plain"])

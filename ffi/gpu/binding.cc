@@ -223,15 +223,17 @@ void bind(py::module_& m) {
 #define PROGRAM py::arg("ints"), py::arg("floats"), py::arg("layers"), py::arg("ropes"), py::arg("tiles")
   m.def("gpu_stub",
         [](const Array<int64_t>& ints, const Array<float>& floats, const Array<int64_t>& layers, const Array<double>& ropes,
-           const Array<int64_t>& tiles, int64_t batch, int64_t splits, int64_t task_heads, int64_t shared_bytes, bool trace, bool near, bool placed) {
+           const Array<int64_t>& tiles, int64_t batch, int64_t splits, int64_t task_heads, int64_t shared_bytes, int64_t capacity, bool trace, bool near,
+           bool placed) {
           Request request = read_request(attributes(ints, floats, layers, ropes, tiles), batch, splits, task_heads);
+          request.long_parts = has_long_parts(request.program, capacity, splits);
           request.trace = trace;
           request.near = near;
           request.placed = placed_if(placed, request);
           return stub(request, shared_bytes);
         },
         PROGRAM, py::kw_only(), py::arg("batch"), py::arg("splits"), py::arg("task_heads"), py::arg("shared_bytes"),
-        py::arg("trace") = false, py::arg("near") = false, py::arg("placed") = false, "The source that is compiled for a program (docs/kernel.md).");
+        py::arg("capacity") = 0, py::arg("trace") = false, py::arg("near") = false, py::arg("placed") = false, "The source that is compiled for a program (docs/kernel.md).");
   m.def("gpu_workspace_bytes",
         [](const Array<int64_t>& ints, const Array<float>& floats, const Array<int64_t>& layers, const Array<double>& ropes,
            const Array<int64_t>& tiles, int64_t batch, int64_t splits, int64_t task_heads, bool placed) {
@@ -243,9 +245,11 @@ void bind(py::module_& m) {
         "Size of the custom call's last result.");
   m.def("gpu_compile",
         [](const Array<int64_t>& ints, const Array<float>& floats, const Array<int64_t>& layers, const Array<double>& ropes,
-           const Array<int64_t>& tiles, int64_t batch, int64_t splits, int64_t task_heads, const std::string& arch, bool trace, bool near, bool placed) {
+           const Array<int64_t>& tiles, int64_t batch, int64_t splits, int64_t task_heads, const std::string& arch, int64_t capacity, bool trace,
+           bool near, bool placed) {
           const Architecture a = architecture(arch);
           Request request = read_request(attributes(ints, floats, layers, ropes, tiles), batch, splits, task_heads);
+          request.long_parts = has_long_parts(request.program, capacity, splits);
           request.trace = trace;
           request.near = near;
           request.placed = placed_if(placed, request);
@@ -264,7 +268,7 @@ void bind(py::module_& m) {
           return result;
         },
         PROGRAM, py::kw_only(), py::arg("batch"), py::arg("splits"), py::arg("task_heads"), py::arg("arch"),
-        py::arg("trace") = false, py::arg("near") = false, py::arg("placed") = false, "Compiles a program's kernel, or takes it from the cache: binary, file and seconds.");
+        py::arg("capacity") = 0, py::arg("trace") = false, py::arg("near") = false, py::arg("placed") = false, "Compiles a program's kernel, or takes it from the cache: binary, file and seconds.");
 #undef PROGRAM
   m.def("gpu_shared_bytes", [](const std::string& arch) { return architecture(arch).shared_bytes; }, py::arg("arch"),
         "Shared memory of a unit on an architecture.");

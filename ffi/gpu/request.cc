@@ -199,6 +199,11 @@ Request read_request(const Attributes& a, int64_t batch, int64_t splits, int64_t
   return request;
 }
 
+bool has_long_parts(const Program& program, int64_t capacity, int64_t splits) {
+  constexpr int64_t kLong = 512;  // positions; docs/performance-log.md has what was measured
+  return program.platform == 1 && capacity >= kLong * splits;
+}
+
 std::vector<int64_t> stream_shape(const Program& p) { return {stream_atoms(p) * p.atom_cols * p.tile_rows}; }
 
 int64_t pages(const Program& p) {
@@ -210,7 +215,7 @@ int64_t pages(const Program& p) {
 
 std::string request_key(const Attributes& a, const Request& r) {
   std::string key;
-  const int64_t call[] = {r.batch, r.splits, r.task_heads, r.trace, r.near, r.racecheck, r.placed};
+  const int64_t call[] = {r.batch, r.splits, r.task_heads, r.trace, r.near, r.racecheck, r.placed, r.long_parts};
   const auto add = [&key](const void* data, size_t bytes) { key.append(static_cast<const char*>(data), bytes); };
   // The program's first numbers give the sizes of its tables, so that no two requests run together.
   add(a.ints.data(), a.ints.size_bytes());

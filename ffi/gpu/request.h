@@ -26,6 +26,7 @@ struct Request {
   int64_t batch = 0;
   int64_t splits = 0;      // parts of the context that are attended to separately
   int64_t task_heads = 0;  // query heads of one attention task
+  bool long_parts = false;  // of the context, so that keys and values are better copied to shared memory (has_long_parts)
   bool trace = false;
   bool near = false;  // words that stay inside a group go no further than the cache of its die
   bool racecheck = false;  // for compute-sanitizer's racecheck
@@ -50,6 +51,10 @@ constexpr int64_t kMaxGroups = 64;
 // Checks everything that leads to an address, because an exported program may have been changed on its way here. Throws
 // Failure kInvalid.
 Request read_request(const Attributes& attributes, int64_t batch, int64_t splits, int64_t task_heads);
+
+// Whether parts of a context are long: what decides is the cache's capacity, because a kernel is compiled before it is known how much of
+// it is in use.
+bool has_long_parts(const Program& program, int64_t capacity, int64_t splits);
 
 // The bytes that requests differ in: a key for kernels that are loaded.
 std::string request_key(const Attributes& attributes, const Request& request);

@@ -54,6 +54,7 @@ std::string stub(const Request& request, int64_t shared_bytes) {
   s.define("trace", request.trace ? 1 : 0);
   s.define("near", request.near ? 1 : 0);
   if (request.placed) s.define("placed", 1);
+  if (request.long_parts) s.define("long_parts", 1);
   if (request.racecheck) s.define("racecheck", 1);
   const auto pair = [](int64_t a, int64_t b) { return std::to_string(a) + "," + std::to_string(b); };
   s.define_table("tile_table", kPhases * p.units, [&](int64_t i) { return pair(p.tiles[i].begin, p.tiles[i].count); });

@@ -251,14 +251,26 @@ constexpr int most_atoms(int chunks) {
 
 // Activations: rows of all requests, for each stream wave if it gathers its own. The rest of 64 modulo 128 bytes spreads the
 // lanes' rows over all banks.
-constexpr int kResidentLimitBytes = 64 * 1024;
+#if !defined(MK_RESIDENT_BYTES)
+#define MK_RESIDENT_BYTES (64 * 1024)
+#endif
+constexpr int kResidentLimitBytes = MK_RESIDENT_BYTES;
 constexpr int kHolders = kStreamGathers ? kWaves : 1;
 constexpr int row_bytes(int chunks) {
   const int columns = kStreamGathers ? most_atoms(chunks) * kAtomCols : smaller(chunks * kChunkCols, kWidest);
   return round_up(columns * kWeightBytes, 128) + 64;
 }
+// Packed rows of o and down, if they are multiplied once, come chunk by chunk, each while the one before is multiplied, if a lane's part of
+// all requests' next chunk is no more than these vectors, which it holds in registers meanwhile.
+#if !defined(MK_AHEAD_VECTORS)
+#define MK_AHEAD_VECTORS (kSwapped && kBatch <= 4 ? 4 : 0)
+#endif
+constexpr bool comes_ahead(int phase) {
+  return kPacked && MK_AHEAD_VECTORS > 0 && (phase == kO || phase == kDown) && most_tiles(phase) <= kSegmentTiles;
+}
 constexpr int find_resident() {  // chunks that are in shared memory at once
-  int chunks = (kWidest / kAtomCols + kChunkAtoms - 1) / kChunkAtoms;
+  int chunks = 1;
+  for (int phase = 0; phase < kPhases; phase++) chunks = larger(chunks, comes_ahead(phase) ? 1 : chunk_count(phase));
   const int limit = smaller(kResidentLimitBytes, MK_SHARED_BYTES / 3);
   while (chunks > 1 && kHolders * kBatch * row_bytes(chunks) > limit) chunks--;
   return chunks;
@@ -293,6 +305,8 @@ constexpr int kSquareWords = (int)square_words(kBatch, kTileRows, arch::kWave, k
 // Offsets in bytes. Lives for the whole launch unless said otherwise.
 struct SharedLayout {
   int activations;  // weights' dtype [kHolders][batch], rows of kRowBytes
+  int cache;        // keys and values in p2_attend: [service waves][kCacheSlots][2][kCacheCopyBytes]. In place of activations, of
+                    // which there are none between the products of qkv and the gate of o
   int products;     // f32 [2][kSegmentTiles][batch][kTileRows][kWaves]
   int squares;      // f32 [2][batch][kSquareParts]: partial sums of squares
   int residual;     // f32 [batch][own rows], or with post-norms [batch][kHidden]
@@ -303,6 +317,7 @@ struct SharedLayout {
   int stop;         // u32: the feed wave is to stop
   int place;        // int [2]: the unit's number; not 0: it has one (sync/place.h)
   int barriers;
+  int cache_barriers;  // u64 [service waves][kCacheSlots]
   int ring;
   int ring_slots;  // of each stream wave
 };
@@ -310,6 +325,42 @@ struct SharedLayout {
 // Whether matrix instructions attend (phases/attend_matrix.h). For a single query head they are slower.
 constexpr bool kMatrixAttention =
     arch::kWave == 32 && kKvType != kF32 && (kHeadDim == 64 || kHeadDim == 128) && kTaskHeads >= 2 && kTaskHeads <= 8;
+constexpr int kEights = kHeadDim <= 64 ? 2 : 1;  // of positions in a step of such a wave, as the registers allow
+constexpr int kStepPositions = 8 * kEights;
+
+
+// Elsewhere a position's elements are spread over lanes (phases/attention.h).
+constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
+constexpr int kKvVector = 16 / kKvBytes;  // elements that a lane loads at once
+constexpr int kPositionVectors = (kHeadDim + kKvVector - 1) / kKvVector;
+constexpr int kPositionLanes = smaller(arch::kWave, power_of_two(kPositionVectors));
+constexpr int kLaneVectors = (kPositionVectors + kPositionLanes - 1) / kPositionLanes;
+constexpr int kWavePositions = arch::kWave / kPositionLanes;  // that a wave looks at together
+constexpr int kUnroll = kLaneVectors > 1 ? 2 : 4;
+constexpr bool kKvAligned = kHeadDim * kKvBytes % 16 == 0;
+
+// Neighbouring positions that a wave takes at a time.
+constexpr int kStepPlaces = kMatrixAttention ? kStepPositions : kWavePositions * kUnroll;
+
+// Whether waves that attend have keys and values copied to shared memory, kCacheSlots steps ahead, instead of loading those of one
+// step to registers. What served best on one H200 (docs/performance-log.md): the ring gets smaller, which long layers feel, and
+// several requests' short parts, which are in registers by the time their queries are there.
+#if defined(MK_LONG_PARTS)
+constexpr bool kLongParts = true;
+#else
+constexpr bool kLongParts = false;
+#endif
+#if !defined(MK_COPY_CACHE)
+#define MK_COPY_CACHE (kLongParts || (kBatch == 1 && kSplits == 1 && kLayerBytes < 512 * 1024))
+#endif
+constexpr bool kCopiesCache = arch::kWave == 32 && kKvAligned && kStepPlaces <= 64 && MK_COPY_CACHE;  // 64: kSplitBlock
+#if !defined(MK_CACHE_SLOTS)
+#define MK_CACHE_SLOTS (kLongParts ? 2 : 1)
+#endif
+constexpr int kCacheSlots = MK_CACHE_SLOTS;
+constexpr int kCacheCopyBytes = kStepPlaces * kHeadDim * kKvBytes;  // a step's keys, or its values
+constexpr int kCacheBytes = kCopiesCache ? kServiceWaves * kCacheSlots * 2 * kCacheCopyBytes : 0;
+
 constexpr int kPackedWords = kKvType == kF32 ? 0 : round_up(kTaskVectors * kHeadDim / 2, 4);  // of vectors as they are stored
 
 constexpr int kAttentionFloats =
@@ -317,28 +368,28 @@ constexpr int kAttentionFloats =
 constexpr int kSamplingBytes = 16 * 1024;
 constexpr bool kResidualInShared = !kPostNorm || kBatch * kHidden * 4 <= 32 * 1024;
 
-constexpr int kScratchBytes = round_up(larger(kAttentionFloats * 4, kSamplingBytes), 128);
-// Whether attention and sampling have memory of their own. They can do with that of the activations, of which there are none
-// between the end of a phase that multiplies and the beginning of the next one.
+// Whether attention has memory of its own. It can do with that of the activations, of which there are none between the end of a phase
+// that multiplies and the beginning of the next one, unless stream waves gather what o multiplies meanwhile.
 #if defined(MK_REGISTER_RING)
-constexpr bool kScratchApart = false;
+constexpr bool kAttentionApart = false;
 #else
-constexpr bool kScratchApart = true;
+constexpr bool kAttentionApart = true;
 #endif
 
 constexpr SharedLayout make_shared_layout() {
   SharedLayout s{};
   int at = 0;
-  s.activations = at;
-  at += round_up(larger(kHolders * kBatch * kRowBytes, kScratchApart ? 0 : kScratchBytes), 128);
+  s.activations = s.cache = at;
+  at += round_up(larger(larger(kHolders * kBatch * kRowBytes, kCacheBytes), larger(kSamplingBytes, kAttentionApart ? 0 : kAttentionFloats * 4)), 128);
   s.products = at;
   at += round_up(2 * kSegmentTiles * kBatch * kTileRows * kWaves * 4, 128);
   s.squares = at;
   at += round_up(2 * kBatch * kSquareParts * 4, 128);
   s.residual = at;
   at += round_up((kPostNorm ? (kResidualInShared ? kBatch * kHidden : 0) : kBatch * kOwnRows) * 4, 128);
-  s.attention = s.sampling = kScratchApart ? at : s.activations;  // never in use at the same time
-  at += kScratchApart ? kScratchBytes : 0;
+  s.sampling = s.activations;  // between the products of the head and the next token
+  s.attention = kAttentionApart ? at : s.activations;
+  at += kAttentionApart ? round_up(kAttentionFloats * 4, 128) : 0;
   s.angles = at;
   at += round_up(kBatch * kRopeRows * 2 * kHalfRotary * 4, 128);
   s.control = at;
@@ -348,6 +399,8 @@ constexpr SharedLayout make_shared_layout() {
   at += 128;
   s.barriers = at;
   at += 4096;
+  s.cache_barriers = at;
+  at += kCopiesCache ? round_up(kServiceWaves * kCacheSlots * 8, 128) : 0;
   s.ring = at;
   s.ring_slots = smaller((MK_SHARED_BYTES - at) / (kWaves * kGroup * arch::kWave * 16), 4096 / 16);
   return s;

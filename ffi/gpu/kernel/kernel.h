@@ -111,13 +111,15 @@ MK_DEVICE bool run_layer(Service& service, int layer, bool opened) {
   run_phase<kQkv>(
       service, layer, opened,
       [&](Service& s) {
-        if constexpr (!arch::kRenew) start_first_task(s, layer, loads);
+        if constexpr (!arch::kRenew && !kCopiesCache) start_first_task(s, layer, loads);
       },
       [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) { publish_rows<kQkv>(s, layer, deal, segment, scale, wait); });
-  opened = opens_early<kO>(service);
+  // Copies of keys and values are where the activations of o will be.
+  opened = kCopiesCache ? false : opens_early<kO>(service);
   renew(service, [&](Service& s) {
-    if constexpr (arch::kRenew) start_first_task(s, layer, loads);  // there are no registers to hold it for longer
+    if constexpr (arch::kRenew || kCopiesCache) start_first_task(s, layer, loads);  // there are no registers to hold it for longer
     p2_attend(s, layer, loads);
+    if constexpr (kCopiesCache) opened = opens_early<kO>(s);
     p2_combine(s, layer);
   });
   opened = project<kO>(service, layer, opened);
@@ -168,6 +170,9 @@ MK_DEVICE bool start_token(Service& s, bool cancelled) {
 
 MK_DEVICE void serve(const Args& args) {
   Service service(args);
+#if MK_WAVE_SIZE == 32
+  make_cache_barriers(service);
+#endif
   renew(service, [](Service& s) { start_requests(s); });
   bool cancelled = false;
   for (;;) {

@@ -51,6 +51,8 @@ struct Service {
   int squares_set;  // which half of the partial sums of squares is in use; changes with every phase that multiplies
   const float* constants;  // of the layer
   int events;              // of the timeline so far
+  int cache_slot;          // MatrixCopies: the next slot
+  u32 cache_parity;        // and that of its barrier
 
   // The same, with everything that follows from this lane's place computed anew (arch::kRenew).
   MK_METHOD Service renewed() const {
@@ -65,6 +67,8 @@ struct Service {
     squares_set = s.squares_set;
     constants = s.constants;
     events = s.events;
+    cache_slot = s.cache_slot;
+    cache_parity = s.cache_parity;
     waiter.deadline = s.waiter.deadline;
     waiter.aborted = s.waiter.aborted;
   }
@@ -81,6 +85,8 @@ struct Service {
     squares_set = 0;
     constants = nullptr;
     events = 0;
+    cache_slot = 0;
+    cache_parity = 0;
     waiter = {&a, at<u32>(kWorkspace.abort), 0, false};
   }
 
@@ -105,6 +111,12 @@ struct Service {
       to[1] = arch::wall_clock();
     }
 #endif
+  }
+
+  MK_METHOD void next_cache_slot() {
+    if (++cache_slot < kCacheSlots) return;
+    cache_slot = 0;
+    cache_parity ^= 1;
   }
 
   MK_METHOD void enter_layer(int layer) {

@@ -60,6 +60,28 @@ struct StreamWave {
     }
   }
 
+  template <int p>
+  MK_METHOD VectorsAhead<p> vectors_ahead(int next_fill) const {
+    return {packed_source<p>(*service, layer), packed_columns<p>(*service, next_fill, wave), 0, 0};
+  }
+  // Asks for the next fill; puts it in its place when the one before has been multiplied.
+  template <int p, int count>
+  MK_METHOD void ask_ahead(Vec4 (&held)[count]) const {
+    VectorsAhead<p> vectors = vectors_ahead<p>(fill + 1);
+    vectors.ask();
+    MK_UNROLL
+    for (int i = 0; i < count; i++) held[i] = vectors.v[i];
+  }
+  template <int p, int count>
+  MK_METHOD void put_ahead(const Vec4 (&held)[count]) {
+    VectorsAhead<p> vectors = vectors_ahead<p>(fill);
+    MK_UNROLL
+    for (int i = 0; i < count; i++) vectors.v[i] = held[i];
+    vectors.put(service->waiter, activations);
+    arch::wave_sync();
+    service->mark(kPhaseEvents * p + kGathered);
+  }
+
   MK_METHOD void finish_segment() {
     if constexpr (kStreamGathers) service->mark(kPhaseEvents * phase + kMultiplied);
     arch::hand_over();  // B: products are in place
@@ -174,10 +196,16 @@ struct StreamWave {
         MK_UNROLL
         for (int t = 0; t < 2 * most; t++) clear(held[t / 2][t % 2]);
       }
+      [[maybe_unused]] Vec4 ahead[gathers_ahead<p>() ? kBatch * OwnColumns<p, kVector>::kCount : 1];
       for (int first = 0; first < chunks; first += kResident) {
         if (!kStreamGathers || first == 0) arch::pass_gate();  // A: products are free, and activations in place if others gather
         fill = first / kResident;
-        gather<p>();
+        if (kStreamGathers && fill > 0) arch::wave_sync();  // all lanes have read the fill before
+        if (!gathers_ahead<p>() || fill == 0) gather<p>();
+        if constexpr (gathers_ahead<p>()) {
+          if (fill > 0) put_ahead<p>(ahead);
+          if (first + kResident < chunks) ask_ahead<p>(ahead);
+        }
         for (int c = first; c < smaller(chunks, first + kResident); c++) {
           const bool full = rest == 0 || c < chunks - 1;
           column = kStreamGathers ? own_column(c, first, wave)

@@ -5,6 +5,7 @@
 // policy picks the wave that goes on.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -66,6 +67,19 @@ struct Barrier {
   u64 acquired = 0;
 };
 
+// A barrier for copies to shared memory.
+struct CopyBarrier {
+  struct Copy {
+    char* to;
+    const char* from;
+    u64 bytes;
+  };
+  u64 phase = 0;             // that is waited for next
+  u64 announced = 0;         // bytes of it; 0: nothing was announced
+  u64 requested = 0;
+  std::vector<Copy> waiting;  // copies that have not been made yet
+};
+
 struct Unit {
   u32 index;
   char* shared;
@@ -101,6 +115,7 @@ class Machine {
   std::vector<Wave> waves;
   std::vector<Lane> lanes;
   std::unique_ptr<Races> races;  // null in builds without instrumentation
+  std::map<const u64*, CopyBarrier> copies;
   std::unordered_map<size_t, u32> near;  // words that stay on a die -> its number + 1
   const Region* last_watched = options.regions + options.region_count;  // that held an address
 

@@ -44,6 +44,14 @@
 //   load_shared_data(p)         16 bytes of device memory that other units may have written before the last acquire
 //   load_once(p)                16 bytes of read-only memory that is not needed again
 //   prefetch(p, bytes)          brings device memory nearer, if the machine can; both are multiples of 16
+//   Wave 32 only, copies to shared memory, for which a barrier (u64 of shared memory) stands; all addresses and sizes are multiples of 16:
+//   make_copy_barrier(barrier)  once, by one lane of the wave that uses it, before a wave_sync()
+//   announce_copies(barrier, bytes)        by one lane: how much its next copies bring, together
+//   copy_in(to, from, bytes, barrier)      by the same lane: requests one of them
+//   await_copies(barrier, parity)          by the wave: until all that was announced is there; the first time parity is 0, then 1, ...
+//   leave_to_copies()           what this lane has read and written of shared memory may be overwritten by copies requested after
+//                               this, and the next barrier if by another lane
+//   publish_to_copies()         likewise copies see what this lane has written to device memory
 //   release(), acquire()        device-scope fences
 //   load_host(p)                u32 of host memory, not cached
 //   store_host(p, v)            u64 of host memory, which sees it soon
@@ -57,6 +65,7 @@
 //   fast_rsqrt(x), fast_divide(a, b), fast_exp2(x)   f32, within a few units in the last place; results of exp2 that are
 //                               subnormal may be 0
 //   pack_bf16(low, high)        two floats, rounded to nearest even, as one word
+//   low_halves(a, b), high_halves(a, b)   wave 32: the low or high 16 bits of two words as one, a's as the lower ones
 //   mma_16x8x16(c, a, b)        wave 32: float c[4], u32 a[4], u32 b[2] as PTX's mma.m16n8k16; template on bf16 or f16
 //   mfma_4x4x4(c, a, b)         wave 64: float c[4], u32 a[2], u32 b[2] as v_mfma_f32_4x4x4 with 16 blocks; likewise, and
 //                               on which of 1, 2 or 4 equal parts of the wave's lanes B comes from, for all the parts

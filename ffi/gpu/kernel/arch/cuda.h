@@ -107,6 +107,9 @@ MK_DEVICE u32 pack_bf16(float low, float high) {
   return v;
 }
 
+MK_DEVICE u32 low_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
+MK_DEVICE u32 high_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
+
 MK_DEVICE u32 load_word(const u32* p) {
   u32 v;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
@@ -187,6 +190,31 @@ MK_DEVICE void mma_16x8x16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 
 MK_DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
+MK_DEVICE void make_copy_barrier(u64* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+MK_DEVICE void announce_copies(u64* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+MK_DEVICE void copy_in(void* to, const void* from, int bytes, u64* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+MK_DEVICE void await_copies(u32 barrier, u32 parity) {
+  u32 ready;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(ready)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+  } while (!ready);
+}
+MK_DEVICE void await_copies(u64* barrier, u32 parity) { await_copies(shared_address(barrier), parity); }
+MK_DEVICE void leave_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+MK_DEVICE void publish_to_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // The streams of a unit's waves, which are in step, through a ring in shared memory. An entry is a slot of every wave; the feed
 // wave keeps entries filled by bulk copies. However many are free, only a few copies are on their way at a time, and they are
 // requested at an even pace: what other units have written waits behind all that the memory has been asked for
@@ -252,15 +280,7 @@ struct Ring {
     slot = parity = 0;
   }
 
-  MK_METHOD void wait() {
-    u32 ready;
-    do {
-      asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                   : "=r"(ready)
-                   : "r"(barriers + slot * 8), "r"(parity)
-                   : "memory");
-    } while (!ready);
-  }
+  MK_METHOD void wait() { await_copies(barriers + slot * 8, parity); }
 
   template <int n>
   MK_METHOD void read(int atom, Vec4 (&w)[n]) {
@@ -286,7 +306,7 @@ struct Ring {
   // on their way when the feed wave is told, unless a fence says so: without it a wave was seen to multiply with what came later.
   template <int n>
   MK_METHOD void give_back(const u32 (&freed)[n]) {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    leave_to_copies();
     wave_sync();
     MK_UNROLL
     for (int i = 0; i < n; i++) {

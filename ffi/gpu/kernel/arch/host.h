@@ -63,6 +63,11 @@ bool claim(u32*, Where);
 u32 shared_add(u32*, u32, Where);
 void release(Where);
 void acquire(Where);
+void make_copy_barrier(u64*, Where);
+void announce_copies(u64*, int bytes, Where);
+void copy_in(void* to, const void* from, int bytes, u64* barrier, Where);
+void await_copies(u64*, u32 parity, Where);  // all lanes of a wave
+void publish_to_copies(Where);
 u64 ticks(Where);
 void ring_meet(const char* what, Where);  // all lanes of a wave
 void ring_open(int change);               // +1 started, -1 drained
@@ -172,6 +177,10 @@ MK_DEVICE u32 to_bf16(float v) {
   const u32 bits = as_u32(v);
   return v == v ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : 0x7fc0u;
 }
+#if MK_WAVE_SIZE == 32
+MK_DEVICE u32 low_halves(u32 a, u32 b) { return (a & 0xffffu) | b << 16; }
+MK_DEVICE u32 high_halves(u32 a, u32 b) { return a >> 16 | (b & 0xffff0000u); }
+#endif
 MK_DEVICE u32 pack_bf16(float low, float high) { return to_bf16(low) | to_bf16(high) << 16; }
 
 MK_DEVICE u32 load_word(const u32* p, host::Where at = host::here()) { return host::load_word(p, at); }
@@ -199,6 +208,16 @@ MK_DEVICE Vec4 load_once(const void* p, host::Where at = host::here()) { return 
 MK_DEVICE void prefetch(const void* p, int bytes, host::Where at = host::here()) {
   if (bytes <= 0 || bytes % 16 != 0 || (unsigned long)p % 16 != 0) host::fail(at, "a prefetch of %d bytes at %p", bytes, p);
 }
+#if MK_WAVE_SIZE == 32
+MK_DEVICE void make_copy_barrier(u64* barrier, host::Where at = host::here()) { host::make_copy_barrier(barrier, at); }
+MK_DEVICE void announce_copies(u64* barrier, int bytes, host::Where at = host::here()) { host::announce_copies(barrier, bytes, at); }
+MK_DEVICE void copy_in(void* to, const void* from, int bytes, u64* barrier, host::Where at = host::here()) {
+  host::copy_in(to, from, bytes, barrier, at);
+}
+MK_DEVICE void await_copies(u64* barrier, u32 parity, host::Where at = host::here()) { host::await_copies(barrier, parity, at); }
+MK_DEVICE void leave_to_copies() {}
+MK_DEVICE void publish_to_copies(host::Where at = host::here()) { host::publish_to_copies(at); }
+#endif
 MK_DEVICE void release(host::Where at = host::here()) { host::release(at); }
 MK_DEVICE void acquire(host::Where at = host::here()) { host::acquire(at); }
 MK_DEVICE u32 load_host(const u32* p, host::Where at = host::here()) { return host::load_host(p, at); }

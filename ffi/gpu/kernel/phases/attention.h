@@ -12,16 +12,7 @@ namespace mk {
 
 constexpr int kGroupTasks = kGroupHeads / kTaskHeads;  // of one request, in a group of units
 
-constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
-
-constexpr int kKvVector = 16 / kKvBytes;  // elements that a lane loads at once
-constexpr int kPositionVectors = (kHeadDim + kKvVector - 1) / kKvVector;
-constexpr int kPositionLanes = smaller(arch::kWave, power_of_two(kPositionVectors));
-constexpr int kLaneVectors = (kPositionVectors + kPositionLanes - 1) / kPositionLanes;
 constexpr int kLaneElems = kLaneVectors * kKvVector;
-constexpr int kWavePositions = arch::kWave / kPositionLanes;  // that a wave looks at together
-constexpr int kUnroll = kLaneVectors > 1 ? 2 : 4;
-constexpr bool kKvAligned = kHeadDim * kKvBytes % 16 == 0;
 static_assert(kHeadDim % 2 == 0 || kKvType == kF32, "elements of 16 bits are stored in pairs");
 
 // Elements of this lane of one position, as they are stored.
@@ -112,12 +103,52 @@ struct LaneLoads {
       if (p < context.position) to[u] = load_position(cache + (i64)p * kHeadDim * kKvBytes, lane % kPositionLanes);
     }
   }
-  MK_METHOD void start(const Service& s, const Part& context) {
-    const int own = s.wave * kWavePositions * kUnroll;
-    load(context, s.lane, own, context.keys, keys);
-    load(context, s.lane, own, context.values, values);
+  MK_METHOD void start(Service& s, const Part& context) {
+    load(context, s.lane, s.wave * kStepPlaces, context.keys, keys);
+    load(context, s.lane, s.wave * kStepPlaces, context.values, values);
+  }
+  // As of MatrixLoads.
+  MK_METHOD void get_keys(Service&, const Part&, int) {}
+  MK_METHOD void keys_used(Service& s, const Part& context, int step) { load(context, s.lane, step + kStepsApart, context.keys, keys); }
+  MK_METHOD void get_values(Service&, const Part&, int) {}
+  MK_METHOD void values_used(Service& s, const Part& context, int step) { load(context, s.lane, step + kStepsApart, context.values, values); }
+};
+
+#if MK_WAVE_SIZE == 32
+
+// The same, copied to shared memory.
+struct LaneCopies {
+  Position keys[kUnroll], values[kUnroll];
+
+  static MK_METHOD void take(const Service& s, const Part& context, int step, const char* copy, Position (&to)[kUnroll]) {
+    const int base = context.position_of(step), part = s.lane % kPositionLanes;
+    MK_UNROLL
+    for (int u = 0; u < kUnroll; u++) {
+      const int p = lane_place(context, s.lane / kPositionLanes, step, u);
+      to[u] = {};
+      if (p >= context.position) continue;
+      MK_UNROLL
+      for (int i = 0; i < kLaneVectors; i++) {
+        const int vector = part + i * kPositionLanes;
+        if (vector < kPositionVectors) to[u].vectors[i] = *(const Vec4*)(copy + (p - base) * CacheCopies::kRowBytes + vector * 16);
+      }
+    }
+  }
+  MK_METHOD void start(Service& s, const Part& context) { CacheCopies::start(s, context, s.wave * kStepPlaces); }
+  MK_METHOD void get_keys(Service& s, const Part& context, int step) {
+    if (!context.is_alone(context.position_of(step))) CacheCopies::await(s);
+    take(s, context, step, CacheCopies::keys(s, s.cache_slot), keys);
+  }
+  MK_METHOD void keys_used(Service&, const Part&, int) {}
+  MK_METHOD void get_values(Service& s, const Part& context, int step) {
+    take(s, context, step, CacheCopies::values(s, s.cache_slot), values);
+  }
+  MK_METHOD void values_used(Service& s, const Part& context, int step) {
+    if (!context.is_alone(context.position_of(step))) CacheCopies::used(s, context, step);
   }
 };
+
+#endif  // MK_WAVE_SIZE == 32
 
 // Attention without matrix instructions, for any head and cache: a position's elements over neighbouring lanes, which hold f32
 // sums. Stores them to scratch.parts. raw: has been started.
@@ -126,8 +157,7 @@ MK_DEVICE void attend_by_lanes(Service& s, const Part& context, Loads& raw) {
   const AttentionScratch scratch = attention_scratch();
   const int part = s.lane % kPositionLanes, sub = s.lane / kPositionLanes;
   [[maybe_unused]] const float *own_key = scratch.vectors + kTaskHeads * kHeadDim, *own_value = own_key + kHeadDim;
-  constexpr int wave_step = kWavePositions * kUnroll;
-  const int end = context.end, position = context.position, own = s.wave * wave_step;
+  const int position = context.position;
   auto place = [&](int i, int u) { return lane_place(context, sub, i, u); };
   Position new_key, new_value;  // where whole vectors can be taken instead of those of the cache
   if constexpr (kKvAligned) {
@@ -144,8 +174,8 @@ MK_DEVICE void attend_by_lanes(Service& s, const Part& context, Loads& raw) {
     MK_UNROLL
     for (int e = 0; e < kLaneElems; e++) sums[h][e] = 0.0f;
   }
-  constexpr int stride = kServiceWaves * wave_step;
-  for (int i = own; i < end; i += stride) {
+  for (int i = s.wave * kStepPlaces; i < context.end; i += kStepsApart) {
+    raw.get_keys(s, context, i);
     bool seen[kUnroll];
     float score[kTaskHeads][kUnroll];
     MK_UNROLL
@@ -166,7 +196,7 @@ MK_DEVICE void attend_by_lanes(Service& s, const Part& context, Loads& raw) {
         for (int e = 0; e < kLaneElems; e++) score[h][u] = arch::fma(q[h][e], k[e], score[h][u]);
       }
     }
-    raw.load(context, s.lane, i + stride, context.keys, raw.keys);
+    raw.keys_used(s, context, i);
     float fade[kTaskHeads];
     MK_UNROLL
     for (int h = 0; h < kTaskHeads; h++) {
@@ -178,21 +208,21 @@ MK_DEVICE void attend_by_lanes(Service& s, const Part& context, Loads& raw) {
       float higher = top[h];
       MK_UNROLL
       for (int u = 0; u < kUnroll; u++) {
-        score[h][u] *= MK_ATTN_SCALE;
-        if constexpr (MK_ATTN_SOFTCAP > 0.0f) score[h][u] = soft_cap(score[h][u], MK_ATTN_SOFTCAP);
+        score[h][u] = scaled_score(score[h][u]);
         if (seen[u] && score[h][u] > higher) higher = score[h][u];
       }
-      fade[h] = fast_exp(top[h] - higher);
+      fade[h] = weight_of(top[h] - higher);
       top[h] = higher;
       total[h] *= fade[h];
       MK_UNROLL
       for (int u = 0; u < kUnroll; u++) {
-        score[h][u] = seen[u] ? fast_exp(score[h][u] - higher) : 0.0f;
+        score[h][u] = seen[u] ? weight_of(score[h][u] - higher) : 0.0f;
         total[h] += score[h][u];
       }
       MK_UNROLL
       for (int e = 0; e < kLaneElems; e++) sums[h][e] *= fade[h];
     }
+    raw.get_values(s, context, i);
     MK_UNROLL
     for (int u = 0; u < kUnroll; u++) {
       float v[kLaneElems];
@@ -208,7 +238,7 @@ MK_DEVICE void attend_by_lanes(Service& s, const Part& context, Loads& raw) {
         for (int e = 0; e < kLaneElems; e++) sums[h][e] = arch::fma(score[h][u], v[e], sums[h][e]);
       }
     }
-    raw.load(context, s.lane, i + stride, context.values, raw.values);
+    raw.values_used(s, context, i);
   }
 
   // Positions of one wave, then those of all waves.
@@ -218,7 +248,7 @@ MK_DEVICE void attend_by_lanes(Service& s, const Part& context, Loads& raw) {
     for (int step = kPositionLanes; step < arch::kWave; step *= 2) {
       const float other_top = arch::shuffle_xor(top[h], step), other_total = arch::shuffle_xor(total[h], step);
       const float higher = other_top > top[h] ? other_top : top[h];
-      const float mine = fast_exp(top[h] - higher), theirs = fast_exp(other_top - higher);
+      const float mine = weight_of(top[h] - higher), theirs = weight_of(other_top - higher);
       top[h] = higher;
       total[h] = total[h] * mine + other_total * theirs;
       MK_UNROLL
@@ -262,7 +292,12 @@ template <typename A, typename B>
 struct Choice<false, A, B> {
   using Type = B;
 };
-using CacheLoads = Choice<kMatrixAttention, MatrixLoads, LaneLoads>::Type;
+#if MK_WAVE_SIZE == 32
+using CacheLoads = Choice<kMatrixAttention, Choice<kCopiesCache, MatrixCopies, MatrixLoads>::Type,
+                          Choice<kCopiesCache, LaneCopies, LaneLoads>::Type>::Type;
+#else
+using CacheLoads = LaneLoads;
+#endif
 
 // h2 of a request, of the heads of the unit's group.
 MK_DEVICE u32* attended_words(const Service& s, int request) {
@@ -311,7 +346,7 @@ MK_DEVICE void prefetch_part(const Service& s, const Part& part) {
 
 // Asks for what the unit's first task reads of the cache, long before its query is there: where words are waited for, loads that
 // were asked for just before would hold up the first look.
-MK_DEVICE void start_first_task(const Service& s, int layer, CacheLoads& loads) {
+MK_DEVICE void start_first_task(Service& s, int layer, CacheLoads& loads) {
   const int place = s.member<kAttentionGroups>();
   if (place >= kTasks) return;
   const Part part = find_task(s, layer, place).part;
@@ -349,7 +384,7 @@ MK_DEVICE void attend(Service& s, int layer, const Task& task, CacheLoads& loads
     float sum = 0.0f, weights = 0.0f;
     MK_UNROLL
     for (int w = 0; w < kServiceWaves; w++) {
-      const float weight = fast_exp(from[w * stride + kHeadDim] - highest);
+      const float weight = weight_of(from[w * stride + kHeadDim] - highest);
       sum = arch::fma(weight, from[w * stride + d], sum);
       weights = arch::fma(weight, from[w * stride + kHeadDim + 1], weights);
     }
@@ -409,7 +444,7 @@ MK_DEVICE void p2_combine(Service& s, int layer) {
         for (int j = 0; j < at_once; j++) {
           if (!in_head(j)) continue;
           const float t = decode(tops[j]), higher = t > top ? t : top;
-          const float fade = fast_exp(top - higher), weight = fast_exp(t - higher);
+          const float fade = weight_of(top - higher), weight = weight_of(t - higher);
           sum = sum * fade + decode(values[j]) * weight;
           weights = weights * fade + decode(totals[j]) * weight;
           top = higher;

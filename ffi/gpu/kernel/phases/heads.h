@@ -19,6 +19,12 @@ MK_DEVICE AttentionScratch attention_scratch() {
   return {base, parts, parts + kServiceWaves * kTaskHeads * (kHeadDim + 2), (u32*)(base + round_up(kTaskVectors * kHeadDim, 4))};
 }
 
+// Where word i of a task's vector j stands in `packed`. Of query heads for matrix instructions the middle two of four words change places,
+// so that they are an operand as they stand (phases/attend_matrix.h).
+MK_DEVICE int packed_place_of(int j, int i) {
+  return kMatrixAttention && j < kTaskHeads ? i / 4 * 4 + i % 2 * 2 + i / 2 % 2 : i;
+}
+
 // A layer's angles of a request: cosines, then sines.
 MK_DEVICE float* angles(int request, int rope) {
   return shared_at<float>(kShared.angles) + (request * kRopeRows + rope) * 2 * kHalfRotary;
@@ -180,9 +186,9 @@ MK_DEVICE void prepare_in_lanes(Service& s, const Site& site, int layer, int req
         arch::store_word(cache, low);
         arch::store_word(cache + 1, high);
       }
-      u32* packed = attention_scratch().packed + (j * kHeadDim + at) / 2;
-      packed[0] = low;
-      packed[1] = high;
+      u32* packed = attention_scratch().packed + j * kHeadDim / 2;
+      packed[packed_place_of(j, at / 2)] = low;
+      packed[packed_place_of(j, at / 2 + 1)] = high;
     }
     *(Vec4*)(attention_scratch().vectors + j * kHeadDim + at) = {arch::as_u32(x.v[0]), arch::as_u32(x.v[1]), arch::as_u32(x.v[2]),
                                                                  arch::as_u32(x.v[3])};
@@ -219,7 +225,7 @@ MK_DEVICE void prepare_in_memory(Service& s, const Site& site, int layer, int re
       x[2 * i] = low_of<kKvType>(pair);
       x[2 * i + 1] = high_of<kKvType>(pair);
       if (row != nullptr) arch::store_word(cache + i, pair);
-      attention_scratch().packed[j * kHeadDim / 2 + i] = pair;
+      attention_scratch().packed[j * kHeadDim / 2 + packed_place_of(j, i)] = pair;
     }
   }
 }
@@ -248,6 +254,9 @@ MK_DEVICE void prepare_heads(Service& s, const Site& site, int layer, int reques
       prepare_in_memory(s, site, layer, request, j, from, norm, cache);
     }
   }
+#if MK_WAVE_SIZE == 32
+  if constexpr (kCopiesCache) arch::publish_to_copies();
+#endif
   s.sync();
 }
 

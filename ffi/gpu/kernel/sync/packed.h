@@ -56,15 +56,20 @@ MK_DEVICE bool all_there(const Vec4& v) {
   return arch::halves_not_zero(v);
 }
 
-// Loads `count` vectors of four words, vector i of this lane at place(i), until all elements are there; those that are not are asked
-// for again. Only the first elements_of(i) elements of vector i are waited for; the others come out as 0.
+// Asks for `count` vectors of four words, vector i of this lane at place(i), of which elements_of(i) are wanted.
 template <int count, typename Place, typename ElementsOf>
-MK_DEVICE void wait_packed(Waiter& waiter, const Site& site, Place place, Vec4 (&v)[count], ElementsOf elements_of) {
+MK_DEVICE void ask_packed(Place place, Vec4 (&v)[count], ElementsOf elements_of) {
   MK_UNROLL
   for (int i = 0; i < count; i++) {
     v[i] = {~0u, ~0u, ~0u, ~0u};
     if (elements_of(i) > 0) v[i] = arch::load_words(place(i));
   }
+}
+
+// Waits until all elements are there, those of the vectors that were asked for; those that are not are asked for again. The first
+// elements_of(i) elements of vector i are waited for; the others come out as 0.
+template <int count, typename Place, typename ElementsOf>
+MK_DEVICE void await_packed(Waiter& waiter, const Site& site, Place place, Vec4 (&v)[count], ElementsOf elements_of) {
   for (int spins = 1;; spins++) {
     bool missing = false;
     MK_UNROLL
