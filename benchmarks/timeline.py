@@ -86,24 +86,28 @@ def chrome_trace(timeline: np.ndarray) -> dict[str, Any]:
 
 
 def table(timeline: np.ndarray) -> str:
-    """A line for what each kind of wave does: how often in a token and unit, and how long, in microseconds.
+    """A line for what each kind of wave does: how long in a token, how often, and how long at a time, in microseconds.
 
-    Of times, the mean over all units and the median, tenth and ninetieth percentile of single ones. A token begins
-    where a service wave has begun one.
+    How long in a token is the mean over all units: a kind's share of what its tracks show, of the time from one token's
+    start to the next (median), because tracks are cut where their memory ends. Without two starts it is the time a
+    unit took. At a time: the tenth percentile, the median and the ninetieth percentile.
     """
     shown = spans(timeline)
+    starts = [[end for what, _, end in track if what == "start of a token"] for track in shown[::2]]
+    between = np.concatenate([np.diff(track) for track in starts]) if starts else np.array([])
+    token = float(np.median(between)) / 1e3 if between.size else None
     lines = []
     for kind in range(2):
         found: dict[str, list[int]] = {}
         for track in shown[kind::2]:
             for what, begin, end in track:
                 found.setdefault(what, []).append(end - begin)
-        starts = sum(what == "start of a token" for track in shown[::2] for what, _, _ in track)
+        whole = sum(map(sum, found.values())) / 1e3
         for what in sorted(found, key=lambda name: -sum(found[name])):
             micros = np.array(found[what]) / 1e3
             each = (
-                f"{micros.sum() / starts:9.2f} us a token"
-                if starts
+                f"{micros.sum() / whole * token:9.2f} us a token"
+                if token
                 else f"{micros.sum() / len(shown[kind::2]):9.2f} us"
             )
             spread = " ".join(f"{value:7.2f}" for value in np.percentile(micros, [10, 50, 90]))

@@ -38,6 +38,21 @@ def test_the_table_adds_up():
     assert lines[-1].split()[-4:] == ["0.50", "0.50", "0.50", "us"]
 
 
+def test_the_table_is_of_a_token_where_tracks_hold_several():
+    """Of unlike numbers: 2.5 tokens of 900 ns by the service wave, and a stream wave that only multiplies."""
+    events = np.zeros((2, 8, 2), np.uint64)
+    start, multiplied = timeline.EVENTS.index("start of a token"), timeline.EVENTS.index("multiply head")
+    for i, (event, time) in enumerate([(start, 0), (start, 900), (2, 1300), (start, 1800), (2, 2250)]):
+        events[0, i] = (i << 8 | event, 5_000 + time)
+    for i in range(8):
+        events[1, i] = (i << 8 | multiplied, 5_000 + 450 * i)
+    lines = timeline.table(events).splitlines()
+    assert [line.split()[:6] for line in lines if line.startswith("stream")] == [
+        ["stream", "multiply", "head", "0.90", "us", "a"]
+    ]
+    assert "".join(lines).count("us a token") == 3
+
+
 def test_names_are_those_of_the_kernel():
     text = (_REPOSITORY / "ffi/gpu/kernel/service.h").read_text()
     body = re.sub(r"//.*", "", text[text.index("enum Event") : text.index("constexpr int kTraceEvents")])

@@ -54,7 +54,7 @@ MK_DEVICE void prefetch_places(const Part& part, int begin, int count) {
 #if MK_WAVE_SIZE == 32
 
 // Copies of a wave's steps: kStepPlaces neighbouring places each, kStepsApart from one to the next. A wave has kCacheSlots slots,
-// which take turns. A step of which the cache has nothing has no copy; it is a wave's last one.
+// which take turns. A step of which nothing that is seen is in the cache has no copy.
 struct CacheCopies {
   static constexpr int kRowBytes = kHeadDim * kKvBytes;
 
