@@ -22,10 +22,12 @@ TOKENS = 128  # of a measured call
 
 
 def measured() -> dict[tuple[str, int, int, int], float]:
-    """(shape, batch, mean context, capacity): microseconds of a step of the launch, by CUDA events, medians."""
+    """(shape, batch, mean context, capacity): microseconds of a step of the launch, by CUDA events, newest medians."""
     found = {}
-    for path in sorted(RESULTS.glob("*.json")):
-        for result in json.loads(path.read_text())["results"]:
+    for file in sorted(
+        (json.loads(path.read_text()) for path in RESULTS.glob("*.json")), key=lambda file: file["date"]
+    ):
+        for result in file["results"]:
             context = result["position"] + TOKENS // 2
             point = result["shape"], result["batch"], context, result["capacity"]
             found[point] = statistics.median(result["us_per_token"])
