@@ -207,7 +207,7 @@ def test_long_contexts(target, dtype, heads, kv_heads, head_dim, batch):
     # Of one request a few tokens, whose logits are large, carry most of the error.
     wide_state = dataclasses.replace(state, **wide_caches)
     assert_as_exact_as_plain_jax(got, spec, weights, state, wide_state, times=2)
-    for _ in range(REPEATS):
+    for _ in range(REPEATS if target.platform != "cpu" else 1):
         assert_bit_equal(target.decode(spec, state, params, steps), got)
 
 

@@ -59,6 +59,10 @@ def any_plan(draw: random.Random, spec: DecoderSpec) -> Plan:
     )
 
 
+# How waves get keys and values: as config.h would have it, to registers, or to shared memory some steps ahead.
+CACHE = [(), (("MK_COPY_CACHE", 0),), *((("MK_COPY_CACHE", 1), ("MK_CACHE_SLOTS", slots)) for slots in (1, 2, 3))]
+
+
 def any_kernel(draw: random.Random) -> Kernel:
     """The next one that can be: some models have no rotation, or heads, of such sizes, some plans too few tiles."""
     while True:
@@ -72,11 +76,12 @@ def any_kernel(draw: random.Random) -> Kernel:
         kernel = Kernel(
             spec,
             plan,
-            batch=draw.choice([1, 1, 2, 3, 5]),
+            batch=draw.choice([1, 1, 2, 3, 4, 5]),
             splits=draw.choice([1, 1, 2, 3, 4]),
             task_heads=draw.choice([h for h in (1, 2, 3, 4) if heads % h == 0]),
             shared_bytes=232448 if plan.wave_size == 32 else 64 * 1024,
             sanitize=draw.random() < 0.5,
+            defines=draw.choice(CACHE) if plan.wave_size == 32 else (),
         )
         try:
             assert kernel.library.exists()
@@ -91,7 +96,8 @@ def describe(kernel: Kernel) -> dict[str, Any]:
     """What a report of a failure needs."""
     spec, plan = kernel.spec, dataclasses.asdict(kernel.plan)
     sizes = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "dtype")
-    return {**{n: getattr(spec, n) for n in sizes}, **plan, "batch": kernel.batch, "splits": kernel.splits}
+    of_kernel = {"batch": kernel.batch, "splits": kernel.splits, "defines": kernel.defines}
+    return {**{n: getattr(spec, n) for n in sizes}, **plan, **of_kernel}
 
 
 @pytest.mark.parametrize("number", range(CASES))
@@ -99,7 +105,8 @@ def test_first_tokens_are_those_of_the_cpu(number):
     draw = random.Random(number)
     kernel = any_kernel(draw)
     spec, batch = kernel.spec, kernel.batch
-    state = state_of(spec, tuple(draw.randint(0, 17) for _ in range(batch)), capacity=draw.choice([24, 40]))
+    longest, capacity = draw.choice([(17, 24), (17, 40), (120, 150)])
+    state = state_of(spec, tuple(draw.randint(0, longest) for _ in range(batch)), capacity=capacity)
     params = mixed_params(spec, batch) if batch <= 3 and draw.random() < 0.4 else params_of(spec, batch)
     got, _ = decode_on_host(kernel, state, params, STEPS, seed=number, policy=draw.choice(list(POLICIES)))
     want = decode(tape_of(spec, 2), state, params, steps=STEPS)
