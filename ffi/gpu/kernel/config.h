@@ -251,10 +251,7 @@ constexpr int most_atoms(int chunks) {
 
 // Activations: rows of all requests, for each stream wave if it gathers its own. The rest of 64 modulo 128 bytes spreads the
 // lanes' rows over all banks.
-#if !defined(MK_RESIDENT_BYTES)
-#define MK_RESIDENT_BYTES (64 * 1024)
-#endif
-constexpr int kResidentLimitBytes = MK_RESIDENT_BYTES;
+constexpr int kResidentLimitBytes = 64 * 1024;
 constexpr int kHolders = kStreamGathers ? kWaves : 1;
 constexpr int row_bytes(int chunks) {
   const int columns = kStreamGathers ? most_atoms(chunks) * kAtomCols : smaller(chunks * kChunkCols, kWidest);
@@ -328,7 +325,6 @@ constexpr bool kMatrixAttention =
 constexpr int kEights = kHeadDim <= 64 ? 2 : 1;  // of positions in a step of such a wave, as the registers allow
 constexpr int kStepPositions = 8 * kEights;
 
-
 // Elsewhere a position's elements are spread over lanes (phases/attention.h).
 constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 constexpr int kKvVector = 16 / kKvBytes;  // elements that a lane loads at once
@@ -337,7 +333,8 @@ constexpr int kPositionLanes = smaller(arch::kWave, power_of_two(kPositionVector
 constexpr int kLaneVectors = (kPositionVectors + kPositionLanes - 1) / kPositionLanes;
 constexpr int kWavePositions = arch::kWave / kPositionLanes;  // that a wave looks at together
 constexpr int kUnroll = kLaneVectors > 1 ? 2 : 4;
-constexpr bool kKvAligned = kHeadDim * kKvBytes % 16 == 0;
+constexpr int kCacheRowBytes = kHeadDim * kKvBytes;  // a position's key, or its value
+constexpr bool kKvAligned = kCacheRowBytes % 16 == 0;
 
 // Neighbouring positions that a wave takes at a time.
 constexpr int kStepPlaces = kMatrixAttention ? kStepPositions : kWavePositions * kUnroll;
@@ -358,7 +355,7 @@ constexpr bool kCopiesCache = arch::kWave == 32 && kKvAligned && kStepPlaces <= 
 #define MK_CACHE_SLOTS (kLongParts ? 2 : 1)
 #endif
 constexpr int kCacheSlots = MK_CACHE_SLOTS;
-constexpr int kCacheCopyBytes = kStepPlaces * kHeadDim * kKvBytes;  // a step's keys, or its values
+constexpr int kCacheCopyBytes = kStepPlaces * kCacheRowBytes;  // a step's keys, or its values
 constexpr int kCacheBytes = kCopiesCache ? kServiceWaves * kCacheSlots * 2 * kCacheCopyBytes : 0;
 
 constexpr int kPackedWords = kKvType == kF32 ? 0 : round_up(kTaskVectors * kHeadDim / 2, 4);  // of vectors as they are stored

@@ -117,7 +117,7 @@ MK_DEVICE bool run_layer(Service& service, int layer, bool opened) {
   // Copies of keys and values are where the activations of o will be.
   opened = kCopiesCache ? false : opens_early<kO>(service);
   renew(service, [&](Service& s) {
-    if constexpr (arch::kRenew || kCopiesCache) start_first_task(s, layer, loads);  // there are no registers to hold it for longer
+    if constexpr (arch::kRenew || kCopiesCache) start_first_task(s, layer, loads);
     p2_attend(s, layer, loads);
     if constexpr (kCopiesCache) opened = opens_early<kO>(s);
     p2_combine(s, layer);

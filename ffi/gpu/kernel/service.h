@@ -51,7 +51,7 @@ struct Service {
   int squares_set;  // which half of the partial sums of squares is in use; changes with every phase that multiplies
   const float* constants;  // of the layer
   int events;              // of the timeline so far
-  int cache_slot;          // MatrixCopies: the next slot
+  int cache_slot;          // CacheCopies: the next slot
   u32 cache_parity;        // and that of its barrier
 
   // The same, with everything that follows from this lane's place computed anew (arch::kRenew).

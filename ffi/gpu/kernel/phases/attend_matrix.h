@@ -20,7 +20,6 @@ struct WaveSums {
 // every lane.
 template <int rows, int vectors, int stride>
 struct Rows {
-  static constexpr int kRowBytes = kHeadDim * kKvBytes;
   Vec4 v[rows][vectors];
 
   // 8 more, or 1, 8 and 9 more.
@@ -35,7 +34,7 @@ struct Rows {
     MK_UNROLL
     for (int i = 0; i < rows; i++) {
       const int row = larger(smaller(base + at + offset(i), high), low) - first;
-      const char* from = memory + (i64)row * kRowBytes + element * kKvBytes;
+      const char* from = memory + (i64)row * kCacheRowBytes + element * kKvBytes;
       MK_UNROLL
       for (int c = 0; c < vectors; c++) v[i][c] = load_vector(from + c * stride * kKvBytes);
     }
@@ -47,11 +46,11 @@ struct Rows {
   template <bool full>
   MK_METHOD void take(const Part& part, const char* copy, int step, int at, int element) {
     if constexpr (full) {
-      const char* from = copy + at * kRowBytes + element * kKvBytes;
+      const char* from = copy + at * kCacheRowBytes + element * kKvBytes;
       MK_UNROLL
       for (int i = 0; i < rows; i++) {
         MK_UNROLL
-        for (int c = 0; c < vectors; c++) v[i][c] = *(const Vec4*)(from + offset(i) * kRowBytes + c * stride * kKvBytes);
+        for (int c = 0; c < vectors; c++) v[i][c] = *(const Vec4*)(from + offset(i) * kCacheRowBytes + c * stride * kKvBytes);
       }
     } else {
       load(part, copy, part.position_of(step), step, at, element, [](const char* from) { return *(const Vec4*)from; });

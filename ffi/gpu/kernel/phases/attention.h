@@ -100,7 +100,7 @@ struct LaneLoads {
     for (int u = 0; u < kUnroll; u++) {
       const int p = lane_place(context, lane / kPositionLanes, i, u);
       to[u] = {};
-      if (p < context.position) to[u] = load_position(cache + (i64)p * kHeadDim * kKvBytes, lane % kPositionLanes);
+      if (p < context.position) to[u] = load_position(cache + (i64)p * kCacheRowBytes, lane % kPositionLanes);
     }
   }
   MK_METHOD void start(Service& s, const Part& context) {
@@ -130,7 +130,7 @@ struct LaneCopies {
       MK_UNROLL
       for (int i = 0; i < kLaneVectors; i++) {
         const int vector = part + i * kPositionLanes;
-        if (vector < kPositionVectors) to[u].vectors[i] = *(const Vec4*)(copy + (p - base) * CacheCopies::kRowBytes + vector * 16);
+        if (vector < kPositionVectors) to[u].vectors[i] = *(const Vec4*)(copy + (p - base) * kCacheRowBytes + vector * 16);
       }
     }
   }
@@ -344,8 +344,8 @@ MK_DEVICE void prefetch_part(const Service& s, const Part& part) {
   for (int block = s.lane; block * kSplitBlock < part.end; block += arch::kWave) prefetch_places(part, block * kSplitBlock, kSplitBlock);
 }
 
-// Asks for what the unit's first task reads of the cache, long before its query is there: where words are waited for, loads that
-// were asked for just before would hold up the first look.
+// Asks for what the unit's first task reads of the cache before its query is there. Loads long before: where words are waited for, those that
+// were asked for just before would hold up the first look. Copies when there is room for them, and AMD's loads when there are registers.
 MK_DEVICE void start_first_task(Service& s, int layer, CacheLoads& loads) {
   const int place = s.member<kAttentionGroups>();
   if (place >= kTasks) return;

@@ -43,11 +43,11 @@ constexpr bool kPrefetches = kBatch == 1 && kSplits == 1 && !kCopiesCache;
 
 // Places [begin, begin + count) of a part, as far as they exist; the first does, and all are of one block.
 MK_DEVICE void prefetch_places(const Part& part, int begin, int count) {
-  constexpr int row = kHeadDim * kKvBytes;
-  if constexpr (row % 16 == 0) {
-    const int rows = smaller(count, part.end - begin);
-    arch::prefetch(part.keys + (i64)part.position_of(begin) * row, rows * row);
-    arch::prefetch(part.values + (i64)part.position_of(begin) * row, rows * row);
+  if constexpr (kKvAligned) {
+    const int bytes = smaller(count, part.end - begin) * kCacheRowBytes;
+    const i64 from = (i64)part.position_of(begin) * kCacheRowBytes;
+    arch::prefetch(part.keys + from, bytes);
+    arch::prefetch(part.values + from, bytes);
   }
 }
 
@@ -56,8 +56,6 @@ MK_DEVICE void prefetch_places(const Part& part, int begin, int count) {
 // Copies of a wave's steps: kStepPlaces neighbouring places each, kStepsApart from one to the next. A wave has kCacheSlots slots,
 // which take turns. A step of which nothing that is seen is in the cache has no copy.
 struct CacheCopies {
-  static constexpr int kRowBytes = kHeadDim * kKvBytes;
-
   static MK_METHOD char* keys(const Service& s, int slot) {
     return shared_at<char>(kShared.cache) + (s.wave * kCacheSlots + slot) * 2 * kCacheCopyBytes;
   }
@@ -70,10 +68,11 @@ struct CacheCopies {
     if (step >= part.end || s.lane != 0) return;
     const int base = part.position_of(step);
     if (part.is_alone(base)) return;
-    const int bytes = smaller(kStepPlaces, part.position - base) * kRowBytes;
+    const int bytes = smaller(kStepPlaces, part.position - base) * kCacheRowBytes;
+    const i64 from = (i64)base * kCacheRowBytes;
     arch::announce_copies(barrier(s, slot), 2 * bytes);
-    arch::copy_in(keys(s, slot), part.keys + (i64)base * kRowBytes, bytes, barrier(s, slot));
-    arch::copy_in(values(s, slot), part.values + (i64)base * kRowBytes, bytes, barrier(s, slot));
+    arch::copy_in(keys(s, slot), part.keys + from, bytes, barrier(s, slot));
+    arch::copy_in(values(s, slot), part.values + from, bytes, barrier(s, slot));
   }
 
   // Requests the first ones.
