@@ -61,6 +61,8 @@ def any_plan(draw: random.Random, spec: DecoderSpec) -> Plan:
 
 # How waves get keys and values: as config.h would have it, to registers, or to shared memory some steps ahead.
 CACHE = [(), (("MK_COPY_CACHE", 0),), *((("MK_COPY_CACHE", 1), ("MK_CACHE_SLOTS", slots)) for slots in (1, 2, 3))]
+# When service waves look for sums of squares.
+SQUARES = [(), (("MK_LATE_SQUARES", 1),)]
 
 
 def any_kernel(draw: random.Random) -> Kernel:
@@ -81,7 +83,7 @@ def any_kernel(draw: random.Random) -> Kernel:
             task_heads=draw.choice([h for h in (1, 2, 3, 4) if heads % h == 0]),
             shared_bytes=232448 if plan.wave_size == 32 else 64 * 1024,
             sanitize=draw.random() < 0.5,
-            defines=draw.choice(CACHE) if plan.wave_size == 32 else (),
+            defines=draw.choice(CACHE) + draw.choice(SQUARES) if plan.wave_size == 32 else (),
         )
         try:
             assert kernel.library.exists()

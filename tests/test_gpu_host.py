@@ -564,6 +564,19 @@ def test_fills_that_come_ahead(inner, batch, segment_tiles, sanitize):
     np.testing.assert_allclose(got.log_probs, exact.log_probs, rtol=0, atol=0.3)
 
 
+@pytest.mark.parametrize(("name", "batch", "stores"), [("plain", 2, "late"), ("windows", 3, "now"), ("nope", 5, "late")])
+def test_sums_of_squares_looked_for_late(name, batch, stores):
+    """As where layers are long: after the activations that they belong to."""
+    spec = spec_of(name, "bfloat16")
+    kernel = Kernel(spec, gpu_plan(spec, 32, 3), batch=batch, defines=(("MK_LATE_SQUARES", 0),))
+    late = dataclasses.replace(kernel, sanitize=True, defines=(("MK_LATE_SQUARES", 1),))
+    state, params = state_of(spec, tuple(range(1, batch + 1))), params_of(spec, batch)
+    want, _ = decode_on_host(kernel, state, params, 3)
+    got, run = decode_on_host(late, state, params, 3, stores=stores)
+    assert run.report["reason"] == 0, run.report
+    np.testing.assert_array_equal(got.log_probs, want.log_probs)
+
+
 @pytest.mark.parametrize("name", ["post_norm", "plain"])
 def test_padding_of_rows_is_written(name):
     """Service waves take 896 columns at once, all that there are, and the rows that stream waves multiply have 960."""

@@ -15,6 +15,11 @@ MK_DEVICE Float4 residual4(const Service& s, int request, int column) {
 }
 
 constexpr bool has_norm(int phase) { return phase == kHead || (kPreNorm && (phase == kQkv || phase == kGateUp)); }
+// Whether the service waves wait for the stream waves' word (Q) before they have the sum of squares that a norm needs: it is the
+// stream waves that work it out, or looking for it, of all units' words, would hold up what those look for.
+MK_METHOD constexpr bool tells_of_squares(int phase, int layer) {
+  return has_norm(phase) && (!kPacked || kLateSquares || (phase == kQkv && layer == 0));
+}
 constexpr int norm_offset(int phase) { return phase == kQkv ? MK_ATTN_NORM : MK_MLP_NORM; }
 template <int phase>
 constexpr bool kNormAligned = phase == kHead ? MK_FINAL_NORM % 4 == 0 : aligned_in_layer(norm_offset(phase));

@@ -196,7 +196,8 @@ static_assert(kGroup >= 1 && kGroup <= 4 && kChunkAtoms % kAlignAtoms == 0, "the
 // one that fits in the ring or is long does not need to.
 constexpr i64 kLayerBytes =
     ((i64)kQkvSize * kHidden + (i64)kHidden * kQSize + (i64)(kGated ? 3 : 2) * kHidden * kInner) * kWeightBytes / MK_UNITS;  // of a unit
-constexpr bool kPaced = kLayerBytes > 128 * 1024 && kLayerBytes < 512 * 1024;
+constexpr bool kLongLayers = kLayerBytes >= 512 * 1024;
+constexpr bool kPaced = kLayerBytes > 128 * 1024 && !kLongLayers;
 #if !defined(MK_FLIGHT_BYTES)
 #define MK_FLIGHT_BYTES (kPaced ? 32 * 1024 : 64 * 1024)  // on their way at most
 #endif
@@ -205,6 +206,29 @@ constexpr bool kPaced = kLayerBytes > 128 * 1024 && kLayerBytes < 512 * 1024;
 #endif
 #if !defined(MK_HEAD_FLIGHT_BYTES)
 #define MK_HEAD_FLIGHT_BYTES (96 * 1024)
+#endif
+// With several requests fewer while waves use the last MK_CALM_BEFORE_BYTES before a hand-off that all wait for: what they then look at comes sooner.
+// Which phases are followed by one: bits 1 << Phase.
+#if !defined(MK_CALM_PHASES)
+#define MK_CALM_PHASES (kBatch == 1 || !kLongLayers ? 0 : 1 << kO | 1 << kDown | (kBatch > 4 ? 1 << kGateUp : 0))
+#endif
+#if !defined(MK_CALM_BEFORE_BYTES)
+#define MK_CALM_BEFORE_BYTES (64 * 1024)
+#endif
+#if !defined(MK_CALM_FLIGHT_BYTES)
+#define MK_CALM_FLIGHT_BYTES (32 * 1024)
+#endif
+
+// Whether sums of squares are looked for only after the activations that they belong to. Where layers are long there is time for that.
+#if !defined(MK_LATE_SQUARES)
+#define MK_LATE_SQUARES kLongLayers
+#endif
+constexpr bool kLateSquares = MK_LATE_SQUARES;
+
+// How long stream waves wait before they first look for packed activations, which are not there yet as a rule. Looks in vain hold up
+// other units' words, and all that memory brings.
+#if !defined(MK_FIRST_LOOK_NS)
+#define MK_FIRST_LOOK_NS 500
 #endif
 
 // Registers of a stream wave's lane where it gives some of its 128 to the service waves, which attend: 0, none. With several
@@ -348,7 +372,7 @@ constexpr bool kLongParts = true;
 constexpr bool kLongParts = false;
 #endif
 #if !defined(MK_COPY_CACHE)
-#define MK_COPY_CACHE (kLongParts || (kBatch == 1 && kSplits == 1 && kLayerBytes < 512 * 1024))
+#define MK_COPY_CACHE (kLongParts || (kBatch == 1 && kSplits == 1 && !kLongLayers))
 #endif
 constexpr bool kCopiesCache = arch::kWave == 32 && kKvAligned && kStepPlaces <= 64 && MK_COPY_CACHE;  // 64: kSplitBlock
 #if !defined(MK_CACHE_SLOTS)

@@ -36,8 +36,7 @@ struct StreamWave {
     return go;
   }
 
-  // Gathers what is multiplied next, if this wave does so; the service waves get the sum of squares of all of it, where it does not
-  // come from other units.
+  // Gathers what is multiplied next, if this wave does so, and tells the service waves when it has what a norm's scale belongs to.
   template <int p>
   MK_METHOD void gather() {
     if constexpr (kStreamGathers) {
@@ -54,8 +53,7 @@ struct StreamWave {
           gather_own<p>(*service, p == kHead ? MK_NUM_LAYERS : layer, fill, wave, activations);
         }
         service->mark(kPhaseEvents * p + kGathered);
-        const bool squares = has_norm(p) && (!kPacked || (p == kQkv && layer == 0));
-        if (squares && segment == 0 && fill == fill_count(p) - 1) arch::hand_over_squares();  // Q
+        if (tells_of_squares(p, layer) && segment == 0 && fill == fill_count(p) - 1) arch::hand_over_squares();  // Q
       }
     }
   }

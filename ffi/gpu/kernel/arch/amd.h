@@ -230,6 +230,7 @@ MK_DEVICE Vec4 load_once(const void* p) {
   return {v.x, v.y, v.z, v.w};
 }
 MK_DEVICE void prefetch(const void*, int) {}
+MK_DEVICE void pause(u32) {}
 MK_DEVICE void release() {
   __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent");
   // Compilers may leave out that the write-back must have ended (LLVM pull request 178316).

@@ -44,6 +44,7 @@
 //   load_shared_data(p)         16 bytes of device memory that other units may have written before the last acquire
 //   load_once(p)                16 bytes of read-only memory that is not needed again
 //   prefetch(p, bytes)          brings device memory nearer, if the machine can; both are multiples of 16
+//   pause(nanoseconds)          the wave sleeps for about as long, if the machine can
 //   Wave 32 only, copies to shared memory, for which a barrier (u64 of shared memory) stands; all addresses and sizes are multiples of 16:
 //   make_copy_barrier(barrier)  once, by one lane of the wave that uses it, before a wave_sync()
 //   announce_copies(barrier, bytes)        by one lane: how much its next copies bring, together

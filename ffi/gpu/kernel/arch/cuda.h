@@ -151,6 +151,9 @@ MK_DEVICE Vec4 load_once(const void* p) {
 MK_DEVICE void prefetch(const void* p, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
 }
+MK_DEVICE void pause(u32 nanoseconds) {
+  if (nanoseconds > 0) asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds));
+}
 MK_DEVICE void release() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 MK_DEVICE void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 MK_DEVICE u32 load_host(const u32* p) {
@@ -215,6 +218,10 @@ MK_DEVICE void await_copies(u64* barrier, u32 parity) { await_copies(shared_addr
 MK_DEVICE void leave_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 MK_DEVICE void publish_to_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
+struct Flight {
+  u32 slow, rest, calm;  // entries of a ring that are on their way at most: of the first slow_bytes, of the rest, where it is calm
+};
+
 // The streams of a unit's waves, which are in step, through a ring in shared memory. An entry is a slot of every wave; the feed
 // wave keeps entries filled by bulk copies. However many are free, only a few copies are on their way at a time, and they are
 // requested at an even pace: what other units have written waits behind all that the memory has been asked for
@@ -239,20 +246,22 @@ struct Ring {
   }
 
   // What a lane of the feed wave does until *stop: keeps the ring filled with `bytes` of each wave's stream, again and again. The
-  // first wave's stream is at `streams`, the others `stride` bytes apart. Of the first slow_bytes, `limit` entries are on their
-  // way at most, requested no faster than one in `pace` clock ticks; of the rest late_limit.
+  // first wave's stream is at `streams`, the others `stride` bytes apart. The first slow_bytes are requested no faster than one entry in
+  // `pace` clock ticks. calm(): of the entry that has just been requested, whether flight.calm is the limit from now on.
+  template <typename Calm>
   static MK_METHOD void feed(char* ring, char* all_barriers, u32* stop, const char* streams, u32 bytes, i64 stride,
-                             u32 slow_bytes, u32 limit, u32 late_limit, i32 pace) {
+                             u32 slow_bytes, Flight flight, i32 pace, Calm calm) {
     const u32 barriers = shared_address(all_barriers);
     Place arriving = {0, 0}, next = {0, 1};
     u32 flying = 0, at = 0, due = clock();
+    bool is_calm = false;
     for (;;) {
       if (flying > 0 && is_over(barriers + arriving.slot * 8, arriving.parity)) {
         flying--;
         arriving.step();
       }
       const bool slow = at < slow_bytes;
-      if (flying < (slow ? limit : late_limit) && (!slow || (i32)(clock() - due) >= 0) &&
+      if (flying < (is_calm ? flight.calm : slow ? flight.slow : flight.rest) && (!slow || (i32)(clock() - due) >= 0) &&
           is_over(barriers + (slots + next.slot) * 8, next.parity)) {
         const u32 now = clock();  // time that was not used before is no reason to hurry
         due = (slow && at > 0 && (i32)(now - due) < pace ? due : now) + pace;
@@ -263,6 +272,7 @@ struct Ring {
         flying++;
         next.step();
         at = at + kSlotBytes == bytes ? 0 : at + kSlotBytes;
+        is_calm = calm();
       } else if ((kRacecheck ? shared_add(stop, 0) : *(const volatile u32*)stop) != 0) {
         break;
       }

@@ -205,6 +205,7 @@ MK_DEVICE u32 add(u32* p, u32 v, host::Where at = host::here()) { return host::a
 MK_DEVICE int shared_number(const int* p) { return *p; }
 MK_DEVICE Vec4 load_shared_data(const void* p, host::Where at = host::here()) { return host::load_data(p, false, at); }
 MK_DEVICE Vec4 load_once(const void* p, host::Where at = host::here()) { return host::load_data(p, true, at); }
+MK_DEVICE void pause(u32) {}
 MK_DEVICE void prefetch(const void* p, int bytes, host::Where at = host::here()) {
   if (bytes <= 0 || bytes % 16 != 0 || (unsigned long)p % 16 != 0) host::fail(at, "a prefetch of %d bytes at %p", bytes, p);
 }

@@ -87,16 +87,16 @@ MK_DEVICE float products_scale(Service& s, int layer) {
   if constexpr (!kScaleAfter || !has_norm(phase)) return 1.0f;
   constexpr int rows = output_rows(phase);
   const int request = s.index % (kBatch * rows) / rows;
+  if constexpr (!kStreamGathers) {
+    s.sync();  // all parts of the sum of squares are there
+  } else if (tells_of_squares(phase, layer)) {
+    arch::take_over_squares();  // Q
+  }
   if constexpr (kPacked) {
     if (phase != kQkv || layer > 0) {
       gather_squares<phase>(s, layer);
       return s.scale_of(*s.squares(request), kHidden);
     }
-  }
-  if constexpr (kStreamGathers) {
-    arch::take_over_squares();  // Q
-  } else {
-    s.sync();  // all parts of the sum of squares are there
   }
   return s.norm_scale(request, kHidden);
 }
