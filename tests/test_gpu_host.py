@@ -564,7 +564,9 @@ def test_fills_that_come_ahead(inner, batch, segment_tiles, sanitize):
     np.testing.assert_allclose(got.log_probs, exact.log_probs, rtol=0, atol=0.3)
 
 
-@pytest.mark.parametrize(("name", "batch", "stores"), [("plain", 2, "late"), ("windows", 3, "now"), ("nope", 5, "late")])
+@pytest.mark.parametrize(
+    ("name", "batch", "stores"), [("plain", 2, "late"), ("windows", 3, "now"), ("nope", 5, "late")]
+)
 def test_sums_of_squares_looked_for_late(name, batch, stores):
     """As where layers are long: after the activations that they belong to."""
     spec = spec_of(name, "bfloat16")
