@@ -6,6 +6,7 @@ each model and batch, which takes seconds the first time.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import os
@@ -268,6 +269,38 @@ def test_two_models_in_two_threads(target):
         assert len(results) == 10
         for result in results:
             assert_bit_equal(result, one)
+
+
+def test_two_devices_in_two_threads(target):
+    """At the same time, each with a copy of the tape: every call gives the same bits."""
+    devices = jax.local_devices(backend=target.platform)[:2]
+    if len(devices) < 2:
+        pytest.skip("this machine has one such device")
+    targets = [Target((target.platform, device)) for device in devices]
+    spec = spec_of("windows", "bfloat16")
+    state, params = state_of(spec), mixed_params(spec, 3)
+    want = target.decode(spec, state, params)
+    start = threading.Barrier(2)
+
+    def run(i: int) -> list:
+        targets[i].tape(spec)
+        start.wait()
+        return [targets[i].decode(spec, state, params) for _ in range(10)]
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for results in pool.map(run, range(2)):
+            for result in results:
+                assert_bit_equal(result, want)
+
+
+def test_operands_on_two_devices_are_refused(target):
+    devices = jax.local_devices(backend=target.platform)
+    other = devices[1] if len(devices) > 1 else jax.local_devices(backend="cpu")[0]
+    spec = spec_of("plain")
+    state, params = state_of(spec), params_of(spec, 3)
+    with pytest.raises(ValueError, match=r"[Ii]ncompatible devices"):
+        _step(target.tape(spec), jax.device_put(state, other), target.put(params), max_new_tokens=2)
+    assert_same_decode(target.decode(spec, state, params), reference(spec, state, params), spec, state)
 
 
 def test_a_cancelled_decode_leaves_the_device_usable(target):

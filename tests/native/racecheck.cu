@@ -1,12 +1,13 @@
 // What compute-sanitizer's racecheck makes of hand-overs between two warps that are right, each by a kernel of its own:
 //
-//   nvcc -arch=sm_90a -o racecheck racecheck.cu && for i in 0 1 2 3 4 5 6 7 8 9; do compute-sanitizer --tool racecheck ./racecheck $i; done
+//   nvcc -arch=sm_90a -o racecheck racecheck.cu && for i in $(seq 0 11); do compute-sanitizer --tool racecheck ./racecheck $i; done
 //
 // It calls those a race where one side of a named barrier only arrives (0), where a lane arrives at an mbarrier for its warp, after
 // __syncwarp (3, 5), and where some of the warps that meet at two barriers by turns meet each other between them (8). The others are
 // the same hand-overs with both sides waiting (1, and 6 where the writers wait for each other before they meet the readers), all
-// lanes arriving (2, 4), and nothing between the two barriers (7, and 9 where some lanes write nothing). The decode kernel does 0, 3,
-// 5 and 8; with MONOKERNEL_RACECHECK it does 1, 4, 6 and 8 instead (ffi/gpu/kernel/arch/cuda.h).
+// lanes arriving (2, 4), and nothing between the two barriers (7, and 9 where some lanes write nothing). Not known yet: what it says
+// where those that read products meet each other when they have read them (10), and there and between the two (11). The decode kernel
+// does 0, 3, 5, 8, 10 and 11; with MONOKERNEL_RACECHECK it does 1, 4, 6, 8, 10 and 11 instead (ffi/gpu/kernel/arch/cuda.h).
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -141,8 +142,8 @@ __global__ void copies(const int* from, int* out) {
 }
 
 // Seven warps write for six, which read it and write something back: all meet twice in a round. between: the seven also meet each other
-// between the two. some: some of their lanes write nothing.
-template <bool between, bool some>
+// between the two. some: some of their lanes write nothing. after: the seven also meet each other when they have read.
+template <bool between, bool some, bool after = false>
 __global__ void two_sides(int* out) {
   constexpr int kReaders = 6, kWriters = 7;
   __shared__ volatile int there[kWriters * 32], back[2][kReaders * 32];
@@ -158,6 +159,7 @@ __global__ void two_sides(int* out) {
       asm volatile("barrier.sync 9, %0;" ::"n"((kReaders + kWriters) * 32) : "memory");
       for (int i = writer * 32 + lane; i < kReaders * 32; i += kWriters * 32) sum += back[round % 2][i];
       __syncwarp();
+      if (after) asm volatile("barrier.sync 1, %0;" ::"n"(kWriters * 32) : "memory");
     } else {
       asm volatile("barrier.sync 8, %0;" ::"n"((kReaders + kWriters) * 32) : "memory");
       for (int i = 0; i < kWriters; i++) sum += there[i * 32 + (lane + warp) % 24];
@@ -187,6 +189,8 @@ int main(int count, char** arguments) {
     case 7: two_sides<false, false><<<1, 13 * 32>>>(out); break;
     case 8: two_sides<true, false><<<1, 13 * 32>>>(out); break;
     case 9: two_sides<false, true><<<1, 13 * 32>>>(out); break;
+    case 10: two_sides<false, false, true><<<1, 13 * 32>>>(out); break;
+    case 11: two_sides<true, false, true><<<1, 13 * 32>>>(out); break;
   }
   const cudaError_t error = cudaDeviceSynchronize();
   printf("%d: %s\n", which, cudaGetErrorString(error));
