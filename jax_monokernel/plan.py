@@ -492,7 +492,7 @@ def attention_tasks(spec: DecoderSpec, plan: Plan, batch: int, capacity: int) ->
     group = spec.num_heads // spec.num_kv_heads
     most = 1 if capacity <= WHOLE_CONTEXT else -(-capacity // SPLIT_POSITIONS)
     choices = {}
-    for heads in (h for h in range(_most_heads(group), 0, -1) if group % h == 0):
+    for heads in (h for h in range(_most_heads(group, spec.head_dim), 0, -1) if group % h == 0):
         tasks = spec.num_heads // heads * batch
         parts = max(1, min(plan.units // tasks, most))
         choices[parts, heads] = tasks * parts / -(-tasks * parts // plan.units)  # units that attend, on average
@@ -500,9 +500,9 @@ def attention_tasks(spec: DecoderSpec, plan: Plan, batch: int, capacity: int) ->
     return next(cut for cut, units in choices.items() if units >= 0.9 * max(choices.values()))
 
 
-def _most_heads(group: int) -> int:
-    """Query heads that share the loads of a key: what fits in registers."""
-    return next(h for h in (4, 3, 2, 1) if group % h == 0)
+def _most_heads(group: int, head_dim: int) -> int:
+    """Query heads that share the loads of a key: what fits in registers and, of larger heads, in an AMD GPU's shared memory."""
+    return next(h for h in (4, 3, 2, 1) if group % h == 0 and (h == 1 or h * head_dim <= 1024))
 
 
 WHOLE_CONTEXT = 256  # positions of cache up to which the context is not split: joining parts takes a hand-off

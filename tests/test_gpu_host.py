@@ -398,11 +398,36 @@ def test_a_word_that_never_comes_is_reported(batch, field, kind):
     assert report["token"] in (2, 3) if field == "token" else report["token"] == 2, report
     # A unit that does not read these words may wait for those who do, and have begun earlier.
     assert report["handoff"] in HANDOFFS.values(), report
+    # The word that is named is one that was not there.
+    seen = report["seen"]
+    if report["expected"] == 2:
+        assert 0 in (seen, seen & 0xFFFF, seen >> 16), report
+    else:
+        assert seen & 1 != report["expected"], report
     # What came before is as it should be.
     for row in range(batch):
         length = int(got.lengths[row])
         np.testing.assert_array_equal(got.tokens[row, :length], want.tokens[row, :length])
         assert length in (2, 3)
+
+
+@pytest.mark.parametrize("word", [1, 9, 18])
+@pytest.mark.parametrize(("wave_size", "batch"), [(32, 1), (32, 2), (64, 1), (64, 3)])
+def test_the_word_that_was_lost_is_named(wave_size, batch, word):
+    """A word of h5, which all units need at once: of the last request, in the second layer of the first token."""
+    spec = spec_of("plain")
+    kernel = Kernel(spec, gpu_plan(spec, wave_size, 3), batch)
+    line = -(-spec.intermediate_size // 32) * 32
+    packed = wave_size == 32 and batch > 1
+    word += (batch - 1) * line
+    begin = kernel.workspace["inner"] + (word + batch * line * packed) * 4  # a packed use has a copy of its own
+    fault = Fault("drop", nth=0 if packed else 1, begin=begin, end=begin + 4, watched="not zero" if packed else "all")
+    state, params = rows_of((state_of(spec), params_of(spec, 3)), slice(3 - batch, 3))
+    _, run = decode_on_host(kernel, state, params, 2, fault=fault, timeout_ticks=60_000, seed=1)
+    assert run.faults == 1
+    expected = {"reason": 1, "handoff": HANDOFFS["inner"], "layer": 1, "token": 0, "word": word}
+    expected["expected"] = 2 if packed else 0  # a parity, that of the second use
+    assert run.report.items() >= expected.items()
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["as it is", "not released"])

@@ -34,12 +34,25 @@ std::string hex(uint32_t value) {
   return text;
 }
 
-// What a report says, in the words of docs/kernel.md.
-Failure reported(const mk::Report& r, int64_t vocab_size, double timeout_s) {
+// Which word a wait missed, in the words of docs/kernel.md.
+std::string missed(const mk::Report& r) {
   constexpr const char* kHandoffs[] = {"h1_qkv",     "h2_attended", "h3_partial",   "h4_projected",
                                        "h5_inner",   "h6_residual", "h7_candidate", "h8_token",
                                        "h9_final",   "h10_out_sums", "h11_down_sums", "h12_places",
                                        "h13_projected_squares", "h14_residual_squares", "h15_final_squares"};
+  const std::string handoff = r.handoff >= 1 && r.handoff <= std::size(kHandoffs) ? kHandoffs[r.handoff - 1]
+                                                                                  : "hand-off " + std::to_string(r.handoff);
+  if (handoff == "h12_places") {
+    return "at the start for h12_places: expected all " + std::to_string(r.expected) + " units to have looked where they are, saw " + hex(r.seen);
+  }
+  const bool of_a_token = handoff == "h7_candidate" || handoff == "h8_token" || handoff == "h9_final" || handoff == "h15_final_squares";
+  return (of_a_token ? "after the layers of token " : "in layer " + std::to_string(r.layer) + " of token ") + std::to_string(r.token) +
+         " for word " + std::to_string(r.word) + " of " + handoff + ": expected " +
+         (r.expected == mk::kNotZero ? "activations that are not 0" : "parity " + std::to_string(r.expected)) + ", saw " + hex(r.seen);
+}
+
+// What a report says.
+Failure reported(const mk::Report& r, int64_t vocab_size, double timeout_s) {
   if (r.reason == mk::kCancelled) return cancelled();
   if (r.reason == mk::kInvalid) {  // the reason's own use of the fields: request, position and token
     const std::string request = std::to_string(r.unit);
@@ -52,15 +65,11 @@ Failure reported(const mk::Report& r, int64_t vocab_size, double timeout_s) {
   if (r.reason != mk::kTimeout) {
     return Failure(Code::kInternal, "the kernel ended for an unknown reason (" + std::to_string(r.reason) + ")");
   }
-  const std::string handoff = r.handoff >= 1 && r.handoff <= std::size(kHandoffs) ? kHandoffs[r.handoff - 1]
-                                                                                  : "hand-off " + std::to_string(r.handoff);
   char seconds[32];
   std::snprintf(seconds, sizeof(seconds), "%g", timeout_s);
   return Failure(Code::kTimeout,
                  "a wait inside the kernel took more than " + std::string(seconds) + " s, and decode ended early. Unit " +
-                     std::to_string(r.unit) + " waited in layer " + std::to_string(r.layer) + " of token " +
-                     std::to_string(r.token) + " for word " + std::to_string(r.word) + " of " + handoff + ": expected parity " +
-                     std::to_string(r.expected) + ", saw " + hex(r.seen) +
+                     std::to_string(r.unit) + " waited " + missed(r) +
                      ". The device can be used further. If it is shared or runs under a debugger, allow longer waits with "
                      "MONOKERNEL_TIMEOUT (seconds); otherwise please report this");
 }

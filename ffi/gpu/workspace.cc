@@ -22,8 +22,9 @@ WorkspaceSize workspace_size(const Request& request) {
   dims.mlp_groups = p.mlp_groups;
   dims.inner_cols = p.inner_cols;
   dims.dies = request.placed ? mk::kDies : p.groups > 1 ? p.groups : 0;
-  // What the kernel needs at most: it keeps small residuals in shared memory. They come last, so no offset depends on it.
+  // What the kernel needs at most: it keeps in shared memory what fits there. They come last, so all that it needs is within this.
   dims.own_residual = p.post_norm ? request.batch * p.hidden_size : 0;
+  dims.own_angles = request.batch * std::max<int64_t>(1, p.num_ropes) * p.rotary_dim;
   if (mk::has_packed_hand_offs(p.groups == 1 && p.wave_size == 32 && p.weight_dtype != kF16 && !p.post_norm, request.batch)) {
     int64_t most = 0;
     for (int64_t u = 0; u < p.units; u++) most = std::max(most, p.tile(kO, u).count);

@@ -223,7 +223,7 @@ MK_DEVICE void gather_own(Service& s, int layer, int fill, int wave, char* own) 
           s.waiter, site, [&](int i) { return site.words + request_of(i) * line(size) + at[i % items]; }, v, [&](int i) {
             const int left = size - at[i % items];
             return !wanted(i) ? 0 : (bare && size == padded_cols(phase)) || (size % 4 == 0 && left > 0) ? 4 : left;
-          });
+          }, look_later);
       MK_UNROLL
       for (int i = 0; i < requests * items; i++) {
         if (!wanted(i)) continue;
@@ -238,6 +238,12 @@ MK_DEVICE void gather_own(Service& s, int layer, int fill, int wave, char* own) 
       }
     }
   }
+  name_missing(s.waiter, site, kBatch * Columns::kCount, [&](int i) -> Missing {
+    const int request = i / Columns::kCount, at = columns.of_matrix(i % Columns::kCount);
+    if (at < 0 || at >= size) return {kNoWord, 0, 0};
+    const int word = request * line(size) + at;
+    return missing_of(arch::load_words(site.words + word), smaller(4, size - at), (u32)word, site.parity);
+  });
   arch::wave_sync();
 }
 

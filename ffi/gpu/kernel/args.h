@@ -18,9 +18,12 @@ struct Report {
   u32 token;     // of this launch
   u32 unit;      // the waiter
   u32 word;      // index in the hand-off
-  u32 expected;  // parity
+  u32 expected;  // parity, or kNotZero; of h12_places, a number of units
   u32 seen;      // the word
 };
+
+constexpr u32 kNotLooked = ~0u - 1;  // word: there was none any more when the waiter looked again
+constexpr u32 kNotZero = 2;  // expected of a word of packed activations, which have no parity: none of them is 0
 
 enum Reason : u32 {
   kOk = 0,

@@ -315,6 +315,7 @@ constexpr int kOwnRows = kGroups == 1 ? most_tiles(kO) * kTileRows : (kHiddenVec
 
 constexpr int kTaskVectors = kTaskHeads + 2;  // q heads, then k and v
 constexpr int kRopeRows = MK_NUM_ROPES > 0 ? MK_NUM_ROPES : 1;
+constexpr int kAngles = kBatch * kRopeRows * 2 * kHalfRotary;
 
 // Parts of a request's sum of squares in shared memory. Stream waves leave a single request's to the service waves lane by lane, as
 // adding them up takes a wave long.
@@ -330,14 +331,14 @@ struct SharedLayout {
                     // which there are none between the products of qkv and the gate of o
   int products;     // f32 [2][kSegmentTiles][batch][kTileRows][kWaves]
   int squares;      // f32 [2][batch][kSquareParts]: partial sums of squares
-  int residual;     // f32 [batch][own rows], or with post-norms [batch][kHidden]
+  int residual;     // f32 [batch][own rows], or with post-norms [batch][kHidden], if kResidualInShared
   int attention;    // scratch of p2_attend and p2_combine
-  int angles;       // f32 [batch][ropes][2][kHalfRotary]: cosines, then sines
+  int angles;       // f32 [batch][ropes][2][kHalfRotary]: cosines, then sines; if kAnglesInShared
   int sampling;     // scratch of p6 and p7
   int control;      // struct Control
   int stop;         // u32: the feed wave is to stop
   int place;        // int [2]: the unit's number; not 0: it has one (sync/place.h)
-  int barriers;
+  int barriers;     // the ring's
   int cache_barriers;  // u64 [service waves][kCacheSlots]
   int ring;
   int ring_slots;  // of each stream wave
@@ -387,17 +388,18 @@ constexpr int kPackedWords = kKvType == kF32 ? 0 : round_up(kTaskVectors * kHead
 constexpr int kAttentionFloats =
     kPackedWords + 4 + kTaskVectors * kHeadDim + kServiceWaves * kTaskHeads * (kHeadDim + 2) + 2 * kServiceWaves + 8;
 constexpr int kSamplingBytes = 16 * 1024;
-constexpr bool kResidualInShared = !kPostNorm || kBatch * kHidden * 4 <= 32 * 1024;
-
 // Whether attention has memory of its own. It can do with that of the activations, of which there are none between the end of a phase
 // that multiplies and the beginning of the next one, unless stream waves gather what o multiplies meanwhile.
 #if defined(MK_REGISTER_RING)
 constexpr bool kAttentionApart = false;
+constexpr int kBarrierBytes = 0;
 #else
 constexpr bool kAttentionApart = true;
+constexpr int kBarrierBytes = 4096;
 #endif
 
-constexpr SharedLayout make_shared_layout() {
+// residual, angles: whether those are in shared memory, too.
+constexpr SharedLayout make_shared_layout(bool residual, bool angles) {
   SharedLayout s{};
   int at = 0;
   s.activations = s.cache = at;
@@ -407,32 +409,38 @@ constexpr SharedLayout make_shared_layout() {
   s.squares = at;
   at += round_up(2 * kBatch * kSquareParts * 4, 128);
   s.residual = at;
-  at += round_up((kPostNorm ? (kResidualInShared ? kBatch * kHidden : 0) : kBatch * kOwnRows) * 4, 128);
+  at += residual ? round_up(kBatch * (kPostNorm ? kHidden : kOwnRows) * 4, 128) : 0;
   s.sampling = s.activations;  // between the products of the head and the next token
   s.attention = kAttentionApart ? at : s.activations;
   at += kAttentionApart ? round_up(kAttentionFloats * 4, 128) : 0;
   s.angles = at;
-  at += round_up(kBatch * kRopeRows * 2 * kHalfRotary * 4, 128);
+  at += angles ? round_up(kAngles * 4, 128) : 0;
   s.control = at;
   at += round_up(64 + kBatch * 64, 128);  // checked in control.h
   s.stop = at;
   s.place = at + 64;
   at += 128;
   s.barriers = at;
-  at += 4096;
+  at += kBarrierBytes;
   s.cache_barriers = at;
   at += kCopiesCache ? round_up(kServiceWaves * kCacheSlots * 8, 128) : 0;
   s.ring = at;
   s.ring_slots = smaller((MK_SHARED_BYTES - at) / (kWaves * kGroup * arch::kWave * 16), 4096 / 16);
   return s;
 }
-constexpr SharedLayout kShared = make_shared_layout();
+constexpr bool fits(const SharedLayout& s) {
 #if !defined(MK_REGISTER_RING)
-static_assert(kShared.ring_slots >= 2, "too little shared memory for this batch: the plan's chunk_atoms must be smaller");
+  return s.ring_slots >= 2;
 #else
-static_assert(kShared.ring + arch::kReservedShared <= MK_SHARED_BYTES,
-              "too little shared memory for this batch: the plan's chunk_atoms or segment_tiles must be smaller");
+  return s.ring + arch::kReservedShared <= MK_SHARED_BYTES;
 #endif
+}
+// What takes no part in every phase goes to the workspace where many requests leave no room for it: a unit's own copy of the residual
+// stream, also where it is large, and angles.
+constexpr bool kResidualInShared = !kPostNorm || (kBatch * kHidden * 4 <= 32 * 1024 && fits(make_shared_layout(true, false)));
+constexpr bool kAnglesInShared = fits(make_shared_layout(kResidualInShared, true));
+constexpr SharedLayout kShared = make_shared_layout(kResidualInShared, kAnglesInShared);
+static_assert(fits(kShared), "too little shared memory for this batch: the plan's chunk_atoms or segment_tiles must be smaller");
 
 template <typename T>
 MK_DEVICE T* shared_at(int offset) {

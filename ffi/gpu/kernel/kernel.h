@@ -165,7 +165,7 @@ MK_DEVICE bool start_token(Service& s, bool cancelled) {
   }
   arch::open_gate();  // T
   arch::take_over();
-  return s.control().go[s.token & 1] != 0;
+  return arch::shared_number(&s.control().go[s.token & 1]) != 0;
 }
 
 MK_DEVICE void serve(const Args& args) {
@@ -174,22 +174,22 @@ MK_DEVICE void serve(const Args& args) {
   make_cache_barriers(service);
 #endif
   renew(service, [](Service& s) { start_requests(s); });
-  bool cancelled = false;
-  for (;;) {
-    bool go;
+  bool cancelled = false, go;
+  do {
     renew(service, [&](Service& s) { go = start_token(s, cancelled); });
-    if (!go) break;
-    bool opened = opens_early<kQkv>(service);
-    renew(service, [&](Service& s) {
-      fill_angles(s);
-      start_residual(s);
-    });
-    service.mark(kTokenStart);
-    for (int layer = 0; layer < MK_NUM_LAYERS; layer++) opened = run_layer(service, layer, opened);
-    p6_head(service, opened);
-    renew(service, [&](Service& s) { cancelled = !p7_sample(s); });
-    service.token++;
-  }
+    if (go) {
+      bool opened = opens_early<kQkv>(service);
+      renew(service, [&](Service& s) {
+        fill_angles(s);
+        start_residual(s);
+      });
+      service.mark(kTokenStart);
+      for (int layer = 0; layer < MK_NUM_LAYERS; layer++) opened = run_layer(service, layer, opened);
+      p6_head(service, opened);
+      renew(service, [&](Service& s) { cancelled = !p7_sample(s); });
+      service.token++;
+    }
+  } while (go);
   renew(service, [&](Service& s) { finish_requests(s, cancelled); });
 }
 

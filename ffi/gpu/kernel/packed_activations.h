@@ -64,6 +64,16 @@ MK_DEVICE OwnColumns<phase, kVector> packed_columns(const Service& s, int fill, 
   return {fill, arch::unknown(wave), arch::unknown(s.lane)};  // addresses of all phases would fill the registers
 }
 
+template <int phase>
+MK_DEVICE void name_missing_packed(const Service& s, const Packed& from, const OwnColumns<phase, kVector>& columns) {
+  constexpr int count = OwnColumns<phase, kVector>::kCount;
+  name_missing(s.waiter, from.site, kBatch * count, [&](int i) -> Missing {
+    const int at = columns.of_matrix(i % count);
+    if (at < 0) return {kNoWord, 0, 0};
+    return missing_of_packed(from.site, (const u32*)packed_place(from, i / count, cols(phase), at), smaller(kVector, cols(phase) - at));
+  });
+}
+
 // Gathers a stream wave's columns into its own rows, as gather_own does.
 template <int phase>
 MK_DEVICE void gather_packed(Service& s, int layer, int fill, int wave, char* own) {
@@ -82,6 +92,7 @@ MK_DEVICE void gather_packed(Service& s, int layer, int fill, int wave, char* ow
       vectors.put(s.waiter, own);
     }
   }
+  name_missing_packed<phase>(s, from, columns);
   arch::wave_sync();
 }
 

@@ -49,6 +49,7 @@ struct Service {
   int team, team_wave, team_lane;
   int token;  // of this launch
   int squares_set;  // which half of the partial sums of squares is in use; changes with every phase that multiplies
+  int layer;
   const float* constants;  // of the layer
   int events;              // of the timeline so far
   int cache_slot;          // CacheCopies: the next slot
@@ -65,11 +66,14 @@ struct Service {
   MK_METHOD void keep(const Service& s) {
     token = s.token;
     squares_set = s.squares_set;
-    constants = s.constants;
+    if constexpr (arch::kRenew) {
+      enter_layer(s.layer);
+    } else {
+      constants = s.constants;
+    }
     events = s.events;
     cache_slot = s.cache_slot;
     cache_parity = s.cache_parity;
-    waiter.deadline = s.waiter.deadline;
     waiter.aborted = s.waiter.aborted;
   }
 
@@ -83,11 +87,12 @@ struct Service {
     team_lane = team_wave * arch::kWave + lane;
     token = 0;
     squares_set = 0;
+    layer = 0;
     constants = nullptr;
     events = 0;
     cache_slot = 0;
     cache_parity = 0;
-    waiter = {&a, at<u32>(kWorkspace.abort), 0, false};
+    waiter = {&a, false};
   }
 
   template <typename T>
@@ -119,8 +124,9 @@ struct Service {
     cache_parity ^= 1;
   }
 
-  MK_METHOD void enter_layer(int layer) {
-    constants = args.constants + MK_LAYER_CONSTANTS_OFFSET + (i64)layer * MK_LAYER_CONSTANTS;
+  MK_METHOD void enter_layer(int now) {
+    layer = now;
+    constants = arch::arguments(args).constants + MK_LAYER_CONSTANTS_OFFSET + (i64)layer * MK_LAYER_CONSTANTS;
   }
   // The unit's group, of `groups`: 1 or kGroups.
   template <int groups>

@@ -66,7 +66,7 @@ struct StreamWave {
   MK_METHOD bool goes_on() {
     arch::pass_gate();
     arch::hand_over();
-    const bool go = shared_at<Control>(kShared.control)->go[token & 1] != 0;
+    const bool go = arch::shared_number(&shared_at<Control>(kShared.control)->go[token & 1]) != 0;
     token++;
     return go;
   }

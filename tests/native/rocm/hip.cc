@@ -61,11 +61,12 @@ int complain(int error, const char* format, A... arguments) {
 // ---- Devices and threads ----
 
 std::atomic<bool> g_initialized = false;
-// A thread's device at first is the last one, so that nothing goes to device 0 because it was forgotten to say where.
+// A thread's device at first is the last one, so that nothing goes to device 0 because it was forgotten to say where. Also
+// where a test before had more devices.
 thread_local int t_own = -1, t_current = -1;
 
 int current() {
-  if (t_current < 0) t_own = t_current = hip_devices - 1;
+  if (t_own < 0 || t_own >= hip_devices) t_own = t_current = hip_devices - 1;
   return t_current;
 }
 

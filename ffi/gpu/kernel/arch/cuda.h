@@ -164,6 +164,7 @@ MK_DEVICE u32 load_host(const u32* p) {
 MK_DEVICE void store_host(u64* p, u64 v) { asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory"); }
 MK_DEVICE bool claim(u32* p) { return atomicCAS(p, 0u, 1u) == 0u; }
 MK_DEVICE u32 shared_add(u32* p, u32 v) { return atomicAdd(p, v); }
+MK_DEVICE int shared_number(const int* p) { return *p; }
 MK_DEVICE u64 ticks() {
   u64 v;
   asm volatile("mov.u64 %0, %%clock64;" : "=l"(v)::"memory");

@@ -9,6 +9,7 @@ struct Dims {
   i64 batch, units, splits;
   i64 hidden, q_size, qkv_size, heads, vocab;
   i64 own_residual;  // f32 of a unit's private copy of the residual stream; 0: it is in shared memory
+  i64 own_angles;    // f32 of RoPE's cosines and sines, which a unit works out for itself; likewise
   i64 groups, attention_groups, mlp_groups;  // 1: none
   i64 inner_cols;                            // of the MLP's inner activations that a group has, or all of them
   i64 packed_bytes;  // of an activation in packed hand-offs (sync/packed.h); 0: there are none
@@ -56,6 +57,7 @@ struct Workspace {
   i64 adjusted;   // f32 [batch][vocab rounded up to 4], logits after penalties, bias and temperature
   i64 logits;     // f32 likewise, logits as they were computed: for log-probabilities of filtered requests
   i64 own_residual;  // f32 [units][own_residual]
+  i64 own_angles;    // f32 [units][own_angles]
   i64 abort;      // u32, zeroed with the exchange part: see sync/words.h
   i64 bytes;
 };
@@ -95,6 +97,7 @@ constexpr Workspace make_workspace(Dims d) {
   w.adjusted = place(d.batch * line(d.vocab));
   w.logits = place(d.batch * line(d.vocab));
   w.own_residual = place(d.units * line(d.own_residual));
+  w.own_angles = place(d.units * line(d.own_angles));
   w.bytes = at;
   return w;
 }

@@ -26,8 +26,9 @@ MK_DEVICE int packed_place_of(int j, int i) {
 }
 
 // A layer's angles of a request: cosines, then sines.
-MK_DEVICE float* angles(int request, int rope) {
-  return shared_at<float>(kShared.angles) + (request * kRopeRows + rope) * 2 * kHalfRotary;
+MK_DEVICE float* angles(const Service& s, int request, int rope) {
+  float* all = kAnglesInShared ? shared_at<float>(kShared.angles) : s.at<float>(kWorkspace.own_angles) + (i64)s.unit * round_up(kAngles, 32);
+  return all + (request * kRopeRows + rope) * 2 * kHalfRotary;
 }
 
 // For the positions of this token. Formulas: jax_monokernel/rope.py.
@@ -48,7 +49,7 @@ MK_DEVICE void fill_angles(Service& s) {
       }
       float sin, cos;
       sin_cos(position * inverse, &sin, &cos);
-      float* to = angles(request, r);
+      float* to = angles(s, request, r);
       to[pair] = cos * rope.attention_factor;
       to[kHalfRotary + pair] = sin * rope.attention_factor;
     }
@@ -146,7 +147,7 @@ MK_DEVICE void prepare_in_lanes(Service& s, const Site& site, int layer, int req
   Float4 weights = {{1.0f, 1.0f, 1.0f, 1.0f}}, cos = {}, sin = {};
   if (norm.weights != nullptr) weights = norm_weights<kHeadDim, false>(norm, at);
   if (rotates) {
-    const float* table = angles(request, kLayers[layer].rope);
+    const float* table = angles(s, request, kLayers[layer].rope);
     const int pair = at % (kHalfRotary > 0 ? kHalfRotary : 1);
     cos = load_shared4(table + pair);
     sin = load_shared4(table + kHalfRotary + pair);
@@ -206,7 +207,7 @@ MK_DEVICE void prepare_in_memory(Service& s, const Site& site, int layer, int re
     norm_head(s, x, norm.weights, scale);
   }
   if (j <= kTaskHeads && kHalfRotary > 0 && rope >= 0) {
-    const float *cos = angles(request, rope), *sin = cos + kHalfRotary;
+    const float *cos = angles(s, request, rope), *sin = cos + kHalfRotary;
     for (int i = s.lane; i < kHalfRotary; i += arch::kWave) {
       const float a = x[i], b = x[i + kHalfRotary];
       x[i] = a * cos[i] - b * sin[i];

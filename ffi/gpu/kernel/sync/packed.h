@@ -56,6 +56,19 @@ MK_DEVICE bool all_there(const Vec4& v) {
   return arch::halves_not_zero(v);
 }
 
+// A word of the first `count` elements at `place` of which an element is missing.
+MK_DEVICE Missing missing_of_packed(const Site& site, const u32* place, int count) {
+  Missing first = {kNoWord, kNotZero, 0};
+  if (count <= 0) return first;
+  const Vec4 v = with_elements(arch::load_words(place), count, ~0u);
+  const u32 words[4] = {v.x, v.y, v.z, v.w};
+  MK_UNROLL
+  for (int j = 3; j >= 0; j--) {
+    if (!all_there({words[j], ~0u, ~0u, ~0u})) first = {(u32)(place - site.words) + j, kNotZero, words[j]};
+  }
+  return first;
+}
+
 // Asks for `count` vectors of four words, vector i of this lane at place(i), of which elements_of(i) are wanted.
 template <int count, typename Place, typename ElementsOf>
 MK_DEVICE void ask_packed(Place place, Vec4 (&v)[count], ElementsOf elements_of) {
@@ -70,6 +83,7 @@ MK_DEVICE void ask_packed(Place place, Vec4 (&v)[count], ElementsOf elements_of)
 // elements_of(i) elements of vector i are waited for; the others come out as 0.
 template <int count, typename Place, typename ElementsOf>
 MK_DEVICE void await_packed(Waiter& waiter, const Site& site, Place place, Vec4 (&v)[count], ElementsOf elements_of) {
+  u64 deadline = 0;
   for (int spins = 1;; spins++) {
     bool missing = false;
     MK_UNROLL
@@ -80,7 +94,7 @@ MK_DEVICE void await_packed(Waiter& waiter, const Site& site, Place place, Vec4 
       }
     }
     if (!arch::any(missing)) break;
-    if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, (u32)(place(0) - site.words), v[0].x, spins == kSpinsBetweenLooks)) break;
+    if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, spins == kSpinsBetweenLooks, deadline, look_later)) break;
   }
   MK_UNROLL
   for (int i = 0; i < count; i++) v[i] = with_elements(v[i], elements_of(i), 0);

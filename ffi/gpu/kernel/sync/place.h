@@ -70,11 +70,13 @@ MK_DEVICE bool find_place(const Args& args) {
     arch::wave_sync();
     // Where words do not stay on dies, whoever has found a number need not wait.
     if (MK_NEAR || arch::shared_number(place + 1) == 0) {
-      Waiter waiter = {&args, (u32*)((char*)args.workspace + kWorkspace.abort), 0, false};
+      Waiter waiter = {&args, false};
       const Site site = {looked, h12_places, 0, 0, 0};
       u32 seen = arch::load_word(looked);
+      u64 deadline = 0;
       for (int spins = 1; (seen & 0xffffu) != MK_UNITS; spins++) {
-        if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, 0, seen, spins == kSpinsBetweenLooks)) break;
+        const auto find = [&] { return Missing{0, MK_UNITS, seen}; };
+        if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, spins == kSpinsBetweenLooks, deadline, find)) break;
         seen = arch::load_word(looked);
       }
 #if !MK_NEAR
@@ -83,7 +85,7 @@ MK_DEVICE bool find_place(const Args& args) {
       if (arch::lane() == 0) {
 #if MK_NEAR
         place[1] = seen == MK_UNITS;
-        if (!waiter.aborted && seen != MK_UNITS && arch::claim(waiter.abort)) {
+        if (!waiter.aborted && seen != MK_UNITS && arch::claim(waiter.abort())) {
           args.report->expected = MK_UNITS;
           args.report->seen = seen;
           args.report->reason = kMisplaced;

@@ -76,7 +76,7 @@ struct Look {
 };
 
 constexpr Workspace kWorkspace = make_workspace({kBatch, MK_UNITS, kSplits, kHidden, kQSize, kQkvSize, kHeads, kVocab,
-                                                 kPostNorm && !kResidualInShared ? kBatch * kHidden : 0, kGroups,
+                                                 kPostNorm && !kResidualInShared ? kBatch * kHidden : 0, kAnglesInShared ? 0 : kAngles, kGroups,
                                                  kAttentionGroups, kMlpGroups, kInnerCols, kPacked ? kWeightBytes : 0, kSquareWords,
                                                  kPlaced ? kDies : kGroups > 1 ? kGroups : 0});
 
@@ -90,9 +90,10 @@ struct Site {
 
 struct Waiter {
   const Args* args;
-  u32* abort;  // in the workspace; not 0: nobody waits any more
-  u64 deadline;  // of the wait
   bool aborted;
+
+  // In the workspace; not 0: nobody waits any more.
+  MK_METHOD u32* abort() const { return (u32*)((char*)args->workspace + kWorkspace.abort); }
 };
 
 MK_DEVICE u32 encode(float value, u32 parity) {
@@ -107,24 +108,50 @@ MK_DEVICE bool ready(const Vec4& v, u32 parity) {
   return (((v.x ^ parity) | (v.y ^ parity) | (v.z ^ parity) | (v.w ^ parity)) & 1u) == 0u;
 }
 
-// Called now and then by a wave that waits. Returns true when there is no use in waiting.
+// A word that a lane still waits for, for the report.
+struct Missing {
+  u32 word, expected, seen;
+
+  MK_METHOD void take(const Missing& m) {
+    const bool any = m.word != ~0u;
+    word = any ? m.word : word;
+    expected = any ? m.expected : expected;
+    seen = any ? m.seen : seen;
+  }
+};
+constexpr u32 kNoWord = ~0u;
+
+// A word of 4, of which `count` are waited for, that is missing; expected in its lowest bit.
+MK_DEVICE Missing missing_of(const Vec4& v, int count, u32 word, u32 expected) {
+  // Branches would take scalar registers, of which AMD's have few.
+  const u32 x = count > 0 ? v.x ^ expected : 0, y = count > 1 ? v.y ^ expected : 0, z = count > 2 ? v.z ^ expected : 0,
+            w = count > 3 ? v.w ^ expected : 0;
+  const u32 which = x & 1u ? 0 : y & 1u ? 1 : z & 1u ? 2 : 3;
+  const bool any = ((x | y | z | w) & 1u) != 0;
+  return {any ? word + which : kNoWord, expected, (which == 0 ? x : which == 1 ? y : which == 2 ? z : w) ^ expected};
+}
+
+// Called now and then by a wave that waits. Returns true when there is no use in waiting. find: what this lane misses; only called
+// when the time is over. deadline: of this wait.
 // The clock of a wait starts with its first look, so that who reports is who misses a word, and not who waits for the waiter.
-MK_DEVICE bool give_up(Waiter& waiter, const Site& site, u32 word, u32 seen, bool first) {
+template <typename Find>
+MK_DEVICE bool give_up(Waiter& waiter, const Site& site, bool first, u64& deadline, Find find) {
   if (waiter.aborted) return true;
-  if (first) waiter.deadline = arch::ticks() + waiter.args->timeout_ticks;
-  if (arch::load_word(waiter.abort) != 0) {
+  if (first) deadline = arch::ticks() + waiter.args->timeout_ticks;
+  if (arch::load_word(waiter.abort()) != 0) {
     waiter.aborted = true;
-  } else if (arch::ticks() > waiter.deadline) {
-    waiter.aborted = true;
-    if (arch::lane() == 0 && arch::claim(waiter.abort)) {
+  } else if (arch::ticks() > deadline) {
+    const Missing missing = find();
+    waiter.aborted = missing.word != kNoWord;
+    if (missing.word != kNoWord && arch::claim(waiter.abort())) {
       Report& r = *waiter.args->report;
       r.handoff = site.handoff;
       r.layer = site.layer;
       r.token = site.token;
       r.unit = (u32)unit();
-      r.word = word;
-      r.expected = site.parity;
-      r.seen = seen;
+      r.word = missing.word;
+      r.expected = missing.expected;
+      r.seen = missing.seen;
       r.reason = kTimeout;
     }
   }
@@ -133,18 +160,40 @@ MK_DEVICE bool give_up(Waiter& waiter, const Site& site, u32 word, u32 seen, boo
   return waiter.aborted;
 }
 
+// For waves that have no registers to spare while they wait: they give up without saying what they miss, and look for it afterwards.
+MK_DEVICE Missing look_later() { return {arch::lane() == 0 ? kNotLooked : kNoWord, 0, 0}; }
+
+// find(i): what this lane misses of the ith of `count` places.
+template <typename Find>
+MK_DEVICE void name_missing(const Waiter& waiter, const Site& site, int count, Find find) {
+  if (!waiter.aborted) return;
+  Report& r = *waiter.args->report;
+  MK_NO_UNROLL
+  for (int i = 0; i < count; i++) {
+    const Missing missing = find(i);
+    if (missing.word == kNoWord || arch::load_word(&r.word) != kNotLooked || arch::load_word(&r.handoff) != site.handoff ||
+        arch::load_word(&r.unit) != (u32)unit() || !arch::claim(waiter.abort() + 2)) {
+      continue;
+    }
+    r.word = missing.word;
+    r.expected = missing.expected;
+    r.seen = missing.seen;
+  }
+}
+
 constexpr int kSpinsBetweenLooks = 256;
 
 // Loads `count` vectors of four words, vector i of this lane at place(i), until all are ready; those that are not are asked for
-// again. Only the first words_of(i) words of vector i are waited for; the others come out as 0.
-template <int count, bool near = false, typename Place, typename WordsOf>
-MK_DEVICE void wait_places(Waiter& waiter, const Site& site, Place place, Vec4 (&v)[count], WordsOf words_of) {
+// again. Only the first words_of(i) words of vector i are waited for; the others come out as 0. find: as of give_up.
+template <int count, bool near = false, typename Place, typename WordsOf, typename Find>
+MK_DEVICE void wait_places(Waiter& waiter, const Site& site, Place place, Vec4 (&v)[count], WordsOf words_of, Find find) {
   Look<near>::again();
   MK_UNROLL
   for (int i = 0; i < count; i++) {
     v[i] = {site.parity, site.parity, site.parity, site.parity};
     if (words_of(i) > 0) v[i] = Look<near>::words(place(i));
   }
+  u64 deadline = 0;
   for (int spins = 1;; spins++) {
     bool missing = false;
     Look<near>::again();
@@ -159,16 +208,24 @@ MK_DEVICE void wait_places(Waiter& waiter, const Site& site, Place place, Vec4 (
       }
     }
     if (!arch::any(missing)) return;
-    if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, (u32)(place(0) - site.words), v[0].x, spins == kSpinsBetweenLooks)) {
-      return;
-    }
+    if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, spins == kSpinsBetweenLooks, deadline, find)) return;
   }
 }
 
 // The same where vector i is at p + i * step.
 template <int count, bool near = false, typename WordsOf>
 MK_DEVICE void wait_words(Waiter& waiter, const Site& site, const u32* p, int step, Vec4 (&v)[count], WordsOf words_of) {
-  wait_places<count, near>(waiter, site, [&](int i) { return p + i * step; }, v, words_of);
+  wait_places<count, near>(waiter, site, [&](int i) { return p + i * step; }, v, words_of, [&] {
+    Missing first = {kNoWord, 0, 0};
+    MK_NO_UNROLL
+    for (int i = count - 1; i >= 0; i--) {
+      Vec4 now = {};
+      if (words_of(i) > 0) now = Look<near>::words(p + i * step);
+      const Missing here = missing_of(now, words_of(i), (u32)(p + i * step - site.words), site.parity);
+      first.take(here);
+    }
+    return first;
+  });
 }
 
 // One word per lane and i, at p + i * step; of those only wanted(i).
@@ -184,9 +241,21 @@ MK_DEVICE void wait_single_words(Waiter& waiter, const Site& site, const u32* p,
     return missing;
   };
   bool missing = load();
+  u64 deadline = 0;
   for (int spins = 1; arch::any(missing); spins++) {
     if (missing) missing = load();
-    if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, (u32)(p - site.words), v[0], spins == kSpinsBetweenLooks)) return;
+    const auto find = [&] {
+      Missing first = {kNoWord, 0, 0};
+      MK_NO_UNROLL
+      for (int i = count - 1; i >= 0; i--) {
+        Vec4 now = {};
+        if (wanted(i)) now.x = Look<near>::word(p + i * step);
+        const Missing here = missing_of(now, wanted(i), (u32)(p + i * step - site.words), site.parity);
+        first.take(here);
+      }
+      return first;
+    };
+    if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, spins == kSpinsBetweenLooks, deadline, find)) return;
   }
 }
 
