@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from decoding import DECODE_ERRORS
-from gpu_fakes import PLATFORMS, make_call, spec_of
+from decoding import DECODE_ERRORS, params_of, state_of
+from gpu_fakes import PLATFORMS, make_call, register, spec_of
+from naive import random_weights
 from typer.testing import CliRunner
 
-from jax_monokernel import LayerSpec, _gpu, _native, cli
+from jax_monokernel import LayerSpec, _gpu, _native, cli, decode, models
 from jax_monokernel._program import program
+from jax_monokernel.models.loading import pretrained_spec
 from jax_monokernel.plan import Plan, make_plan
+from jax_monokernel.tape import pack
 
 EDGES = [-(2**63), -1, 0, 1, 3, 7, 65, 1023, 2**20, 2**31 - 1, 2**31, 2**40, 2**59, 2**62, 2**63 - 1]
 
@@ -229,7 +233,8 @@ def test_no_compile_mode(make_fake, environment):
     with pytest.raises(
         DECODE_ERRORS,
         match=r"FAILED_PRECONDITION.*MONOKERNEL_NO_COMPILE forbids.*"
-        "jax-monokernel compile --model CHECKPOINT --batch 2 --arch sm_90",
+        "jax-monokernel compile --model CHECKPOINT --batch 2 --capacity 16 --arch sm_90 --units 5 --groups 1 "
+        "--dtype bfloat16",
     ):
         make_call().run()
     assert fake.compiles == 0
@@ -418,6 +423,44 @@ def test_compile_ahead_gives_the_kernel_that_decode_asks_for(make_fake, environm
     call.attributes["task_heads"] = np.int64(int(re.search(r"TASK_HEADS (\d+)", stub_of(spec)).group(1)))
     call.run()
     assert fake.launches == 1
+
+
+@pytest.mark.parametrize(
+    ("platform", "arch", "capacity", "units", "groups", "dtype"),
+    [
+        ("cuda", "sm_90", 16, 132, 1, None),
+        ("cuda", "sm_90", 257, 132, 1, None),
+        ("cuda", "sm_90", 1024, 5, 1, "float32"),
+        ("rocm", "gfx942", 16, 6, 2, None),
+        ("rocm", "gfx942", 300, 48, 1, "float16"),
+    ],
+)
+def test_the_command_that_the_error_names_gives_the_kernel(
+    make_fake, environment, monkeypatch, platform, arch, capacity, units, groups, dtype
+):
+    """Also where it is not the kernel that the command gives by default."""
+    register()
+    module = sys.modules["jax_monokernel.decode"]  # the package's attribute of this name is the function
+    monkeypatch.setattr(module, "TARGET", f"jax_monokernel_decode_on_fake_{platform}")
+    spec = pretrained_spec(models.SMALL, dtype=dtype)
+    tape = pack(spec, random_weights(spec), make_plan(spec, platform=platform, units=units, groups=groups))
+    state, params = state_of(spec, [3, 3], capacity=capacity), params_of(spec, 2)
+
+    make_fake(platform)
+    environment("MONOKERNEL_NO_COMPILE", "1")
+    with pytest.raises(DECODE_ERRORS, match="forbids compiling") as error:
+        decode(tape, state, params, max_new_tokens=1)
+    (command,) = re.findall("ahead of time: jax-monokernel compile (.*)", str(error.value))
+    assert f"--arch {arch} " in command
+
+    environment("MONOKERNEL_NO_COMPILE", None)
+    result = invoke(*(str(models.SMALL) if word == "CHECKPOINT" else word for word in shlex.split(command)))
+    assert result.exit_code == 0, result.output
+
+    fake = make_fake(platform)
+    environment("MONOKERNEL_NO_COMPILE", "1")
+    decode(tape, state, params, max_new_tokens=1)
+    assert (fake.compiles, fake.launches) == (0, 1)
 
 
 def test_compile_ahead_of_groups_makes_both_kernels(make_fake):

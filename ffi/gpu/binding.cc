@@ -226,7 +226,7 @@ void bind(py::module_& m) {
            const Array<int64_t>& tiles, int64_t batch, int64_t splits, int64_t task_heads, int64_t shared_bytes, int64_t capacity, bool trace, bool near,
            bool placed) {
           Request request = read_request(attributes(ints, floats, layers, ropes, tiles), batch, splits, task_heads);
-          request.long_parts = has_long_parts(request.program, capacity, splits);
+          set_capacity(request, capacity);
           request.trace = trace;
           request.near = near;
           request.placed = placed_if(placed, request);
@@ -249,7 +249,7 @@ void bind(py::module_& m) {
            bool near, bool placed) {
           const Architecture a = architecture(arch);
           Request request = read_request(attributes(ints, floats, layers, ropes, tiles), batch, splits, task_heads);
-          request.long_parts = has_long_parts(request.program, capacity, splits);
+          set_capacity(request, capacity);
           request.trace = trace;
           request.near = near;
           request.placed = placed_if(placed, request);

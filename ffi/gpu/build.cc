@@ -66,6 +66,17 @@ Built build_now(const Architecture& a, const Title& title, const std::string& so
   return built;
 }
 
+// With all that the kernel depends on: what the command takes by default may be another kernel.
+std::string command_for(const Architecture& a, const Request& request) {
+  constexpr const char* kDtypes[] = {"bfloat16", "float16", "float32"};  // in the order of DType
+  const Program& p = request.program;
+  const auto number = [](const char* option, int64_t value) { return std::string(" --") + option + " " + std::to_string(value); };
+  return "jax-monokernel compile --model CHECKPOINT" + number("batch", request.batch) + number("capacity", request.capacity) +
+         " --arch " + a.name + number("units", p.units) + number("groups", p.groups) + " --dtype " + kDtypes[p.weight_dtype] +
+         (request.placed ? " --placed" : "") +
+         (request.trace || request.racecheck ? ", for calls without MONOKERNEL_TRACE and MONOKERNEL_RACECHECK" : "");
+}
+
 }  // namespace
 
 std::shared_ptr<const Built> build(const Architecture& a, const Request& request) {
@@ -73,7 +84,7 @@ std::shared_ptr<const Built> build(const Architecture& a, const Request& request
   return build(a, stub(request, a.shared_bytes),
                {.what = "the kernel for this model, batch " + batch + ",",
                 .short_what = "kernel for this model",
-                .ahead = "jax-monokernel compile --model CHECKPOINT --batch " + batch + " --arch " + a.name + (request.placed ? " --placed" : "")});
+                .ahead = command_for(a, request)});
 }
 
 std::shared_ptr<const Built> build(const Architecture& a, const std::string& source, const Title& title) {
