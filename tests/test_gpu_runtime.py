@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import os
 import re
@@ -20,8 +22,9 @@ from decoding import DECODE_ERRORS, params_of, state_of
 from gpu_fakes import ARCHES, PLATFORMS, WARP, make_call, register, spec_of
 from naive import random_weights
 
-from jax_monokernel import LayerSpec, _native, cancel, decode
+from jax_monokernel import LayerSpec, _gpu, _native, cancel, decode
 from jax_monokernel._program import program
+from jax_monokernel.mailbox import Mailbox, operand
 from jax_monokernel.plan import Plan
 from jax_monokernel.tape import pack
 
@@ -116,6 +119,80 @@ def test_cancel_also_stops_calls_that_wait_for_the_device(make_fake):
             with pytest.raises(DECODE_ERRORS, match="CANCELLED"):
                 future.result(timeout=20)
     assert fake.launches == 1
+
+
+@contextlib.contextmanager
+def another_process_compiles(folder):
+    """As it looks to this one: the cache's one entry is not there yet, and locked."""
+    (entry,) = (file for file in folder.iterdir() if not file.name.startswith("."))
+    entry.unlink()
+    with open(folder / f".{entry.name.partition('-')[0]}.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def test_cancel_stops_calls_that_wait_for_another_process_that_compiles(make_fake, tmp_path, capfd):
+    make_fake()
+    make_call().run()
+    fake = make_fake()
+    capfd.readouterr()
+    with another_process_compiles(tmp_path / "cache"):
+        threading.Timer(0.4, cancel).start()
+        start = time.monotonic()
+        with pytest.raises(DECODE_ERRORS, match=r"CANCELLED.*decode was cancelled"):
+            make_call().run()
+        assert 0.3 < time.monotonic() - start < 5
+    line = "jax_monokernel: waiting for another process that compiles the kernel for this model, batch 2, on sm_90\n"
+    assert capfd.readouterr().err == line
+    assert fake.compiles == 0
+    assert make_call().run()["lengths"].tolist() == [4, 4]
+
+
+def test_a_stream_that_is_left_while_another_process_compiles(make_fake, tmp_path):
+    make_fake()
+    make_call().run()
+    fake = make_fake()
+    call, box = make_call(), Mailbox(2, 4)
+    call.operands["mailbox"] = operand(box)
+    with another_process_compiles(tmp_path / "cache"):
+        threading.Timer(0.2, box.stop).start()
+        assert call.run()["lengths"].tolist() == [0, 0]
+    assert (fake.compiles, fake.launches) == (0, 0)
+
+
+def test_ctrl_c_stops_compiling_ahead_that_waits_for_another_process(make_fake, tmp_path):
+    target, arguments = _gpu.Target("cuda", "sm_90", 5), {"batch": 1, "capacity": 16}
+    make_fake()
+    _gpu.compile_ahead(spec_of(), target, **arguments)
+    fake = make_fake()
+    with another_process_compiles(tmp_path / "cache"):
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            _gpu.compile_ahead(spec_of(), target, **arguments)
+    assert fake.compiles == 0
+
+
+def test_cancel_stops_calls_that_wait_for_another_thread_that_compiles(make_fake):
+    """And the one that compiles, when it has done so: no compiler can be stopped half-way."""
+    fake = make_fake()
+    fake.compile_ms = 3000
+    start = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        # Those for one device wait for its kernel, the one for another device for the binary.
+        futures = [pool.submit(make_call().run, device=i % 2) for i in range(3)]
+        while fake.compiles == 0:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        cancel()
+        done, compiling = concurrent.futures.wait(futures, timeout=1.5)
+        assert (len(done), len(compiling)) == (2, 1)
+        for future in futures:
+            with pytest.raises(DECODE_ERRORS, match="CANCELLED"):
+                future.result(timeout=20)
+    assert time.monotonic() - start > 2.5
+    assert (fake.compiles, fake.launches) == (1, 0)
+    assert make_call().run()["lengths"].tolist() == [4, 4]  # with what was compiled
+    assert fake.compiles == 1
 
 
 def test_ctrl_c_stops_a_running_kernel(make_fake):

@@ -259,7 +259,11 @@ void bind(py::module_& m) {
           std::shared_ptr<const Built> built;
           {
             py::gil_scoped_release release;
-            built = build(a, request);
+            built = build(a, request, [] {  // Ctrl-C: Python runs its handlers here
+              py::gil_scoped_acquire python;
+              if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+              return false;
+            });
           }
           py::dict result;
           result["code"] = py::bytes(built->code);

@@ -36,7 +36,8 @@ Failure no_compile(const Architecture& a, const Title& title, const std::string&
                                      ". To compile it ahead of time: " + title.ahead);
 }
 
-Built build_now(const Architecture& a, const Title& title, const std::string& source, const std::string& hash) {
+Built build_now(const Architecture& a, const Title& title, const std::string& source, const std::string& hash,
+                const IsCancelled& is_cancelled) {
   const Settings s = settings();
   const Cache cache(s.cache_dir);
   if (s.no_compile) {
@@ -52,8 +53,9 @@ Built build_now(const Architecture& a, const Title& title, const std::string& so
   }
   const std::string path = cache.dir() + "/" + hash + "-" + with->version;
   if (auto code = cache.load(hash, with->version)) return {*code, path, 0};
-  const CompileLock lock(cache, hash);
+  const CompileLock lock(cache, hash, title.what + " on " + a.name, is_cancelled);
   if (auto code = cache.load(hash, with->version)) return {*code, path, 0};
+  check_cancelled(is_cancelled);
 
   const auto start = std::chrono::steady_clock::now();
   std::fprintf(stderr, "jax_monokernel: compiling %s on %s (%s)\n", title.what.c_str(), a.name.c_str(),
@@ -79,22 +81,25 @@ std::string command_for(const Architecture& a, const Request& request) {
 
 }  // namespace
 
-std::shared_ptr<const Built> build(const Architecture& a, const Request& request) {
+std::shared_ptr<const Built> build(const Architecture& a, const Request& request, const IsCancelled& is_cancelled) {
   const std::string batch = std::to_string(request.batch);
   return build(a, stub(request, a.shared_bytes),
                {.what = "the kernel for this model, batch " + batch + ",",
                 .short_what = "kernel for this model",
-                .ahead = command_for(a, request)});
+                .ahead = command_for(a, request)},
+               is_cancelled);
 }
 
-std::shared_ptr<const Built> build(const Architecture& a, const std::string& source, const Title& title) {
+std::shared_ptr<const Built> build(const Architecture& a, const std::string& source, const Title& title,
+                                   const IsCancelled& is_cancelled) {
   const std::string hash = hash_of(a, source);
   using Key = std::array<std::string, 3>;
   static auto* all = new OnceMap<Key, const Built>;
   const Settings settings_now = settings();
   const std::string& library = a.vendor == Vendor::kCuda ? settings_now.nvrtc_library : settings_now.hiprtc_library;
-  return all->get(Key{hash, settings_now.cache_dir, library},
-                  [&] { return std::make_shared<const Built>(build_now(a, title, source, hash)); });
+  return all->get(
+      Key{hash, settings_now.cache_dir, library},
+      [&] { return std::make_shared<const Built>(build_now(a, title, source, hash, is_cancelled)); }, is_cancelled);
 }
 
 }  // namespace monokernel::gpu

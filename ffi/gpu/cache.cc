@@ -104,13 +104,27 @@ std::string Cache::store(const std::string& hash, const std::string& version, co
   return "";
 }
 
-CompileLock::CompileLock(const Cache& cache, const std::string& hash) {
+CompileLock::CompileLock(const Cache& cache, const std::string& hash, const std::string& what, const IsCancelled& is_cancelled) {
   if (create(cache.dir()).empty()) return;
   file_ = open((cache.dir() + "/." + hash + ".lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
   if (file_ < 0) return;
+  try {
+    wait(what, is_cancelled);
+  } catch (...) {  // an object that was not made is not destroyed
+    close(file_);
+    throw;
+  }
+}
+
+void CompileLock::wait(const std::string& what, const IsCancelled& is_cancelled) const {
   const auto end = std::chrono::steady_clock::now() + std::chrono::minutes(5);
-  while (flock(file_, LOCK_EX | LOCK_NB) != 0 && (errno == EWOULDBLOCK || errno == EINTR) &&
-         std::chrono::steady_clock::now() < end) {
+  for (bool said = false; flock(file_, LOCK_EX | LOCK_NB) != 0 && (errno == EWOULDBLOCK || errno == EINTR); said = true) {
+    if (!said) std::fprintf(stderr, "jax_monokernel: waiting for another process that compiles %s\n", what.c_str());
+    if (std::chrono::steady_clock::now() >= end) {
+      std::fprintf(stderr, "jax_monokernel: the other process takes too long; compiling here too\n");
+      return;
+    }
+    check_cancelled(is_cancelled);
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
   }
 }

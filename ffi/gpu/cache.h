@@ -4,6 +4,8 @@
 #include <optional>
 #include <string>
 
+#include "gpu/failure.h"
+
 namespace monokernel::gpu {
 
 // Entries are named by what they were compiled from (`hash`) and by the compiler's version, so that a machine without a compiler
@@ -26,15 +28,18 @@ class Cache {
 };
 
 // Held while one process compiles an entry, so that others wait for its result instead of compiling the same. Waiting ends after
-// some minutes or where the file system has no locks; compiling twice is then harmless.
+// some minutes or where the file system has no locks; compiling twice is then harmless. It throws Failure if it is cancelled.
 class CompileLock {
  public:
-  CompileLock(const Cache& cache, const std::string& hash);
+  // `what` is compiled, for the line on standard error that says what is waited for.
+  CompileLock(const Cache& cache, const std::string& hash, const std::string& what, const IsCancelled& is_cancelled);
   ~CompileLock();
   CompileLock(const CompileLock&) = delete;
   CompileLock& operator=(const CompileLock&) = delete;
 
  private:
+  void wait(const std::string& what, const IsCancelled& is_cancelled) const;
+
   int file_ = -1;
 };
 

@@ -127,17 +127,17 @@ Device::Current::~Current() {
   }
 }
 
-std::shared_ptr<const Kernel> Device::kernel(const std::string& key, const Request& request) {
-  return kernels_.get(key, [&] { return load(request); });
+std::shared_ptr<const Kernel> Device::kernel(const std::string& key, const Request& request, const IsCancelled& is_cancelled) {
+  return kernels_.get(key, [&] { return load(request, is_cancelled); }, is_cancelled);
 }
 
-std::shared_ptr<const Kernel> Device::load(const Request& request) {
+std::shared_ptr<const Kernel> Device::load(const Request& request, const IsCancelled& is_cancelled) {
   const Program& p = request.program;
   if (p.wave_size != architecture_.wave_size) {
     throw Failure(Code::kInvalid, "the plan is for waves of " + std::to_string(p.wave_size) + " lanes, but " + name_ + " has " +
                                       std::to_string(architecture_.wave_size));
   }
-  const std::shared_ptr<const Built> built = build(architecture_, request);
+  const std::shared_ptr<const Built> built = build(architecture_, request, is_cancelled);
 
   auto kernel = std::make_shared<Kernel>();
   kernel->threads = request.threads();

@@ -157,9 +157,19 @@ void run(Vendor vendor, int ordinal, void* stream, const Call& call) {
     if (is_cancelled()) mail.set_cancelled();
     return mail.stopped();
   };
+  // None if the call ends before there is one.
+  const auto wait_for_kernel = [&]() -> std::shared_ptr<const Kernel> {
+    try {
+      return device.kernel(request_key(call.attributes, request), request, [&] { return is_cancelled() || mail.stopped(); });
+    } catch (const Failure& failure) {
+      if (failure.code != Code::kCancelled || !ends_early()) throw;
+      return nullptr;
+    }
+  };
   std::unique_lock<std::timed_mutex> lock(device.launching(), std::defer_lock);
   for (;;) {
-    const std::shared_ptr<const Kernel> kernel = device.kernel(request_key(call.attributes, request), request);
+    const std::shared_ptr<const Kernel> kernel = wait_for_kernel();
+    if (!kernel) return give_back(device.api(), call, stream);
     while (!lock.try_lock_for(std::chrono::milliseconds(1))) {
       if (ends_early()) return give_back(device.api(), call, stream);
     }
