@@ -272,6 +272,26 @@ def test_devices_that_cannot_run_it(make_fake, changes, message):
     assert fake.launches == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "loads"),
+    [({"occupancy": 0}, 3), ({"no_memory": 1}, 0)],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_calls_that_fail_again_and_again_keep_nothing(fake, changes, loads):
+    before = {name: getattr(fake, name) for name in changes}
+    for name, value in changes.items():
+        setattr(fake, name, value)
+    for _ in range(3):
+        with pytest.raises(DECODE_ERRORS, match="RESOURCE_EXHAUSTED"):
+            make_call(fake.platform).run()
+    assert (fake.loads, fake.unloads) == (loads, loads)
+    for name, value in before.items():
+        setattr(fake, name, value)
+    make_call(fake.platform).run()
+    assert (fake.loads, fake.unloads) == (loads + 1, loads)
+    assert (fake.contexts, fake.host_allocations, fake.allocations) == (fake.platform == "cuda", 1, 1)
+
+
 def test_other_architectures(make_fake):
     fake = make_fake("rocm")
     fake.arch = "gfx90a:xnack-"

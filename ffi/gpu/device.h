@@ -95,6 +95,7 @@ class Device {
   int attribute(int number, const char* what) const;
   std::string architecture_name() const;
   std::shared_ptr<const Kernel> load(const Request& request, const IsCancelled& is_cancelled);
+  std::shared_ptr<const Kernel> describe(void* module, const Request& request) const;
 
   const Driver& api_;
   int handle_ = 0;
