@@ -246,6 +246,74 @@ def test_no_compile_mode(make_fake, environment):
     assert fake.compiles == 0
 
 
+def test_where_nothing_is_compiled_a_damaged_entry_is_not_said_to_be_replaced(make_fake, tmp_path, environment, capfd):
+    make_fake()
+    make_call().run()
+    (file,) = cache_files(tmp_path)
+    file.write_bytes(file.read_bytes()[:-1])
+    make_fake()
+    environment("MONOKERNEL_NO_COMPILE", "1")
+    capfd.readouterr()
+    with pytest.raises(DECODE_ERRORS, match="MONOKERNEL_NO_COMPILE forbids"):
+        make_call().run()
+    wanted = f"jax_monokernel: {file} is damaged and is not used; delete it, and compile the kernel anew\n"
+    assert capfd.readouterr().err == wanted
+
+
+@pytest.mark.parametrize("no_compile", ["1", None], ids=["no_compile", "compile"])
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_an_entry_that_cannot_be_read_is_named(make_fake, tmp_path, environment, capfd, kind, no_compile):
+    """Permissions would stop all users but one, who may be the one that runs this."""
+    make_fake()
+    make_call().run()
+    (file,) = cache_files(tmp_path)
+    file.unlink()
+    if kind == "link":
+        file.symlink_to(file)
+    else:
+        file.mkdir()
+    make_fake()
+    environment("MONOKERNEL_NO_COMPILE", no_compile)
+    capfd.readouterr()
+    if no_compile:
+        with pytest.raises(DECODE_ERRORS, match="MONOKERNEL_NO_COMPILE forbids"):
+            make_call().run()
+    else:
+        make_call().run()
+    why = "Too many levels of symbolic links" if kind == "link" else "Is a directory"
+    assert f"jax_monokernel: {file} cannot be read ({why}); let this user read it" in capfd.readouterr().err
+
+
+def test_a_cache_that_cannot_be_read_is_named(make_fake, tmp_path, environment, capfd):
+    make_fake()
+    environment("MONOKERNEL_NO_COMPILE", "1")
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(DECODE_ERRORS, match="MONOKERNEL_NO_COMPILE forbids"):
+        make_call().run()
+    assert f"{tmp_path / 'cache'} cannot be read (Not a directory)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_where_nothing_is_compiled_an_entry_that_the_driver_loads_is_taken(make_fake, tmp_path, environment, platform):
+    """The newest may be of a compiler that is newer than the driver."""
+    make_fake(platform)
+    make_call(platform).run()
+    (file,) = cache_files(tmp_path)
+    code = b"of a newer compiler"
+    content = b"jax_monokernel 1%016x%s" % (len(code), hashlib.sha256(code).hexdigest().encode()) + code
+    newer = file.with_name(file.name.partition("-")[0] + "-newer")
+    newer.write_bytes(content)
+    os.utime(newer, (2**31, 2**31))
+    fake = make_fake(platform)
+    environment("MONOKERNEL_NO_COMPILE", "1")
+    make_call(platform).run()
+    assert (fake.compiles, fake.loads, fake.launches) == (0, 1, 1)
+    file.unlink()
+    make_fake(platform)
+    with pytest.raises(DECODE_ERRORS, match=r"driver could not load the kernel: fake error \(error 209\)"):
+        make_call(platform).run()
+
+
 def test_a_cached_kernel_needs_no_compiler(make_fake, environment):
     make_fake()
     make_call().run()

@@ -3,7 +3,10 @@
 #include <array>
 #include <chrono>
 #include <cstdio>
+#include <iterator>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "gpu/cache.h"
 #include "gpu/compiler.h"
@@ -36,25 +39,35 @@ Failure no_compile(const Architecture& a, const Title& title, const std::string&
                                      ". To compile it ahead of time: " + title.ahead);
 }
 
+// What was compiled before, or elsewhere.
+std::optional<Built> cached(const Cache& cache, const std::string& hash) {
+  std::vector<std::string> codes = cache.load_all(hash);
+  if (codes.empty()) return std::nullopt;
+  Built built;
+  built.code = std::move(codes.front());
+  built.others.assign(std::make_move_iterator(codes.begin() + 1), std::make_move_iterator(codes.end()));
+  return built;
+}
+
 Built build_now(const Architecture& a, const Title& title, const std::string& source, const std::string& hash,
                 const IsCancelled& is_cancelled) {
   const Settings s = settings();
   const Cache cache(s.cache_dir);
   if (s.no_compile) {
-    if (auto code = cache.load(hash, "")) return {*code, "", 0};
+    if (auto built = cached(cache, hash)) return *built;
     throw no_compile(a, title, cache.dir(), "MONOKERNEL_NO_COMPILE forbids compiling");
   }
   const Compiler* with = nullptr;
   try {
     with = &compiler(a.vendor);
   } catch (const Failure&) {  // what was compiled elsewhere does without
-    if (auto code = cache.load(hash, "")) return {*code, "", 0};
+    if (auto built = cached(cache, hash)) return *built;
     throw;
   }
   const std::string path = cache.dir() + "/" + hash + "-" + with->version;
-  if (auto code = cache.load(hash, with->version)) return {*code, path, 0};
+  if (auto code = cache.load(hash, with->version)) return {*code, {}, path, 0};
   const CompileLock lock(cache, hash, title.what + " on " + a.name, is_cancelled);
-  if (auto code = cache.load(hash, with->version)) return {*code, path, 0};
+  if (auto code = cache.load(hash, with->version)) return {*code, {}, path, 0};
   check_cancelled(is_cancelled);
 
   const auto start = std::chrono::steady_clock::now();

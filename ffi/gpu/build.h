@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "gpu/architecture.h"
 #include "gpu/failure.h"
@@ -12,6 +13,7 @@ namespace monokernel::gpu {
 
 struct Built {
   std::string code;     // a binary that the driver loads
+  std::vector<std::string> others;  // of other compilers, where nothing is compiled: for a driver that does not load the first
   std::string path;     // where it is cached; "" if nowhere
   double seconds = 0;   // that compiling took; 0: it did not have to be compiled
 };

@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "gpu/failure.h"
 
@@ -14,8 +15,11 @@ class Cache {
  public:
   explicit Cache(std::string dir) : dir_(std::move(dir)) {}
 
-  // The entry of one compiler; with version "" the newest of any. Damaged entries are reported on standard error and not given.
+  // The entry of one compiler. What is damaged or cannot be read is reported on standard error and not given.
   std::optional<std::string> load(const std::string& hash, const std::string& version) const;
+
+  // Those of all compilers, the newest first; for where nothing is compiled.
+  std::vector<std::string> load_all(const std::string& hash) const;
 
   // Written aside, synced and renamed: readers see all of it or nothing. A cache that cannot be written is reported on standard
   // error and does no other harm. Returns the file's path, or "".

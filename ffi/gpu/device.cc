@@ -146,7 +146,12 @@ std::shared_ptr<const Kernel> Device::load(const Request& request, const IsCance
   }
   const std::shared_ptr<const Built> built = build(architecture_, request, is_cancelled);
   void* module = nullptr;
-  api_.check(api_.module_load(&module, built->code.data()), "load the kernel");
+  int error = api_.module_load(&module, built->code.data());
+  for (const std::string& other : built->others) {
+    if (error == 0) break;
+    if (api_.module_load(&module, other.data()) == 0) error = 0;
+  }
+  api_.check(error, "load the kernel");
   try {
     return describe(module, request);
   } catch (const Failure&) {  // the next call loads it anew
