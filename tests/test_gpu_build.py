@@ -567,7 +567,12 @@ def stub_of(spec):
     [
         (["--arch", "sm_80"], "does not run on sm_80"),
         (["--arch", "h100"], "is no GPU architecture"),
-        (["--arch", "sm_120"], "give the number of multiprocessors"),
+        (["--arch", "sm_103"], "give the number of multiprocessors"),
+        (
+            ["--arch", "sm_120"],
+            "does not run on sm_120; supported are sm_90 (H100, H200), sm_100 (B200), sm_103 (B300)",
+        ),
+        (["--arch", "sm_110a"], "does not run on sm_110; supported are"),
         (["--arch", "sm_90", "--model", "/nowhere"], "/nowhere"),
         ([], "no GPU was found here; name an architecture"),
     ],
@@ -589,14 +594,21 @@ def nvrtc_version() -> str | None:
         return None
 
 
-@pytest.mark.skipif(nvrtc_version() is None, reason="NVRTC is not installed (pip install nvidia-cuda-nvrtc)")
+needs_nvrtc = pytest.mark.skipif(
+    nvrtc_version() is None, reason="NVRTC is not installed (pip install nvidia-cuda-nvrtc)"
+)
+# A model whose streams are even: its waves divide registers.
+EVEN = {"hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 151936}
+
+
+@needs_nvrtc
 @pytest.mark.parametrize(
     ("options", "batch"),
     [
         ({}, 1),
         ({"dtype": "float32", "kv_dtype": "float32"}, 3),
-        ({"hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 151936}, 1),  # its streams are even
-        ({"hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 151936}, 16),
+        (EVEN, 1),
+        (EVEN, 16),
         ({"hidden_size": 576, "intermediate_size": 1536, "post_norm": True}, 2),
         ({"hidden_size": 576, "intermediate_size": 1536, "groups": 2}, 2),
     ],
@@ -609,3 +621,12 @@ def test_nvrtc_compiles_the_kernel(environment, tmp_path, options, batch):
     assert compiled.code[:4] == b"\x7fELF"
     assert b"monokernel" in compiled.code
     assert 0 < compiled.seconds < 120
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_100", "sm_103"])  # sm_90 is above
+def test_nvrtc_compiles_the_kernel_for_every_architecture_that_is_accepted(environment, tmp_path, arch):
+    """With all its instructions: what a model's plan leaves out would not show that an architecture lacks it."""
+    environment("MONOKERNEL_CACHE_DIR", str(tmp_path))
+    compiled = _gpu.compile_ahead(spec_of(**EVEN), _gpu.Target("cuda", arch, 148), batch=1, capacity=64)
+    assert compiled.code[:4] == b"\x7fELF"

@@ -303,8 +303,18 @@ def test_other_architectures(make_fake):
     assert "--offload-arch=gfx950" in fake.flags
 
 
+@pytest.mark.parametrize("arch", [(8, 9), (10, 1), (11, 0), (12, 0), (12, 1)], ids=str)
+def test_nvidia_devices_that_the_kernel_does_not_compile_for(make_fake, arch):
+    fake = make_fake()
+    fake.major, fake.minor = arch
+    message = rf"UNIMPLEMENTED.*not run on Fake GPU \(sm_{arch[0]}{arch[1]}\); supported are sm_90 .*sm_100 .*sm_103 "
+    with pytest.raises(DECODE_ERRORS, match=message):
+        make_call().run()
+    assert fake.compiles == 0
+
+
 @pytest.mark.parametrize(
-    ("arch", "flag"), [((9, 0), "sm_90a"), ((10, 3), "sm_103a"), ((12, 0), "sm_120")], ids=lambda v: str(v)
+    ("arch", "flag"), [((9, 0), "sm_90a"), ((10, 0), "sm_100a"), ((10, 3), "sm_103a")], ids=lambda v: str(v)
 )
 def test_compiler_flags(make_fake, arch, flag):
     fake = make_fake()

@@ -33,8 +33,7 @@ Device::Device(const Driver& api, int ordinal) : api_(api) {
   try {
     architecture_ = gpu::architecture(architecture_text);
   } catch (const Failure&) {
-    throw Failure(Code::kUnsupported, "the kernel does not run on " + name_ + " (" + architecture_text +
-                                          "); supported are sm_90 and later, gfx942 and gfx950");
+    throw Failure(Code::kUnsupported, "the kernel does not run on " + name_ + " (" + architecture_text + "); " + kSupported);
   }
   if (!attribute(a.cooperative, "cooperative launches")) {
     throw Failure(Code::kUnsupported, name_ + " does not launch all work-groups of a kernel at once, as this driver has it set up");
