@@ -93,6 +93,18 @@ def test_timeouts_can_be_changed(make_fake, environment):
         make_call().run()
 
 
+@pytest.mark.parametrize("text", ["never", "30s", "0", "-1", "nan", "inf", "1e6", "1 2"])
+def test_a_timeout_that_is_no_number_of_seconds_is_refused(make_fake, environment, text):
+    fake = make_fake()
+    environment("MONOKERNEL_TIMEOUT", text)
+    message = f'INVALID_ARGUMENT.*MONOKERNEL_TIMEOUT is "{text}"; expected a number of seconds above 0'
+    with pytest.raises(DECODE_ERRORS, match=message):
+        make_call().run()
+    assert fake.launches == 0
+    environment("MONOKERNEL_TIMEOUT", "")
+    make_call().run()
+
+
 def test_cancel_stops_a_running_kernel(fake):
     call = make_call(fake.platform)
     fake.launch = "until_cancelled"

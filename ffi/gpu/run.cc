@@ -104,7 +104,7 @@ mk::Report launch(Device& device, const Call& call, const Request& request, cons
   args.cancel = static_cast<const uint32_t*>(exchange.host_on_device);
   args.mailbox = reinterpret_cast<mk::u64*>(mail.open(exchange.mail));
   args.trace = trace.buffer();
-  args.timeout_ticks = device.ticks(s.timeout_s);
+  args.timeout_ticks = device.ticks(s.timeout_s());
   void* parameters[] = {&args};
 
   try {
@@ -147,6 +147,7 @@ void run(Vendor vendor, int ordinal, void* stream, const Call& call) {
   device.open();
   const Device::Current current(device);
   const Settings s = settings();
+  const double timeout_s = s.timeout_s();
   Request request = call.request;
   request.trace = !s.trace.empty();
   request.racecheck = s.racecheck;
@@ -181,7 +182,7 @@ void run(Vendor vendor, int ordinal, void* stream, const Call& call) {
       if (is_cancelled()) mail.set_cancelled();
       return;
     }
-    if (report.reason != mk::kMisplaced || !request.near) throw reported(report, request.program.vocab_size, s.timeout_s);
+    if (report.reason != mk::kMisplaced || !request.near) throw reported(report, request.program.vocab_size, timeout_s);
     // Groups are elsewhere than they should be, and nothing has been done yet: the other kernel does not mind.
     device.set_misplaced();
     request.near = false;
