@@ -406,13 +406,20 @@ def test_a_library_that_is_loaded_already_comes_first(fake_gpu_library, tmp_path
     assert found == f"loaded/{name}"
 
 
+# What docs/rocm.md says to install.
+ROCM = (
+    "ROCm 7 (AMD's system package rocm, or amdrocm of the ROCm Core SDK, or \"rocm[libraries]\" by pip from AMD's "
+    "index; docs/rocm.md has the commands)"
+)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         ("gpu_devices('cuda')", "Install the NVIDIA driver"),
-        ("gpu_devices('rocm')", "Install ROCm 7"),
+        ("gpu_devices('rocm')", f"Install {ROCM}"),
         ("gpu_compiler('cuda')", "Install NVIDIA's run-time compiler: pip install nvidia-cuda-nvrtc"),
-        ("gpu_compiler('rocm')", "Install AMD's run-time compiler"),
+        ("gpu_compiler('rocm')", f"Install AMD's run-time compiler, a part of {ROCM}"),
     ],
 )
 def test_missing_libraries_are_named_with_what_to_install(call, message):
