@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from gpu_fakes import PLATFORMS, make_call, register, spec_of
 from naive import random_weights
 from typer.testing import CliRunner
 
-from jax_monokernel import LayerSpec, _gpu, _native, cli, decode, models
+from jax_monokernel import DecoderSpec, LayerSpec, RopeSpec, _gpu, _native, cli, decode, models
 from jax_monokernel._program import program
 from jax_monokernel.models.loading import pretrained_spec
 from jax_monokernel.plan import Plan, make_plan
@@ -178,6 +179,27 @@ def test_a_second_process_finds_the_kernel(make_fake, tmp_path, capfd):
     assert (second.compiles, second.loads) == (0, 1)
     assert capfd.readouterr().err == ""
     assert cache_files(tmp_path) == [file]
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_an_entry_is_named_by_all_that_its_binary_depends_on(make_fake, tmp_path, platform):
+    """The name is made here from what the compiler was given. Without a part of it, another binary would be taken."""
+    fake = make_fake(platform)
+    make_call(platform).run()
+    (file,) = cache_files(tmp_path)
+    name, version = file.name.split("-", 1)
+    assert version == {"cuda": "nvrtc-13.4", "rocm": "hiprtc-13.4"}[platform]
+    flags = fake.flags.split()
+    target = flags[0].partition("=")[2]
+    assert target == {"cuda": "sm_90a", "rocm": "gfx942"}[platform]
+    parts = [target, " ".join(flags), fake.source]
+    for header, text in _native.gpu_headers().items():
+        assert f"{header}:{len(text.encode())}\n" in fake.headers
+        parts += [header, text]
+    sha256 = hashlib.sha256()
+    for part in (part.encode() for part in parts):
+        sha256.update(b"%d:%s" % (len(part), part))
+    assert name == sha256.hexdigest()
 
 
 @pytest.mark.parametrize("changes", [{"nvrtc_major": 14}, {"major": 10}], ids=["compiler", "architecture"])
@@ -637,3 +659,35 @@ def test_nvrtc_compiles_the_kernel_for_every_architecture_that_is_accepted(envir
     environment("MONOKERNEL_CACHE_DIR", str(tmp_path))
     compiled = _gpu.compile_ahead(spec_of(**EVEN), _gpu.Target("cuda", arch, 148), batch=1, capacity=64)
     assert compiled.code[:4] == b"\x7fELF"
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("batch", [1, 16])
+def test_nvrtc_takes_at_most_20_s_for_a_large_model(environment, tmp_path, batch):
+    """Of Llama-3.2-1B's shape, at its first use. It is CPU time: what else this machine does is not counted."""
+    environment("MONOKERNEL_CACHE_DIR", str(tmp_path))
+    rope = RopeSpec(
+        theta=5e5,
+        rotary_dim=64,
+        scaling="llama3",
+        factor=32.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position=8192,
+    )
+    spec = DecoderSpec(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=64,
+        layers=(LayerSpec(rope=0),) * 16,
+        ropes=(rope,),
+        tied_head=True,
+        dtype="bfloat16",
+    )
+    start = time.process_time()
+    compiled = _gpu.compile_ahead(spec, _gpu.Target("cuda", "sm_90", 132), batch=batch, capacity=2048)
+    assert compiled.seconds > 0
+    assert time.process_time() - start <= 20

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import fcntl
 import functools
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -253,6 +256,34 @@ def test_decode_with_a_gpu_tape_makes_such_calls(fake, monkeypatch, jit):
     assert result.state.position.tolist() == [6] * batch
     assert fake.launches == 2
     assert re.search(r"#define MK_BATCH (16|2)\n", fake.source)
+
+
+# ---- What XLA is told ----
+
+
+@pytest.fixture(scope="module")
+def traits_of(tmp_path_factory):
+    """What a handler declares of itself: bits of XLA_FFI_Handler_TraitsBits."""
+    library = tmp_path_factory.mktemp("traits") / "libtraits.so"
+    source = Path(__file__).parent / "native" / "handler_traits.cc"
+    flags = ["-std=c++20", "-O0", "-shared", "-fPIC", f"-I{jax.ffi.include_dir()}"]
+    subprocess.run(["c++", *flags, "-o", library, source], check=True)
+    native = ctypes.CDLL(str(library))
+    native.traits_of.restype = native.traits_of_a_compatible_one.restype = ctypes.c_int64
+    native.traits_of.argtypes = [ctypes.c_void_p]
+    assert native.traits_of_a_compatible_one() == 1
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    return lambda capsule: native.traits_of(pointer(capsule, None))
+
+
+def test_the_custom_call_is_not_said_to_be_compatible_with_command_buffers(traits_of, monkeypatch):
+    """The handler waits for the kernel and looks at its report: a replay of its launches alone would do neither."""
+    given = []
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda name, handler, **more: given.append((handler, more)))
+    _gpu.register.__wrapped__()  # itself only once in a process
+    assert [more for _, more in given] == [{"platform": "CUDA"}, {"platform": "ROCM"}]
+    assert [traits_of(handler) for handler, _ in given] == [0, 0]
 
 
 # ---- What does not fit ----
