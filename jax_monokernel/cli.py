@@ -188,7 +188,7 @@ def compile_(
         list[int], typer.Option(min=1, max=16, metavar="N", help="Requests of a call; may be given again.")
     ] = [1],  # noqa: B006
     capacity: Annotated[
-        int, typer.Option(min=1, help="Positions of the KV cache. Up to 2048 all give the same kernel.")
+        int, typer.Option(min=1, help="Positions of the KV cache, as of decode's. Up to 256 all give the same kernel.")
     ] = 2048,
     arch: Annotated[str | None, typer.Option(help="sm_90, gfx942, ... By default that of the GPU here.")] = None,
     units: Annotated[

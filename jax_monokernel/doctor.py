@@ -33,7 +33,7 @@ OK, ABSENT, NOTE, BROKEN = "ok", "-", "note", "BROKEN"
 _VENDORS = {"cuda": "NVIDIA", "rocm": "AMD"}
 _WANTED = {
     "cuda": (
-        "an NVIDIA GPU of compute capability 9.0 or later (H100, H200, B200), the NVIDIA driver, "
+        "an NVIDIA GPU of compute capability 9.0, 10.0 or 10.3 (H100, H200, B200, B300), the NVIDIA driver, "
         "pip install 'jax[cuda13]' or 'jax[cuda12]', and nvidia-cuda-nvrtc (docs/gpu.md)"
     ),
     "rocm": (

@@ -5,19 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from decoding import DECODE_ERRORS
-from gpu_fakes import PLATFORMS, make_call, spec_of
+from decoding import DECODE_ERRORS, params_of, state_of
+from gpu_fakes import PLATFORMS, make_call, register, spec_of
+from naive import random_weights
 from typer.testing import CliRunner
 
-from jax_monokernel import LayerSpec, _gpu, _native, cli
+from jax_monokernel import DecoderSpec, LayerSpec, RopeSpec, _gpu, _native, cli, decode, models
 from jax_monokernel._program import program
+from jax_monokernel.models.loading import pretrained_spec
 from jax_monokernel.plan import Plan, make_plan
+from jax_monokernel.tape import pack
 
 EDGES = [-(2**63), -1, 0, 1, 3, 7, 65, 1023, 2**20, 2**31 - 1, 2**31, 2**40, 2**59, 2**62, 2**63 - 1]
 
@@ -176,6 +181,27 @@ def test_a_second_process_finds_the_kernel(make_fake, tmp_path, capfd):
     assert cache_files(tmp_path) == [file]
 
 
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_an_entry_is_named_by_all_that_its_binary_depends_on(make_fake, tmp_path, platform):
+    """The name is made here from what the compiler was given. Without a part of it, another binary would be taken."""
+    fake = make_fake(platform)
+    make_call(platform).run()
+    (file,) = cache_files(tmp_path)
+    name, version = file.name.split("-", 1)
+    assert version == {"cuda": "nvrtc-13.4", "rocm": "hiprtc-13.4"}[platform]
+    flags = fake.flags.split()
+    target = flags[0].partition("=")[2]
+    assert target == {"cuda": "sm_90a", "rocm": "gfx942"}[platform]
+    parts = [target, " ".join(flags), fake.source]
+    for header, text in _native.gpu_headers().items():
+        assert f"{header}:{len(text.encode())}\n" in fake.headers
+        parts += [header, text]
+    sha256 = hashlib.sha256()
+    for part in (part.encode() for part in parts):
+        sha256.update(b"%d:%s" % (len(part), part))
+    assert name == sha256.hexdigest()
+
+
 @pytest.mark.parametrize("changes", [{"nvrtc_major": 14}, {"major": 10}], ids=["compiler", "architecture"])
 def test_another_compiler_or_architecture_is_another_kernel(make_fake, tmp_path, changes):
     make_fake()
@@ -229,7 +255,8 @@ def test_no_compile_mode(make_fake, environment):
     with pytest.raises(
         DECODE_ERRORS,
         match=r"FAILED_PRECONDITION.*MONOKERNEL_NO_COMPILE forbids.*"
-        "jax-monokernel compile --model CHECKPOINT --batch 2 --arch sm_90",
+        "jax-monokernel compile --model CHECKPOINT --batch 2 --capacity 16 --arch sm_90 --units 5 --groups 1 "
+        "--dtype bfloat16",
     ):
         make_call().run()
     assert fake.compiles == 0
@@ -239,6 +266,74 @@ def test_no_compile_mode(make_fake, environment):
     environment("MONOKERNEL_NO_COMPILE", "1")
     make_call().run()
     assert fake.compiles == 0
+
+
+def test_where_nothing_is_compiled_a_damaged_entry_is_not_said_to_be_replaced(make_fake, tmp_path, environment, capfd):
+    make_fake()
+    make_call().run()
+    (file,) = cache_files(tmp_path)
+    file.write_bytes(file.read_bytes()[:-1])
+    make_fake()
+    environment("MONOKERNEL_NO_COMPILE", "1")
+    capfd.readouterr()
+    with pytest.raises(DECODE_ERRORS, match="MONOKERNEL_NO_COMPILE forbids"):
+        make_call().run()
+    wanted = f"jax_monokernel: {file} is damaged and is not used; delete it, and compile the kernel anew\n"
+    assert capfd.readouterr().err == wanted
+
+
+@pytest.mark.parametrize("no_compile", ["1", None], ids=["no_compile", "compile"])
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_an_entry_that_cannot_be_read_is_named(make_fake, tmp_path, environment, capfd, kind, no_compile):
+    """Permissions would stop all users but one, who may be the one that runs this."""
+    make_fake()
+    make_call().run()
+    (file,) = cache_files(tmp_path)
+    file.unlink()
+    if kind == "link":
+        file.symlink_to(file)
+    else:
+        file.mkdir()
+    make_fake()
+    environment("MONOKERNEL_NO_COMPILE", no_compile)
+    capfd.readouterr()
+    if no_compile:
+        with pytest.raises(DECODE_ERRORS, match="MONOKERNEL_NO_COMPILE forbids"):
+            make_call().run()
+    else:
+        make_call().run()
+    why = "Too many levels of symbolic links" if kind == "link" else "Is a directory"
+    assert f"jax_monokernel: {file} cannot be read ({why}); let this user read it" in capfd.readouterr().err
+
+
+def test_a_cache_that_cannot_be_read_is_named(make_fake, tmp_path, environment, capfd):
+    make_fake()
+    environment("MONOKERNEL_NO_COMPILE", "1")
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(DECODE_ERRORS, match="MONOKERNEL_NO_COMPILE forbids"):
+        make_call().run()
+    assert f"{tmp_path / 'cache'} cannot be read (Not a directory)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_where_nothing_is_compiled_an_entry_that_the_driver_loads_is_taken(make_fake, tmp_path, environment, platform):
+    """The newest may be of a compiler that is newer than the driver."""
+    make_fake(platform)
+    make_call(platform).run()
+    (file,) = cache_files(tmp_path)
+    code = b"of a newer compiler"
+    content = b"jax_monokernel 1%016x%s" % (len(code), hashlib.sha256(code).hexdigest().encode()) + code
+    newer = file.with_name(file.name.partition("-")[0] + "-newer")
+    newer.write_bytes(content)
+    os.utime(newer, (2**31, 2**31))
+    fake = make_fake(platform)
+    environment("MONOKERNEL_NO_COMPILE", "1")
+    make_call(platform).run()
+    assert (fake.compiles, fake.loads, fake.launches) == (0, 1, 1)
+    file.unlink()
+    make_fake(platform)
+    with pytest.raises(DECODE_ERRORS, match=r"driver could not load the kernel: fake error \(error 209\)"):
+        make_call(platform).run()
 
 
 def test_a_cached_kernel_needs_no_compiler(make_fake, environment):
@@ -333,13 +428,20 @@ def test_a_library_that_is_loaded_already_comes_first(fake_gpu_library, tmp_path
     assert found == f"loaded/{name}"
 
 
+# What docs/rocm.md says to install.
+ROCM = (
+    "ROCm 7 (AMD's system package rocm, or amdrocm of the ROCm Core SDK, or \"rocm[libraries]\" by pip from AMD's "
+    "index; docs/rocm.md has the commands)"
+)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         ("gpu_devices('cuda')", "Install the NVIDIA driver"),
-        ("gpu_devices('rocm')", "Install ROCm 7"),
+        ("gpu_devices('rocm')", f"Install {ROCM}"),
         ("gpu_compiler('cuda')", "Install NVIDIA's run-time compiler: pip install nvidia-cuda-nvrtc"),
-        ("gpu_compiler('rocm')", "Install AMD's run-time compiler"),
+        ("gpu_compiler('rocm')", f"Install AMD's run-time compiler, a part of {ROCM}"),
     ],
 )
 def test_missing_libraries_are_named_with_what_to_install(call, message):
@@ -420,6 +522,44 @@ def test_compile_ahead_gives_the_kernel_that_decode_asks_for(make_fake, environm
     assert fake.launches == 1
 
 
+@pytest.mark.parametrize(
+    ("platform", "arch", "capacity", "units", "groups", "dtype"),
+    [
+        ("cuda", "sm_90", 16, 132, 1, None),
+        ("cuda", "sm_90", 257, 132, 1, None),
+        ("cuda", "sm_90", 1024, 5, 1, "float32"),
+        ("rocm", "gfx942", 16, 6, 2, None),
+        ("rocm", "gfx942", 300, 48, 1, "float16"),
+    ],
+)
+def test_the_command_that_the_error_names_gives_the_kernel(
+    make_fake, environment, monkeypatch, platform, arch, capacity, units, groups, dtype
+):
+    """Also where it is not the kernel that the command gives by default."""
+    register()
+    module = sys.modules["jax_monokernel.decode"]  # the package's attribute of this name is the function
+    monkeypatch.setattr(module, "TARGET", f"jax_monokernel_decode_on_fake_{platform}")
+    spec = pretrained_spec(models.SMALL, dtype=dtype)
+    tape = pack(spec, random_weights(spec), make_plan(spec, platform=platform, units=units, groups=groups))
+    state, params = state_of(spec, [3, 3], capacity=capacity), params_of(spec, 2)
+
+    make_fake(platform)
+    environment("MONOKERNEL_NO_COMPILE", "1")
+    with pytest.raises(DECODE_ERRORS, match="forbids compiling") as error:
+        decode(tape, state, params, max_new_tokens=1)
+    (command,) = re.findall("ahead of time: jax-monokernel compile (.*)", str(error.value))
+    assert f"--arch {arch} " in command
+
+    environment("MONOKERNEL_NO_COMPILE", None)
+    result = invoke(*(str(models.SMALL) if word == "CHECKPOINT" else word for word in shlex.split(command)))
+    assert result.exit_code == 0, result.output
+
+    fake = make_fake(platform)
+    environment("MONOKERNEL_NO_COMPILE", "1")
+    decode(tape, state, params, max_new_tokens=1)
+    assert (fake.compiles, fake.launches) == (0, 1)
+
+
 def test_compile_ahead_of_groups_makes_both_kernels(make_fake):
     """The one whose words stay on dies, and the one for work-groups that are elsewhere."""
     fake = make_fake("rocm")
@@ -456,7 +596,12 @@ def stub_of(spec):
     [
         (["--arch", "sm_80"], "does not run on sm_80"),
         (["--arch", "h100"], "is no GPU architecture"),
-        (["--arch", "sm_120"], "give the number of multiprocessors"),
+        (["--arch", "sm_103"], "give the number of multiprocessors"),
+        (
+            ["--arch", "sm_120"],
+            "does not run on sm_120; supported are sm_90 (H100, H200), sm_100 (B200), sm_103 (B300)",
+        ),
+        (["--arch", "sm_110a"], "does not run on sm_110; supported are"),
         (["--arch", "sm_90", "--model", "/nowhere"], "/nowhere"),
         ([], "no GPU was found here; name an architecture"),
     ],
@@ -478,14 +623,21 @@ def nvrtc_version() -> str | None:
         return None
 
 
-@pytest.mark.skipif(nvrtc_version() is None, reason="NVRTC is not installed (pip install nvidia-cuda-nvrtc)")
+needs_nvrtc = pytest.mark.skipif(
+    nvrtc_version() is None, reason="NVRTC is not installed (pip install nvidia-cuda-nvrtc)"
+)
+# A model whose streams are even: its waves divide registers.
+EVEN = {"hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 151936}
+
+
+@needs_nvrtc
 @pytest.mark.parametrize(
     ("options", "batch"),
     [
         ({}, 1),
         ({"dtype": "float32", "kv_dtype": "float32"}, 3),
-        ({"hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 151936}, 1),  # its streams are even
-        ({"hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 151936}, 16),
+        (EVEN, 1),
+        (EVEN, 16),
         ({"hidden_size": 576, "intermediate_size": 1536, "post_norm": True}, 2),
         ({"hidden_size": 576, "intermediate_size": 1536, "groups": 2}, 2),
     ],
@@ -498,3 +650,47 @@ def test_nvrtc_compiles_the_kernel(environment, tmp_path, options, batch):
     assert compiled.code[:4] == b"\x7fELF"
     assert b"monokernel" in compiled.code
     assert 0 < compiled.seconds < 120
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("arch", "since"), [("sm_100", (12, 8)), ("sm_103", (12, 9))])  # sm_90 is above
+def test_nvrtc_compiles_the_kernel_for_every_architecture_that_is_accepted(environment, tmp_path, arch, since):
+    """With all its instructions: what a model's plan leaves out would not show that an architecture lacks it."""
+    version = nvrtc_version()
+    if tuple(map(int, version.removeprefix("nvrtc-").split("."))) < since:
+        pytest.skip(f"{version} does not know {arch}")
+    environment("MONOKERNEL_CACHE_DIR", str(tmp_path))
+    compiled = _gpu.compile_ahead(spec_of(**EVEN), _gpu.Target("cuda", arch, 148), batch=1, capacity=64)
+    assert compiled.code[:4] == b"\x7fELF"
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("batch", [1, 16])
+def test_nvrtc_takes_at_most_20_s_for_a_large_model(environment, tmp_path, batch):
+    """Of Llama-3.2-1B's shape, at its first use. It is CPU time: what else this machine does is not counted."""
+    environment("MONOKERNEL_CACHE_DIR", str(tmp_path))
+    rope = RopeSpec(
+        theta=5e5,
+        rotary_dim=64,
+        scaling="llama3",
+        factor=32.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position=8192,
+    )
+    spec = DecoderSpec(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=64,
+        layers=(LayerSpec(rope=0),) * 16,
+        ropes=(rope,),
+        tied_head=True,
+        dtype="bfloat16",
+    )
+    start = time.process_time()
+    compiled = _gpu.compile_ahead(spec, _gpu.Target("cuda", "sm_90", 132), batch=batch, capacity=2048)
+    assert compiled.seconds > 0
+    assert time.process_time() - start <= 20

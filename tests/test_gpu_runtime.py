@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import ctypes
 import dataclasses
+import fcntl
 import functools
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +25,9 @@ from decoding import DECODE_ERRORS, params_of, state_of
 from gpu_fakes import ARCHES, PLATFORMS, WARP, make_call, register, spec_of
 from naive import random_weights
 
-from jax_monokernel import LayerSpec, _native, cancel, decode
+from jax_monokernel import LayerSpec, _gpu, _native, cancel, decode
 from jax_monokernel._program import program
+from jax_monokernel.mailbox import Mailbox, operand
 from jax_monokernel.plan import Plan
 from jax_monokernel.tape import pack
 
@@ -90,6 +96,18 @@ def test_timeouts_can_be_changed(make_fake, environment):
         make_call().run()
 
 
+@pytest.mark.parametrize("text", ["never", "30s", "0", "-1", "nan", "inf", "1e6", "1 2"])
+def test_a_timeout_that_is_no_number_of_seconds_is_refused(make_fake, environment, text):
+    fake = make_fake()
+    environment("MONOKERNEL_TIMEOUT", text)
+    message = f'INVALID_ARGUMENT.*MONOKERNEL_TIMEOUT is "{text}"; expected a number of seconds above 0'
+    with pytest.raises(DECODE_ERRORS, match=message):
+        make_call().run()
+    assert fake.launches == 0
+    environment("MONOKERNEL_TIMEOUT", "")
+    make_call().run()
+
+
 def test_cancel_stops_a_running_kernel(fake):
     call = make_call(fake.platform)
     fake.launch = "until_cancelled"
@@ -116,6 +134,80 @@ def test_cancel_also_stops_calls_that_wait_for_the_device(make_fake):
             with pytest.raises(DECODE_ERRORS, match="CANCELLED"):
                 future.result(timeout=20)
     assert fake.launches == 1
+
+
+@contextlib.contextmanager
+def another_process_compiles(folder):
+    """As it looks to this one: the cache's one entry is not there yet, and locked."""
+    (entry,) = (file for file in folder.iterdir() if not file.name.startswith("."))
+    entry.unlink()
+    with open(folder / f".{entry.name.partition('-')[0]}.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def test_cancel_stops_calls_that_wait_for_another_process_that_compiles(make_fake, tmp_path, capfd):
+    make_fake()
+    make_call().run()
+    fake = make_fake()
+    capfd.readouterr()
+    with another_process_compiles(tmp_path / "cache"):
+        threading.Timer(0.4, cancel).start()
+        start = time.monotonic()
+        with pytest.raises(DECODE_ERRORS, match=r"CANCELLED.*decode was cancelled"):
+            make_call().run()
+        assert 0.3 < time.monotonic() - start < 5
+    line = "jax_monokernel: waiting for another process that compiles the kernel for this model, batch 2, on sm_90\n"
+    assert capfd.readouterr().err == line
+    assert fake.compiles == 0
+    assert make_call().run()["lengths"].tolist() == [4, 4]
+
+
+def test_a_stream_that_is_left_while_another_process_compiles(make_fake, tmp_path):
+    make_fake()
+    make_call().run()
+    fake = make_fake()
+    call, box = make_call(), Mailbox(2, 4)
+    call.operands["mailbox"] = operand(box)
+    with another_process_compiles(tmp_path / "cache"):
+        threading.Timer(0.2, box.stop).start()
+        assert call.run()["lengths"].tolist() == [0, 0]
+    assert (fake.compiles, fake.launches) == (0, 0)
+
+
+def test_ctrl_c_stops_compiling_ahead_that_waits_for_another_process(make_fake, tmp_path):
+    target, arguments = _gpu.Target("cuda", "sm_90", 5), {"batch": 1, "capacity": 16}
+    make_fake()
+    _gpu.compile_ahead(spec_of(), target, **arguments)
+    fake = make_fake()
+    with another_process_compiles(tmp_path / "cache"):
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            _gpu.compile_ahead(spec_of(), target, **arguments)
+    assert fake.compiles == 0
+
+
+def test_cancel_stops_calls_that_wait_for_another_thread_that_compiles(make_fake):
+    """And the one that compiles, when it has done so: no compiler can be stopped half-way."""
+    fake = make_fake()
+    fake.compile_ms = 3000
+    start = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        # Those for one device wait for its kernel, the one for another device for the binary.
+        futures = [pool.submit(make_call().run, device=i % 2) for i in range(3)]
+        while fake.compiles == 0:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        cancel()
+        done, compiling = concurrent.futures.wait(futures, timeout=1.5)
+        assert (len(done), len(compiling)) == (2, 1)
+        for future in futures:
+            with pytest.raises(DECODE_ERRORS, match="CANCELLED"):
+                future.result(timeout=20)
+    assert time.monotonic() - start > 2.5
+    assert (fake.compiles, fake.launches) == (1, 0)
+    assert make_call().run()["lengths"].tolist() == [4, 4]  # with what was compiled
+    assert fake.compiles == 1
 
 
 def test_ctrl_c_stops_a_running_kernel(make_fake):
@@ -166,6 +258,34 @@ def test_decode_with_a_gpu_tape_makes_such_calls(fake, monkeypatch, jit):
     assert re.search(r"#define MK_BATCH (16|2)\n", fake.source)
 
 
+# ---- What XLA is told ----
+
+
+@pytest.fixture(scope="module")
+def traits_of(tmp_path_factory):
+    """What a handler declares of itself: bits of XLA_FFI_Handler_TraitsBits."""
+    library = tmp_path_factory.mktemp("traits") / "libtraits.so"
+    source = Path(__file__).parent / "native" / "handler_traits.cc"
+    flags = ["-std=c++20", "-O0", "-shared", "-fPIC", f"-I{jax.ffi.include_dir()}"]
+    subprocess.run(["c++", *flags, "-o", library, source], check=True)
+    native = ctypes.CDLL(str(library))
+    native.traits_of.restype = native.traits_of_a_compatible_one.restype = ctypes.c_int64
+    native.traits_of.argtypes = [ctypes.c_void_p]
+    assert native.traits_of_a_compatible_one() == 1
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    return lambda capsule: native.traits_of(pointer(capsule, None))
+
+
+def test_the_custom_call_is_not_said_to_be_compatible_with_command_buffers(traits_of, monkeypatch):
+    """The handler waits for the kernel and looks at its report: a replay of its launches alone would do neither."""
+    given = []
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda name, handler, **more: given.append((handler, more)))
+    _gpu.register.__wrapped__()  # itself only once in a process
+    assert [more for _, more in given] == [{"platform": "CUDA"}, {"platform": "ROCM"}]
+    assert [traits_of(handler) for handler, _ in given] == [0, 0]
+
+
 # ---- What does not fit ----
 
 
@@ -195,6 +315,26 @@ def test_devices_that_cannot_run_it(make_fake, changes, message):
     assert fake.launches == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "loads"),
+    [({"occupancy": 0}, 3), ({"no_memory": 1}, 0)],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_calls_that_fail_again_and_again_keep_nothing(fake, changes, loads):
+    before = {name: getattr(fake, name) for name in changes}
+    for name, value in changes.items():
+        setattr(fake, name, value)
+    for _ in range(3):
+        with pytest.raises(DECODE_ERRORS, match="RESOURCE_EXHAUSTED"):
+            make_call(fake.platform).run()
+    assert (fake.loads, fake.unloads) == (loads, loads)
+    for name, value in before.items():
+        setattr(fake, name, value)
+    make_call(fake.platform).run()
+    assert (fake.loads, fake.unloads) == (loads + 1, loads)
+    assert (fake.contexts, fake.host_allocations, fake.allocations) == (fake.platform == "cuda", 1, 1)
+
+
 def test_other_architectures(make_fake):
     fake = make_fake("rocm")
     fake.arch = "gfx90a:xnack-"
@@ -206,8 +346,18 @@ def test_other_architectures(make_fake):
     assert "--offload-arch=gfx950" in fake.flags
 
 
+@pytest.mark.parametrize("arch", [(8, 9), (10, 1), (11, 0), (12, 0), (12, 1)], ids=str)
+def test_nvidia_devices_that_the_kernel_does_not_compile_for(make_fake, arch):
+    fake = make_fake()
+    fake.major, fake.minor = arch
+    message = rf"UNIMPLEMENTED.*not run on Fake GPU \(sm_{arch[0]}{arch[1]}\); supported are sm_90 .*sm_100 .*sm_103 "
+    with pytest.raises(DECODE_ERRORS, match=message):
+        make_call().run()
+    assert fake.compiles == 0
+
+
 @pytest.mark.parametrize(
-    ("arch", "flag"), [((9, 0), "sm_90a"), ((10, 3), "sm_103a"), ((12, 0), "sm_120")], ids=lambda v: str(v)
+    ("arch", "flag"), [((9, 0), "sm_90a"), ((10, 0), "sm_100a"), ((10, 3), "sm_103a")], ids=lambda v: str(v)
 )
 def test_compiler_flags(make_fake, arch, flag):
     fake = make_fake()

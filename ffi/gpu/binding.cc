@@ -226,7 +226,7 @@ void bind(py::module_& m) {
            const Array<int64_t>& tiles, int64_t batch, int64_t splits, int64_t task_heads, int64_t shared_bytes, int64_t capacity, bool trace, bool near,
            bool placed) {
           Request request = read_request(attributes(ints, floats, layers, ropes, tiles), batch, splits, task_heads);
-          request.long_parts = has_long_parts(request.program, capacity, splits);
+          set_capacity(request, capacity);
           request.trace = trace;
           request.near = near;
           request.placed = placed_if(placed, request);
@@ -249,7 +249,7 @@ void bind(py::module_& m) {
            bool near, bool placed) {
           const Architecture a = architecture(arch);
           Request request = read_request(attributes(ints, floats, layers, ropes, tiles), batch, splits, task_heads);
-          request.long_parts = has_long_parts(request.program, capacity, splits);
+          set_capacity(request, capacity);
           request.trace = trace;
           request.near = near;
           request.placed = placed_if(placed, request);
@@ -259,7 +259,11 @@ void bind(py::module_& m) {
           std::shared_ptr<const Built> built;
           {
             py::gil_scoped_release release;
-            built = build(a, request);
+            built = build(a, request, [] {  // Ctrl-C: Python runs its handlers here
+              py::gil_scoped_acquire python;
+              if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+              return false;
+            });
           }
           py::dict result;
           result["code"] = py::bytes(built->code);

@@ -3,7 +3,10 @@
 #include <array>
 #include <chrono>
 #include <cstdio>
+#include <iterator>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "gpu/cache.h"
 #include "gpu/compiler.h"
@@ -36,24 +39,36 @@ Failure no_compile(const Architecture& a, const Title& title, const std::string&
                                      ". To compile it ahead of time: " + title.ahead);
 }
 
-Built build_now(const Architecture& a, const Title& title, const std::string& source, const std::string& hash) {
+// What was compiled before, or elsewhere.
+std::optional<Built> cached(const Cache& cache, const std::string& hash) {
+  std::vector<std::string> codes = cache.load_all(hash);
+  if (codes.empty()) return std::nullopt;
+  Built built;
+  built.code = std::move(codes.front());
+  built.others.assign(std::make_move_iterator(codes.begin() + 1), std::make_move_iterator(codes.end()));
+  return built;
+}
+
+Built build_now(const Architecture& a, const Title& title, const std::string& source, const std::string& hash,
+                const IsCancelled& is_cancelled) {
   const Settings s = settings();
   const Cache cache(s.cache_dir);
   if (s.no_compile) {
-    if (auto code = cache.load(hash, "")) return {*code, "", 0};
+    if (auto built = cached(cache, hash)) return *built;
     throw no_compile(a, title, cache.dir(), "MONOKERNEL_NO_COMPILE forbids compiling");
   }
   const Compiler* with = nullptr;
   try {
     with = &compiler(a.vendor);
   } catch (const Failure&) {  // what was compiled elsewhere does without
-    if (auto code = cache.load(hash, "")) return {*code, "", 0};
+    if (auto built = cached(cache, hash)) return *built;
     throw;
   }
   const std::string path = cache.dir() + "/" + hash + "-" + with->version;
-  if (auto code = cache.load(hash, with->version)) return {*code, path, 0};
-  const CompileLock lock(cache, hash);
-  if (auto code = cache.load(hash, with->version)) return {*code, path, 0};
+  if (auto code = cache.load(hash, with->version)) return {*code, {}, path, 0};
+  const CompileLock lock(cache, hash, title.what + " on " + a.name, is_cancelled);
+  if (auto code = cache.load(hash, with->version)) return {*code, {}, path, 0};
+  check_cancelled(is_cancelled);
 
   const auto start = std::chrono::steady_clock::now();
   std::fprintf(stderr, "jax_monokernel: compiling %s on %s (%s)\n", title.what.c_str(), a.name.c_str(),
@@ -66,24 +81,38 @@ Built build_now(const Architecture& a, const Title& title, const std::string& so
   return built;
 }
 
+// With all that the kernel depends on: what the command takes by default may be another kernel.
+std::string command_for(const Architecture& a, const Request& request) {
+  constexpr const char* kDtypes[] = {"bfloat16", "float16", "float32"};  // in the order of DType
+  const Program& p = request.program;
+  const auto number = [](const char* option, int64_t value) { return std::string(" --") + option + " " + std::to_string(value); };
+  return "jax-monokernel compile --model CHECKPOINT" + number("batch", request.batch) + number("capacity", request.capacity) +
+         " --arch " + a.name + number("units", p.units) + number("groups", p.groups) + " --dtype " + kDtypes[p.weight_dtype] +
+         (request.placed ? " --placed" : "") +
+         (request.trace || request.racecheck ? ", for calls without MONOKERNEL_TRACE and MONOKERNEL_RACECHECK" : "");
+}
+
 }  // namespace
 
-std::shared_ptr<const Built> build(const Architecture& a, const Request& request) {
+std::shared_ptr<const Built> build(const Architecture& a, const Request& request, const IsCancelled& is_cancelled) {
   const std::string batch = std::to_string(request.batch);
   return build(a, stub(request, a.shared_bytes),
                {.what = "the kernel for this model, batch " + batch + ",",
                 .short_what = "kernel for this model",
-                .ahead = "jax-monokernel compile --model CHECKPOINT --batch " + batch + " --arch " + a.name + (request.placed ? " --placed" : "")});
+                .ahead = command_for(a, request)},
+               is_cancelled);
 }
 
-std::shared_ptr<const Built> build(const Architecture& a, const std::string& source, const Title& title) {
+std::shared_ptr<const Built> build(const Architecture& a, const std::string& source, const Title& title,
+                                   const IsCancelled& is_cancelled) {
   const std::string hash = hash_of(a, source);
   using Key = std::array<std::string, 3>;
   static auto* all = new OnceMap<Key, const Built>;
   const Settings settings_now = settings();
   const std::string& library = a.vendor == Vendor::kCuda ? settings_now.nvrtc_library : settings_now.hiprtc_library;
-  return all->get(Key{hash, settings_now.cache_dir, library},
-                  [&] { return std::make_shared<const Built>(build_now(a, title, source, hash)); });
+  return all->get(
+      Key{hash, settings_now.cache_dir, library},
+      [&] { return std::make_shared<const Built>(build_now(a, title, source, hash, is_cancelled)); }, is_cancelled);
 }
 
 }  // namespace monokernel::gpu

@@ -13,8 +13,8 @@
 #include <cstring>
 #include <filesystem>
 #include <iterator>
+#include <system_error>
 #include <thread>
-#include <vector>
 
 #include "gpu/sha256.h"
 
@@ -32,18 +32,34 @@ std::string header(const std::string& code) {
   return kMagic + std::string(length) + sha256(code);
 }
 
-std::optional<std::string> read(const fs::path& path) {
+void report_unreadable(const fs::path& path, int error) {
+  std::fprintf(stderr, "jax_monokernel: %s cannot be read (%s); let this user read it, or set MONOKERNEL_CACHE_DIR to another folder\n",
+               path.c_str(), std::strerror(error));
+}
+
+// The file's whole content, if there is one that can be read.
+std::optional<std::string> content_of(const fs::path& path) {
   std::FILE* file = std::fopen(path.c_str(), "rb");
-  if (!file) return std::nullopt;
+  if (!file && errno == ENOENT) return std::nullopt;
   std::string content;
   char part[1 << 16];
-  for (size_t n; (n = std::fread(part, 1, sizeof(part), file)) > 0;) content.append(part, n);
-  std::fclose(file);
-  if (content.size() >= kHeaderBytes) {
-    std::string code = content.substr(kHeaderBytes);
-    if (content.compare(0, kHeaderBytes, header(code)) == 0) return code;
+  for (size_t n; file && (n = std::fread(part, 1, sizeof(part), file)) > 0;) content.append(part, n);
+  const int error = !file || std::ferror(file) ? errno : 0;
+  if (file) std::fclose(file);
+  if (error == 0) return content;
+  report_unreadable(path, error);
+  return std::nullopt;
+}
+
+// `then` is what becomes of a damaged entry, for the line that reports it.
+std::optional<std::string> read(const fs::path& path, const char* then) {
+  const std::optional<std::string> content = content_of(path);
+  if (!content) return std::nullopt;
+  if (content->size() >= kHeaderBytes) {
+    std::string code = content->substr(kHeaderBytes);
+    if (content->compare(0, kHeaderBytes, header(code)) == 0) return code;
   }
-  std::fprintf(stderr, "jax_monokernel: %s is damaged and will be replaced\n", path.c_str());
+  std::fprintf(stderr, "jax_monokernel: %s is damaged and %s\n", path.c_str(), then);
   return std::nullopt;
 }
 
@@ -72,7 +88,11 @@ std::string create(const std::string& dir) {
 
 std::optional<std::string> Cache::load(const std::string& hash, const std::string& version) const {
   if (dir_.empty()) return std::nullopt;
-  if (!version.empty()) return read(dir_ + "/" + hash + "-" + version);
+  return read(dir_ + "/" + hash + "-" + version, "will be replaced");
+}
+
+std::vector<std::string> Cache::load_all(const std::string& hash) const {
+  if (dir_.empty()) return {};
   std::vector<std::pair<fs::file_time_type, fs::path>> found;
   std::error_code error;
   for (fs::directory_iterator it(dir_, error), end; !error && it != end; it.increment(error)) {
@@ -80,12 +100,13 @@ std::optional<std::string> Cache::load(const std::string& hash, const std::strin
     std::error_code no_time;
     found.emplace_back(fs::last_write_time(it->path(), no_time), it->path());
   }
-  while (!found.empty()) {
-    const auto newest = std::max_element(found.begin(), found.end());
-    if (auto code = read(newest->second)) return code;
-    found.erase(newest);
+  if (error && error != std::errc::no_such_file_or_directory) report_unreadable(dir_, error.value());
+  std::sort(found.rbegin(), found.rend());
+  std::vector<std::string> codes;
+  for (const auto& [time, path] : found) {
+    if (auto code = read(path, "is not used; delete it, and compile the kernel anew")) codes.push_back(std::move(*code));
   }
-  return std::nullopt;
+  return codes;
 }
 
 std::string Cache::store(const std::string& hash, const std::string& version, const std::string& code) const {
@@ -104,13 +125,27 @@ std::string Cache::store(const std::string& hash, const std::string& version, co
   return "";
 }
 
-CompileLock::CompileLock(const Cache& cache, const std::string& hash) {
+CompileLock::CompileLock(const Cache& cache, const std::string& hash, const std::string& what, const IsCancelled& is_cancelled) {
   if (create(cache.dir()).empty()) return;
   file_ = open((cache.dir() + "/." + hash + ".lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
   if (file_ < 0) return;
+  try {
+    wait(what, is_cancelled);
+  } catch (...) {  // an object that was not made is not destroyed
+    close(file_);
+    throw;
+  }
+}
+
+void CompileLock::wait(const std::string& what, const IsCancelled& is_cancelled) const {
   const auto end = std::chrono::steady_clock::now() + std::chrono::minutes(5);
-  while (flock(file_, LOCK_EX | LOCK_NB) != 0 && (errno == EWOULDBLOCK || errno == EINTR) &&
-         std::chrono::steady_clock::now() < end) {
+  for (bool said = false; flock(file_, LOCK_EX | LOCK_NB) != 0 && (errno == EWOULDBLOCK || errno == EINTR); said = true) {
+    if (!said) std::fprintf(stderr, "jax_monokernel: waiting for another process that compiles %s\n", what.c_str());
+    if (std::chrono::steady_clock::now() >= end) {
+      std::fprintf(stderr, "jax_monokernel: the other process takes too long; compiling here too\n");
+      return;
+    }
+    check_cancelled(is_cancelled);
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
   }
 }

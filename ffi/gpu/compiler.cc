@@ -41,8 +41,7 @@ Wanted wanted_compiler(Vendor vendor) {
           .dirs = dirs,
           .only = s.hiprtc_library,
           .variable = "MONOKERNEL_HIPRTC_LIBRARY",
-          .install = "Install AMD's run-time compiler, a part of ROCm 6 and later (its system packages, or AMD's wheels: "
-                     "docs/rocm.md)"};
+          .install = std::string("Install AMD's run-time compiler, a part of ") + kRocm};
 }
 
 std::shared_ptr<Functions> open_compiler(Vendor vendor, const Wanted& wanted) {

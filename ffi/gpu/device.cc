@@ -33,8 +33,7 @@ Device::Device(const Driver& api, int ordinal) : api_(api) {
   try {
     architecture_ = gpu::architecture(architecture_text);
   } catch (const Failure&) {
-    throw Failure(Code::kUnsupported, "the kernel does not run on " + name_ + " (" + architecture_text +
-                                          "); supported are sm_90 and later, gfx942 and gfx950");
+    throw Failure(Code::kUnsupported, "the kernel does not run on " + name_ + " (" + architecture_text + "); " + kSupported);
   }
   if (!attribute(a.cooperative, "cooperative launches")) {
     throw Failure(Code::kUnsupported, name_ + " does not launch all work-groups of a kernel at once, as this driver has it set up");
@@ -83,18 +82,25 @@ std::string Device::uuid() const {
   return text.find_first_not_of('0') == std::string::npos ? "" : text;
 }
 
-// Asking what a device is must not take its memory, so this waits for the first call.
+// Asking what a device is must not take its memory, so this waits for the first call. What an attempt that failed has made is kept for
+// the next one.
 void Device::open() {
   std::lock_guard lock(open_mutex_);
   if (open_) return;
-  if (api_.retain_context) api_.check(api_.retain_context(&context_, handle_), "open the device");
+  const auto once = [this](void*& kept, const char* what, const auto& make) {
+    void* made = nullptr;
+    if (kept) return;
+    api_.check(make(&made), what);
+    kept = made;
+  };
+  if (api_.retain_context) once(context_, "open the device", [&](void** made) { return api_.retain_context(made, handle_); });
   const Current current(*this);
-  void* host = nullptr;
-  api_.check(api_.host_alloc(&host, sizeof(Exchange::Host), api_.host_alloc_flags), "allocate host memory");
-  exchange_.host = new (host) Exchange::Host{};
+  void* host = exchange_.host;
+  once(host, "allocate host memory", [&](void** made) { return api_.host_alloc(made, sizeof(Exchange::Host), api_.host_alloc_flags); });
+  if (!exchange_.host) exchange_.host = new (host) Exchange::Host{};
   api_.check(api_.host_address(&exchange_.host_on_device, host, 0), "map host memory");
-  api_.check(api_.device_alloc(&exchange_.report, sizeof(mk::Report)), "allocate device memory");
-  api_.check(api_.event_create(&exchange_.event, kEventNoTiming), "create an event");
+  once(exchange_.report, "allocate device memory", [&](void** made) { return api_.device_alloc(made, sizeof(mk::Report)); });
+  once(exchange_.event, "create an event", [&](void** made) { return api_.event_create(made, kEventNoTiming); });
   open_ = true;
 }
 
@@ -127,24 +133,38 @@ Device::Current::~Current() {
   }
 }
 
-std::shared_ptr<const Kernel> Device::kernel(const std::string& key, const Request& request) {
-  return kernels_.get(key, [&] { return load(request); });
+std::shared_ptr<const Kernel> Device::kernel(const std::string& key, const Request& request, const IsCancelled& is_cancelled) {
+  return kernels_.get(key, [&] { return load(request, is_cancelled); }, is_cancelled);
 }
 
-std::shared_ptr<const Kernel> Device::load(const Request& request) {
+std::shared_ptr<const Kernel> Device::load(const Request& request, const IsCancelled& is_cancelled) {
   const Program& p = request.program;
   if (p.wave_size != architecture_.wave_size) {
     throw Failure(Code::kInvalid, "the plan is for waves of " + std::to_string(p.wave_size) + " lanes, but " + name_ + " has " +
                                       std::to_string(architecture_.wave_size));
   }
-  const std::shared_ptr<const Built> built = build(architecture_, request);
+  const std::shared_ptr<const Built> built = build(architecture_, request, is_cancelled);
+  void* module = nullptr;
+  int error = api_.module_load(&module, built->code.data());
+  for (const std::string& other : built->others) {
+    if (error == 0) break;
+    if (api_.module_load(&module, other.data()) == 0) error = 0;
+  }
+  api_.check(error, "load the kernel");
+  try {
+    return describe(module, request);
+  } catch (const Failure&) {  // the next call loads it anew
+    api_.module_unload(module);
+    throw;
+  }
+}
 
+std::shared_ptr<const Kernel> Device::describe(void* module, const Request& request) const {
+  const Program& p = request.program;
   auto kernel = std::make_shared<Kernel>();
   kernel->threads = request.threads();
   kernel->units = static_cast<unsigned>(p.units);
   kernel->shared_bytes = static_cast<unsigned>(architecture_.shared_bytes);
-  void* module = nullptr;
-  api_.check(api_.module_load(&module, built->code.data()), "load the kernel");
   api_.check(api_.module_function(&kernel->function, module, "monokernel"), "find the kernel");
   int fixed_shared = 0;
   api_.check(api_.function_attribute(&kernel->registers, kRegisters, kernel->function), "describe the kernel");

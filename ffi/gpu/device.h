@@ -72,7 +72,7 @@ class Device {
   };
 
   // Built, loaded and checked to fit on the device as a whole. The device must be current. Throws Failure.
-  std::shared_ptr<const Kernel> kernel(const std::string& key, const Request& request);
+  std::shared_ptr<const Kernel> kernel(const std::string& key, const Request& request, const IsCancelled& is_cancelled);
 
   const Driver& api() const { return api_; }
   const Architecture& architecture() const { return architecture_; }
@@ -94,7 +94,8 @@ class Device {
  private:
   int attribute(int number, const char* what) const;
   std::string architecture_name() const;
-  std::shared_ptr<const Kernel> load(const Request& request);
+  std::shared_ptr<const Kernel> load(const Request& request, const IsCancelled& is_cancelled);
+  std::shared_ptr<const Kernel> describe(void* module, const Request& request) const;
 
   const Driver& api_;
   int handle_ = 0;

@@ -29,7 +29,7 @@ Wanted wanted_driver(Vendor vendor) {
           .dirs = dirs,
           .only = s.hip_library,
           .variable = "MONOKERNEL_HIP_LIBRARY",
-          .install = "Install ROCm 7 (its system packages, or AMD's wheels: docs/rocm.md)"};
+          .install = std::string("Install ") + kRocm};
 }
 
 std::shared_ptr<Driver> open_driver(Vendor vendor, const Wanted& wanted) {

@@ -35,6 +35,7 @@ inline const char* platform_name(Vendor vendor) { return vendor == Vendor::kCuda
   X(get_device, int(int*), none, hipGetDevice)                                                                         \
   X(set_device, int(int), none, hipSetDevice)                                                                          \
   X(module_load, int(void**, const void*), cuModuleLoadData, hipModuleLoadData)                                        \
+  X(module_unload, int(void*), cuModuleUnload, hipModuleUnload)                                                        \
   X(module_function, int(void**, void*, const char*), cuModuleGetFunction, hipModuleGetFunction)                       \
   X(function_attribute, int(int*, int, void*), cuFuncGetAttribute, hipFuncGetAttribute)                                \
   X(set_function_attribute, int(void*, int, int), cuFuncSetAttribute, none)                                            \

@@ -80,7 +80,7 @@ Call make_call(const std::vector<AnyBuffer>& in, const std::vector<AnyBuffer>& o
   const int64_t bias = in[kLogitBias].dimensions()[1], log_probs = out[kLogProbs].dimensions()[1];
   Call call{.attributes = attributes, .request = read_request(attributes, batch, splits, task_heads), .args = {}, .mailbox = nullptr, .copies = {}};
   const Program& p = call.request.program;
-  call.request.long_parts = has_long_parts(p, capacity, splits);
+  set_capacity(call.request, capacity);
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   if (capacity >= kMost || steps > kMost / kMaxBatch || eos_count > kMost / kMaxBatch) {
     throw invalid("the KV cache's capacity, max_new_tokens or the number of end tokens is out of range");

@@ -16,6 +16,11 @@ struct Wanted {
   int newest = 1 << 30;                  // major versions above this are tried last
 };
 
+// What to install, for Wanted::install. JAX's wheels need ROCm 7, although HIP 6 has all that this package asks for.
+constexpr const char* kRocm =
+    "ROCm 7 (AMD's system package rocm, or amdrocm of the ROCm Core SDK, or \"rocm[libraries]\" by pip from AMD's index; docs/rocm.md has "
+    "the commands)";
+
 struct Library {
   void* handle = nullptr;
   std::string path;

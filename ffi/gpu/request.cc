@@ -199,9 +199,10 @@ Request read_request(const Attributes& a, int64_t batch, int64_t splits, int64_t
   return request;
 }
 
-bool has_long_parts(const Program& program, int64_t capacity, int64_t splits) {
+void set_capacity(Request& request, int64_t capacity) {
   constexpr int64_t kLong = 512;  // positions; docs/performance-log.md has what was measured
-  return program.platform == 1 && capacity >= kLong * splits;
+  request.capacity = capacity;
+  request.long_parts = request.program.platform == 1 && capacity >= kLong * request.splits;
 }
 
 std::vector<int64_t> stream_shape(const Program& p) { return {stream_atoms(p) * p.atom_cols * p.tile_rows}; }

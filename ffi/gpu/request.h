@@ -26,7 +26,8 @@ struct Request {
   int64_t batch = 0;
   int64_t splits = 0;      // parts of the context that are attended to separately
   int64_t task_heads = 0;  // query heads of one attention task
-  bool long_parts = false;  // of the context, so that keys and values are better copied to shared memory (has_long_parts)
+  int64_t capacity = 0;    // positions of the KV cache, from which the others follow: for messages
+  bool long_parts = false;  // of the context, so that keys and values are better copied to shared memory (set_capacity)
   bool trace = false;
   bool near = false;  // words that stay inside a group go no further than the cache of its die
   bool racecheck = false;  // for compute-sanitizer's racecheck
@@ -52,9 +53,8 @@ constexpr int64_t kMaxGroups = 64;
 // Failure kInvalid.
 Request read_request(const Attributes& attributes, int64_t batch, int64_t splits, int64_t task_heads);
 
-// Whether parts of a context are long: what decides is the cache's capacity, because a kernel is compiled before it is known how much of
-// it is in use.
-bool has_long_parts(const Program& program, int64_t capacity, int64_t splits);
+// Sets what follows from the cache's capacity. That decides, because a kernel is compiled before it is known how much of it is in use.
+void set_capacity(Request& request, int64_t capacity);
 
 // The bytes that requests differ in: a key for kernels that are loaded.
 std::string request_key(const Attributes& attributes, const Request& request);

@@ -113,7 +113,7 @@ mk::Report launch(Device& device, const Call& call, const Request& request, cons
   args.cancel = static_cast<const uint32_t*>(exchange.host_on_device);
   args.mailbox = reinterpret_cast<mk::u64*>(mail.open(exchange.mail));
   args.trace = trace.buffer();
-  args.timeout_ticks = device.ticks(s.timeout_s);
+  args.timeout_ticks = device.ticks(s.timeout_s());
   void* parameters[] = {&args};
 
   try {
@@ -156,6 +156,7 @@ void run(Vendor vendor, int ordinal, void* stream, const Call& call) {
   device.open();
   const Device::Current current(device);
   const Settings s = settings();
+  const double timeout_s = s.timeout_s();
   Request request = call.request;
   request.trace = !s.trace.empty();
   request.racecheck = s.racecheck;
@@ -166,9 +167,19 @@ void run(Vendor vendor, int ordinal, void* stream, const Call& call) {
     if (is_cancelled()) mail.set_cancelled();
     return mail.stopped();
   };
+  // None if the call ends before there is one.
+  const auto wait_for_kernel = [&]() -> std::shared_ptr<const Kernel> {
+    try {
+      return device.kernel(request_key(call.attributes, request), request, [&] { return is_cancelled() || mail.stopped(); });
+    } catch (const Failure& failure) {
+      if (failure.code != Code::kCancelled || !ends_early()) throw;
+      return nullptr;
+    }
+  };
   std::unique_lock<std::timed_mutex> lock(device.launching(), std::defer_lock);
   for (;;) {
-    const std::shared_ptr<const Kernel> kernel = device.kernel(request_key(call.attributes, request), request);
+    const std::shared_ptr<const Kernel> kernel = wait_for_kernel();
+    if (!kernel) return give_back(device.api(), call, stream);
     while (!lock.try_lock_for(std::chrono::milliseconds(1))) {
       if (ends_early()) return give_back(device.api(), call, stream);
     }
@@ -180,7 +191,7 @@ void run(Vendor vendor, int ordinal, void* stream, const Call& call) {
       if (is_cancelled()) mail.set_cancelled();
       return;
     }
-    if (report.reason != mk::kMisplaced || !request.near) throw reported(report, request.program.vocab_size, s.timeout_s);
+    if (report.reason != mk::kMisplaced || !request.near) throw reported(report, request.program.vocab_size, timeout_s);
     // Groups are elsewhere than they should be, and nothing has been done yet: the other kernel does not mind.
     device.set_misplaced();
     request.near = false;

@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <mutex>
 
+#include "gpu/failure.h"
+
 namespace monokernel::gpu {
 namespace {
 
@@ -28,15 +30,24 @@ std::string cache_dir() {
 
 }  // namespace
 
+double Settings::timeout_s() const {
+  constexpr double kDefault = 10, kBelow = 1e6;
+  if (timeout.empty()) return kDefault;
+  char* end = nullptr;
+  const double seconds = std::strtod(timeout.c_str(), &end);
+  if (*end == '\0' && seconds > 0 && seconds < kBelow) return seconds;
+  throw Failure(Code::kInvalid, "MONOKERNEL_TIMEOUT is \"" + timeout + "\"; expected a number of seconds above 0 and below 1000000, such "
+                                    "as 30, or leave it unset for 10");
+}
+
 void read_environment() {
   Settings s;
   s.cache_dir = cache_dir();
-  const std::string timeout = variable("MONOKERNEL_TIMEOUT");
   s.no_compile = is_set("MONOKERNEL_NO_COMPILE");
   s.chip_wide = is_set("MONOKERNEL_CHIP_WIDE");
   s.racecheck = is_set("MONOKERNEL_RACECHECK");
   s.trace = variable("MONOKERNEL_TRACE");
-  if (const double seconds = std::strtod(timeout.c_str(), nullptr); seconds > 0 && seconds < 1e6) s.timeout_s = seconds;
+  s.timeout = variable("MONOKERNEL_TIMEOUT");
   s.cuda_library = variable("MONOKERNEL_CUDA_LIBRARY");
   s.nvrtc_library = variable("MONOKERNEL_NVRTC_LIBRARY");
   s.hip_library = variable("MONOKERNEL_HIP_LIBRARY");

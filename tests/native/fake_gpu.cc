@@ -34,7 +34,7 @@ VARIABLE int fake_compile_ms = 0, fake_compile_error = 0, fake_no_memory = 0, fa
 VARIABLE int fake_groups = 2, fake_most_bytes = 0;
 VARIABLE char fake_arch[64] = "gfx942:sramecc+:xnack-";
 // What was seen.
-VARIABLE std::atomic<int> fake_compiles = 0, fake_loads = 0, fake_launches = 0, fake_allocations = 0, fake_overlaps = 0,
+VARIABLE std::atomic<int> fake_compiles = 0, fake_loads = 0, fake_unloads = 0, fake_contexts = 0, fake_host_allocations = 0, fake_launches = 0, fake_allocations = 0, fake_overlaps = 0,
                           fake_cleared_bytes = 0;
 VARIABLE int fake_last_device = -1, fake_grid = 0, fake_block = 0, fake_dynamic_shared = 0;
 VARIABLE char fake_source[1 << 20] = "", fake_flags[1024] = "", fake_headers[8192] = "";
@@ -216,6 +216,7 @@ EXPORT int hipGetDevicePropertiesR0600(void* properties, int) {
 }
 EXPORT int cuDevicePrimaryCtxRetain(void** context, int handle) {
   *context = reinterpret_cast<void*>(static_cast<intptr_t>(handle) + 1);
+  fake_contexts++;
   return 0;
 }
 EXPORT int cuCtxPushCurrent_v2(void* context) {
@@ -240,6 +241,11 @@ BOTH(cuModuleLoadData, hipModuleLoadData, (void** module, const void* code), {
   if (std::memcmp(code, "FAKE", 4) != 0) return kNoBinary;
   fake_loads++;
   *module = strdup(static_cast<const char*>(code));
+  return device() < 0 ? kInvalidValue : 0;
+})
+BOTH(cuModuleUnload, hipModuleUnload, (void* module), {
+  std::free(module);
+  fake_unloads++;
   return device() < 0 ? kInvalidValue : 0;
 })
 BOTH(cuModuleGetFunction, hipModuleGetFunction, (void** function, void* module, const char* name), {
@@ -292,10 +298,12 @@ BOTH(cuMemFree_v2, hipFree, (void* memory), {
 })
 BOTH(cuMemHostAlloc, hipHostMalloc, (void** memory, size_t bytes, unsigned flags), {
   *memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+  fake_host_allocations++;
   return flags & 2 ? 0 : kInvalidValue;
 })
 BOTH(cuMemFreeHost, hipHostFree, (void* memory), {
   std::free(memory);
+  fake_host_allocations--;
   return 0;
 })
 BOTH(cuMemHostGetDevicePointer_v2, hipHostGetDevicePointer, (void** on_device, void* memory, unsigned), {

@@ -422,6 +422,15 @@ EXPORT int hipModuleLoadData(void** module, const void* image) {
   return 0;
 }
 
+EXPORT int hipModuleUnload(void* module) {
+  NEEDS_INIT("hipModuleUnload");
+  std::lock_guard lock(g_modules_mutex);
+  REQUIRE(g_modules.erase(module), kInvalidHandle, "hipModuleUnload: no such module");
+  g_functions.erase(module);
+  delete static_cast<Module*>(module);
+  return 0;
+}
+
 EXPORT int hipModuleGetFunction(void** function, void* module, const char* name) {
   NEEDS_INIT("hipModuleGetFunction");
   std::lock_guard lock(g_modules_mutex);
