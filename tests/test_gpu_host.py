@@ -8,7 +8,6 @@ import itertools
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import gpu_host
 import jax
@@ -151,16 +150,16 @@ def test_plans_with_fewer_waves_than_usual(waves):
     assert_same_decode(got, rows_of(want, rows), spec, rows_of(state, rows))
 
 
-def uneven(vocab: int, source: Path = gpu_host.KERNEL) -> Kernel:
+def uneven(vocab: int, **options) -> Kernel:
     """Streams of unlike lengths: rows of 3 atoms for 4 waves, of which the first has none. Its embedding is tied."""
     spec = spec_of("plain").replace(hidden_size=140, vocab_size=vocab)
     assert spec.tied_head
-    return Kernel(spec, gpu_plan(spec, 64, 13, waves=4), batch=3, sanitize=True, source=source)
+    return Kernel(spec, gpu_plan(spec, 64, 13, waves=4), batch=3, **options)
 
 
 @pytest.mark.parametrize("vocab", [37, 150])  # tiles for 10 units, and for all
 def test_streams_of_unlike_lengths_lie_end_to_end(vocab):
-    kernel = uneven(vocab)
+    kernel = uneven(vocab, sanitize=True)
     slots = np.diff(geometry(kernel.spec, kernel.plan).wave_begin).reshape(13, 4) * 4 // (8 * 64 * 16)
     assert (slots[:, 0] == 1).all()
     assert len(set(slots.sum(axis=1).tolist())) > 1
@@ -181,14 +180,12 @@ def test_streams_of_unlike_lengths_lie_end_to_end(vocab):
     ids=["waves without atoms", "waves", "units"],
 )
 def test_streams_that_are_not_where_they_should_be(old, new, tmp_path):
-    kernel = uneven(150, gpu_host.broken_copy(tmp_path, "pages.h", old, new))
+    """They are streams all the same: a kernel that reads others comes to its end, with other tokens."""
+    kernel = uneven(150, source=gpu_host.broken_copy(tmp_path, "pages.h", old, new))
     state, params, want = eight_tokens(kernel.spec)
-    try:
-        got, _ = decode_on_host(kernel, state, params, STEPS)
-    except HostError:
-        return
-    with pytest.raises(AssertionError):
-        assert_same_decode(got, want, kernel.spec, state)
+    got, run = decode_on_host(kernel, state, params, STEPS)
+    assert run.report["reason"] == 0, run.report
+    assert not np.array_equal(got.tokens, want.tokens)
 
 
 @WAVE_SIZES
