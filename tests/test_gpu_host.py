@@ -364,15 +364,19 @@ PACKED = ["attended", "projected", "inner", "residual", "final_"]
 
 
 @pytest.mark.parametrize(
-    ("batch", "field", "kind"),
+    ("batch", "field", "kind", "wave"),
     [
-        *((1, field, kind) for field in HANDOFFS if field not in SQUARES for kind in ("drop", "hold", "flip")),
-        *((2, field, kind) for field in PACKED for kind in ("drop", "hold")),
-        *((2, field, "flip") for field in SQUARES),
+        *(  # every field and every kind with both, by turns
+            (1, field, kind, 64 if (number + turn) % 2 else 32)
+            for number, field in enumerate(field for field in HANDOFFS if field not in SQUARES)
+            for turn, kind in enumerate(("drop", "hold", "flip"))
+        ),
+        *((2, field, kind, 32) for field in PACKED for kind in ("drop", "hold")),
+        *((2, field, "flip", 32) for field in SQUARES),
     ],
 )
-def test_a_word_that_never_comes_is_reported(batch, field, kind):
-    kernel = split_up("windows", 32) if batch == 1 else split_up_for_two("nope", 32)
+def test_a_word_that_never_comes_is_reported(batch, field, kind, wave):
+    kernel = split_up("windows", wave) if batch == 1 else split_up_for_two("nope", wave)
     spec, workspace = kernel.spec, kernel.workspace
     state, params = rows_of(state_of(spec), slice(3 - batch, 3)), rows_of(mixed_params(spec, 3), slice(3 - batch, 3))
     params = dataclasses.replace(params, max_new_tokens=jnp.full(batch, STEPS, jnp.int32))
@@ -439,42 +443,48 @@ def test_no_race_no_access_out_of_bounds_nothing_undefined(name):
         assert run.report["reason"] == 0, run.report
 
 
-# Mistakes in hand-offs and barriers: file, what is replaced, by what, and the message of an instrumented build. Where
-# there is none, tokens or reports give the mistake away.
+# Mistakes in hand-offs and barriers: wave size, file, what is replaced, by what, and the message of an instrumented
+# build. Where there is none, tokens or reports give the mistake away.
 MISTAKES = {
     "words are taken before they are there": (
+        64,
         "sync/words.h",
         r"(bool ready\(const Vec4& v, u32 parity\) \{\n  return )",
         r"\1true || ",
         None,
     ),
-    "every use has the same parity": ("service.h", r"\) & 1u(\}?;)", r") | 1u\1", None),
+    "every use has the same parity": (64, "service.h", r"\) & 1u(\}?;)", r") | 1u\1", None),
     "nothing is released before the candidates": (
+        64,
         "phases/head.h",
         r"arch::release\(\);",
         ";",
         "a race with a write by unit",
     ),
     "a lane does not wait for the others": (
+        32,
         "phases/head.h",
         r"arch::wave_sync\(\);",
         ";",
         "a race with a (write|read)",
     ),
     "a stream wave multiplies before all lanes have gathered": (
+        32,
         "activations.h",
         r"arch::wave_sync\(\);",
         ";",
         None,
     ),
     "packed activations are taken before they are there": (
+        32,
         "sync/packed.h",
         r"(bool all_there\(const Vec4& v\) \{\n)",
         r"\1  return true;\n",
         None,
     ),
-    "packed activations are not cleared": ("sync/packed.h", r"arch::store_word\(.*clears\), 0\);", ";", None),
+    "packed activations are not cleared": (32, "sync/packed.h", r"arch::store_word\(.*clears\), 0\);", ";", None),
     "service waves do not wait for each other": (
+        64,
         "service.h",
         r"arch::group_sync<kServiceGroup, kServiceWaves>\(\);",
         ";",
@@ -485,10 +495,10 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_broken_kernel_is_noticed(mistake, tmp_path):
-    file, old, new, message = MISTAKES[mistake]
+    wave, file, old, new, message = MISTAKES[mistake]
     source = gpu_host.broken_copy(tmp_path, file, old, new)
     name = "plain" if "stream wave" in mistake or "packed" in mistake else "windows"
-    kernel = one_chunk(name, 32, source=source, sanitize=message is not None)
+    kernel = one_chunk(name, wave, source=source, sanitize=message is not None)
     if "stream wave" in mistake:  # with one request, lanes do not meet before they read what others have gathered
         kernel = dataclasses.replace(kernel, batch=1, spec=kernel.spec.replace(hidden_size=128))
     spec = kernel.spec
