@@ -63,11 +63,12 @@ def split_up_for_two(name: str, wave: int, dtype: str = "float32", **options) ->
     return dataclasses.replace(split_up(name, wave, dtype, **options), batch=2)
 
 
+MADE = [(one_chunk, 32), (split_up, 64), (one_chunk, 64), (split_up_for_two, 32), (split_up, 32)]
+# Two models differ from "plain" by their rotation only, and have less of these.
 CASES = {
     f"{name}-{make.__name__}-{wave}": make(name, wave)
     for name in SPECS
-    for make in (one_chunk, split_up, split_up_for_two)
-    for wave in ((32,) if make is split_up_for_two else (32, 64))
+    for make, wave in {"dynamic": MADE[:2], "longrope": MADE[2:4]}.get(name, MADE)
 }
 CHECKED = {
     f"{name}-{make.__name__}-{wave}-{dtype}": make(name, wave, dtype, sanitize=True)
@@ -136,9 +137,9 @@ def test_tokens_equal_the_reference(name):
         assert_same_decode(got, rows_of(want, rows), spec, before)
 
 
-@pytest.mark.parametrize("waves", [4, 6, 7])
+@pytest.mark.parametrize("waves", [4, 7])
 def test_plans_with_fewer_waves_than_usual(waves):
-    """As docs/models-in-a-session.md has them, where memory counts."""
+    """As docs/models-in-a-session.md has them, where memory counts. With 6, test_gpu_models.py has them."""
     spec = spec_of("plain")
     kernel = Kernel(spec, gpu_plan(spec, 32, 5, waves=waves, service_waves=7), batch=2)
     state, params, want = eight_tokens(spec)
