@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from decoding import numpy_in_place_of_jax, weights_of
 
-from jax_monokernel import DecoderSpec, DecodeState, SamplingParams, _gpu_tape, _native
+from jax_monokernel import DecoderSpec, DecoderWeights, DecodeState, SamplingParams, _gpu_tape, _native
 from jax_monokernel._program import program
 from jax_monokernel.plan import Plan
 from jax_monokernel.state import DecodeResult
@@ -34,9 +34,14 @@ def gpu_plan(spec: DecoderSpec, wave_size: int, units: int, **options: int) -> P
 
 @functools.cache
 def gpu_tape_of(spec: DecoderSpec, plan: Plan) -> Tape:
+    return gpu_pack(spec, weights_of(spec), plan)
+
+
+def gpu_pack(spec: DecoderSpec, weights: DecoderWeights, plan: Plan) -> Tape:
+    """`pack` without compiling anything."""
     with pytest.MonkeyPatch.context() as patch, numpy_in_place_of_jax():
         patch.setattr(_gpu_tape, "jnp", np)
-        return pack(spec, jax.tree.map(np.asarray, weights_of(spec)), plan)
+        return pack(spec, jax.tree.map(np.asarray, weights), plan)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,17 @@ import dataclasses
 import gpu_host
 import numpy as np
 import pytest
-from decoding import decode, params_of, spec_of, state_of, tape_of
+from decoding import (
+    STEPS,
+    assert_same_decode,
+    decode,
+    mixed_params,
+    params_of,
+    reference,
+    spec_of,
+    state_of,
+    tape_of,
+)
 from gpu_decode import Kernel, decode_on_host, gpu_plan
 from gpu_host import HostError
 
@@ -38,6 +48,18 @@ def test_attention_by_matrix_instructions(head_dim, heads, kv_heads, task_heads,
     want = decode(tape_of(spec, 2), state, params, steps=6)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.log_probs, want.log_probs, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(("name", "splits", "task_heads"), [("plain", 1, 2), ("windows", 2, 1), ("nope", 3, 4)])
+def test_parts_of_a_context_of_several_blocks(name, splits, task_heads):
+    """With waves of 64 lanes. Blocks of 64 positions are dealt to the parts by turns; windows cross them."""
+    spec = spec_of(name)
+    spec = spec.replace(layers=tuple(dataclasses.replace(x, window=x.window and 10 * x.window) for x in spec.layers))
+    kernel = Kernel(spec, gpu_plan(spec, 64, 5), batch=3, splits=splits, task_heads=task_heads)
+    state, params = state_of(spec, (150, 7, 63), capacity=200), mixed_params(spec, 3)
+    got, run = decode_on_host(kernel, state, params, STEPS, stores="late")
+    assert run.report["reason"] == 0, run.report
+    assert_same_decode(got, reference(spec, state, params), spec, state)
 
 
 def cache_kernel(dtype, head_dim, window, batch, **options):

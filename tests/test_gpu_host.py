@@ -8,7 +8,6 @@ import itertools
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import gpu_host
 import jax
@@ -64,11 +63,12 @@ def split_up_for_two(name: str, wave: int, dtype: str = "float32", **options) ->
     return dataclasses.replace(split_up(name, wave, dtype, **options), batch=2)
 
 
+MADE = [(one_chunk, 32), (split_up, 64), (one_chunk, 64), (split_up_for_two, 32), (split_up, 32)]
+# Two models differ from "plain" by their rotation only, and have less of these.
 CASES = {
     f"{name}-{make.__name__}-{wave}": make(name, wave)
     for name in SPECS
-    for make in (one_chunk, split_up, split_up_for_two)
-    for wave in ((32,) if make is split_up_for_two else (32, 64))
+    for make, wave in {"dynamic": MADE[:2], "longrope": MADE[2:4]}.get(name, MADE)
 }
 CHECKED = {
     f"{name}-{make.__name__}-{wave}-{dtype}": make(name, wave, dtype, sanitize=True)
@@ -137,9 +137,9 @@ def test_tokens_equal_the_reference(name):
         assert_same_decode(got, rows_of(want, rows), spec, before)
 
 
-@pytest.mark.parametrize("waves", [4, 6, 7])
+@pytest.mark.parametrize("waves", [4, 7])
 def test_plans_with_fewer_waves_than_usual(waves):
-    """As docs/models-in-a-session.md has them, where memory counts."""
+    """As docs/models-in-a-session.md has them, where memory counts. With 6, test_gpu_models.py has them."""
     spec = spec_of("plain")
     kernel = Kernel(spec, gpu_plan(spec, 32, 5, waves=waves, service_waves=7), batch=2)
     state, params, want = eight_tokens(spec)
@@ -151,16 +151,16 @@ def test_plans_with_fewer_waves_than_usual(waves):
     assert_same_decode(got, rows_of(want, rows), spec, rows_of(state, rows))
 
 
-def uneven(vocab: int, source: Path = gpu_host.KERNEL) -> Kernel:
+def uneven(vocab: int, **options) -> Kernel:
     """Streams of unlike lengths: rows of 3 atoms for 4 waves, of which the first has none. Its embedding is tied."""
     spec = spec_of("plain").replace(hidden_size=140, vocab_size=vocab)
     assert spec.tied_head
-    return Kernel(spec, gpu_plan(spec, 64, 13, waves=4), batch=3, sanitize=True, source=source)
+    return Kernel(spec, gpu_plan(spec, 64, 13, waves=4), batch=3, **options)
 
 
 @pytest.mark.parametrize("vocab", [37, 150])  # tiles for 10 units, and for all
 def test_streams_of_unlike_lengths_lie_end_to_end(vocab):
-    kernel = uneven(vocab)
+    kernel = uneven(vocab, sanitize=True)
     slots = np.diff(geometry(kernel.spec, kernel.plan).wave_begin).reshape(13, 4) * 4 // (8 * 64 * 16)
     assert (slots[:, 0] == 1).all()
     assert len(set(slots.sum(axis=1).tolist())) > 1
@@ -181,14 +181,12 @@ def test_streams_of_unlike_lengths_lie_end_to_end(vocab):
     ids=["waves without atoms", "waves", "units"],
 )
 def test_streams_that_are_not_where_they_should_be(old, new, tmp_path):
-    kernel = uneven(150, gpu_host.broken_copy(tmp_path, "pages.h", old, new))
+    """They are streams all the same: a kernel that reads others comes to its end, with other tokens."""
+    kernel = uneven(150, source=gpu_host.broken_copy(tmp_path, "pages.h", old, new))
     state, params, want = eight_tokens(kernel.spec)
-    try:
-        got, _ = decode_on_host(kernel, state, params, STEPS)
-    except HostError:
-        return
-    with pytest.raises(AssertionError):
-        assert_same_decode(got, want, kernel.spec, state)
+    got, run = decode_on_host(kernel, state, params, STEPS)
+    assert run.report["reason"] == 0, run.report
+    assert not np.array_equal(got.tokens, want.tokens)
 
 
 @WAVE_SIZES
@@ -367,15 +365,19 @@ PACKED = ["attended", "projected", "inner", "residual", "final_"]
 
 
 @pytest.mark.parametrize(
-    ("batch", "field", "kind"),
+    ("batch", "field", "kind", "wave"),
     [
-        *((1, field, kind) for field in HANDOFFS if field not in SQUARES for kind in ("drop", "hold", "flip")),
-        *((2, field, kind) for field in PACKED for kind in ("drop", "hold")),
-        *((2, field, "flip") for field in SQUARES),
+        *(  # every field and every kind with both, by turns
+            (1, field, kind, 64 if (number + turn) % 2 else 32)
+            for number, field in enumerate(field for field in HANDOFFS if field not in SQUARES)
+            for turn, kind in enumerate(("drop", "hold", "flip"))
+        ),
+        *((2, field, kind, 32) for field in PACKED for kind in ("drop", "hold")),
+        *((2, field, "flip", 32) for field in SQUARES),
     ],
 )
-def test_a_word_that_never_comes_is_reported(batch, field, kind):
-    kernel = split_up("windows", 32) if batch == 1 else split_up_for_two("nope", 32)
+def test_a_word_that_never_comes_is_reported(batch, field, kind, wave):
+    kernel = split_up("windows", wave) if batch == 1 else split_up_for_two("nope", wave)
     spec, workspace = kernel.spec, kernel.workspace
     state, params = rows_of(state_of(spec), slice(3 - batch, 3)), rows_of(mixed_params(spec, 3), slice(3 - batch, 3))
     params = dataclasses.replace(params, max_new_tokens=jnp.full(batch, STEPS, jnp.int32))
@@ -467,42 +469,48 @@ def test_no_race_no_access_out_of_bounds_nothing_undefined(name):
         assert run.report["reason"] == 0, run.report
 
 
-# Mistakes in hand-offs and barriers: file, what is replaced, by what, and the message of an instrumented build. Where
-# there is none, tokens or reports give the mistake away.
+# Mistakes in hand-offs and barriers: wave size, file, what is replaced, by what, and the message of an instrumented
+# build. Where there is none, tokens or reports give the mistake away.
 MISTAKES = {
     "words are taken before they are there": (
+        64,
         "sync/words.h",
         r"(bool ready\(const Vec4& v, u32 parity\) \{\n  return )",
         r"\1true || ",
         None,
     ),
-    "every use has the same parity": ("service.h", r"\) & 1u(\}?;)", r") | 1u\1", None),
+    "every use has the same parity": (64, "service.h", r"\) & 1u(\}?;)", r") | 1u\1", None),
     "nothing is released before the candidates": (
+        64,
         "phases/head.h",
         r"arch::release\(\);",
         ";",
         "a race with a write by unit",
     ),
     "a lane does not wait for the others": (
+        32,
         "phases/head.h",
         r"arch::wave_sync\(\);",
         ";",
         "a race with a (write|read)",
     ),
     "a stream wave multiplies before all lanes have gathered": (
+        32,
         "activations.h",
         r"arch::wave_sync\(\);",
         ";",
         None,
     ),
     "packed activations are taken before they are there": (
+        32,
         "sync/packed.h",
         r"(bool all_there\(const Vec4& v\) \{\n)",
         r"\1  return true;\n",
         None,
     ),
-    "packed activations are not cleared": ("sync/packed.h", r"arch::store_word\(.*clears\), 0\);", ";", None),
+    "packed activations are not cleared": (32, "sync/packed.h", r"arch::store_word\(.*clears\), 0\);", ";", None),
     "service waves do not wait for each other": (
+        64,
         "service.h",
         r"arch::group_sync<kServiceGroup, kServiceWaves>\(\);",
         ";",
@@ -513,10 +521,10 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_broken_kernel_is_noticed(mistake, tmp_path):
-    file, old, new, message = MISTAKES[mistake]
+    wave, file, old, new, message = MISTAKES[mistake]
     source = gpu_host.broken_copy(tmp_path, file, old, new)
     name = "plain" if "stream wave" in mistake or "packed" in mistake else "windows"
-    kernel = one_chunk(name, 32, source=source, sanitize=message is not None)
+    kernel = one_chunk(name, wave, source=source, sanitize=message is not None)
     if "stream wave" in mistake:  # with one request, lanes do not meet before they read what others have gathered
         kernel = dataclasses.replace(kernel, batch=1, spec=kernel.spec.replace(hidden_size=128))
     spec = kernel.spec
