@@ -501,7 +501,7 @@ def attention_tasks(spec: DecoderSpec, plan: Plan, batch: int, capacity: int) ->
 
 
 def _most_heads(group: int, head_dim: int) -> int:
-    """Query heads that share the loads of a key: what fits in registers and, of larger heads, in an AMD GPU's shared memory."""
+    """Query heads that share the loads of a key: what registers and, on AMD, shared memory have room for."""
     return next(h for h in (4, 3, 2, 1) if group % h == 0 and (h == 1 or h * head_dim <= 1024))
 
 

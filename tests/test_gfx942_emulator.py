@@ -31,6 +31,7 @@ from gpu_decode import gpu_plan, gpu_tape_of
 from placed import page_count, scatter
 
 from jax_monokernel import DecoderSpec, LayerSpec, RopeSpec
+from jax_monokernel.plan import attention_tasks, make_plan
 from jax_monokernel.state import FULL, STOPPED
 
 pytestmark = gfx942.MARKS
@@ -121,6 +122,51 @@ SHAPES = {
         layers=(LayerSpec(rope=0),), ropes=(RopeSpec(theta=1e4, rotary_dim=128),), qk_norm="head", dtype="float32",
     ),
 }  # fmt: skip
+# Options that those have not.
+OPTIONS = {
+    "norms_after_only": DecoderSpec(
+        vocab_size=300, hidden_size=96, intermediate_size=200, num_heads=4, num_kv_heads=4, head_dim=24,
+        layers=(LayerSpec(rope=0),) * 2, ropes=(RopeSpec(theta=1e4, rotary_dim=24),), pre_norm=False, post_norm=True,
+        qk_norm="full", norm_eps=1e-3, dtype="float32",
+    ),
+    "no_norms": DecoderSpec(
+        vocab_size=100, hidden_size=33, intermediate_size=47, num_heads=3, num_kv_heads=1, head_dim=10,
+        layers=(LayerSpec(rope=0, window=1), LayerSpec(rope=None)), ropes=(RopeSpec(theta=1e4, rotary_dim=2),),
+        pre_norm=False, gated=False, activation="gelu", mlp_bias=True, residual_multiplier=0.3, dtype="float32",
+    ),
+    "two_ropes": DecoderSpec(
+        vocab_size=513, hidden_size=320, intermediate_size=640, num_heads=4, num_kv_heads=1, head_dim=256,
+        layers=(LayerSpec(rope=0, window=5), LayerSpec(rope=1)), post_norm=True, qk_norm="head", norm_offset=1.0,
+        ropes=(RopeSpec(theta=1e4, rotary_dim=256), RopeSpec(theta=1e6, rotary_dim=256, scaling="linear", factor=8.0)),
+        activation="gelu_tanh", embedding_multiplier=320**0.5, tied_head=True, dtype="float32",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("batch", "kv_dtype"), [(1, "float32"), (3, "bfloat16"), (16, "float32")])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_other_models(name, batch, kv_dtype):
+    """With the plan that such a GPU gets. Sixteen requests of the last leave no room for angles in shared memory."""
+    spec = OPTIONS[name].replace(kv_dtype=kv_dtype)
+    plan = make_plan(spec, platform="rocm", units=6)
+    kernel = Kernel(spec, plan, batch, *attention_tasks(spec, plan, batch, 40))
+    state, params = state_of(spec, tuple(range(3, 3 + 2 * batch, 2))), mixed_params(spec, batch)
+    got, run = gfx942.decode_on_emulator(kernel, state, params, 3, seed=batch, xcc=lambda unit: unit % 8)
+    assert run.violations == []
+    assert run.report["reason"] == 0, run.report
+    assert_same_decode(got, decode(tape_of(spec, 2), state, params, steps=3), spec, state)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize("name", ["plain", "windows"])
+def test_contexts_of_several_blocks(name, splits):
+    spec = spec_of(name, "float32")
+    kernel = Kernel(spec, gpu_plan(spec, 64, 5), 3, splits=splits)
+    state, params = state_of(spec, (150, 7, 63), capacity=200), mixed_params(spec, 3)
+    got, run = gfx942.decode_on_emulator(kernel, state, params, 3, seed=splits, xcc=lambda unit: unit // 2)
+    assert run.violations == []
+    assert run.report["reason"] == 0, run.report
+    assert_same_decode(got, decode(tape_of(spec, 2), state, params, steps=3), spec, state)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

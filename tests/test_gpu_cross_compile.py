@@ -10,9 +10,11 @@ import amd_code
 import pytest
 from amd_code import Kernel, blocks, instructions, metadata, needs_clang, read_elf, waits
 from decoding import spec_of
+from published import PUBLISHED
 
 from jax_monokernel import DecoderSpec, LayerSpec, RopeSpec
-from jax_monokernel.plan import Plan, attention_tasks, geometry
+from jax_monokernel.models.registry import family_of
+from jax_monokernel.plan import Plan, attention_tasks, geometry, make_plan
 
 pytestmark = needs_clang
 
@@ -55,6 +57,12 @@ def small(name: str, dtype: str, arch: str, batch: int, units: int = 7, *, place
     return Kernel(spec_of(name, dtype), Plan(platform="rocm", units=units, **plan), batch, arch=arch, placed=placed)
 
 
+def published(name: str, batch: int, arch: str = "gfx942") -> Kernel:
+    spec = family_of(PUBLISHED[name]).spec_from_config(PUBLISHED[name], dtype="bfloat16")
+    plan = make_plan(spec, platform="rocm", units=UNITS[arch])
+    return Kernel(spec, plan, batch, *attention_tasks(spec, plan, batch, 2048), arch=arch)
+
+
 CASES = {
     "llama-gfx942-batch_1": lambda: large("gfx942", 1),
     "llama-gfx942-batch_4-long": lambda: large("gfx942", 4, capacity=32768),
@@ -69,6 +77,9 @@ CASES = {
     "llama-gfx942-batch_4-long-placed": lambda: large("gfx942", 4, capacity=32768, placed=True),
     "llama-gfx950-batch_16-placed": lambda: large("gfx950", 16, placed=True),
     "llama-gfx942-batch_1-groups-placed": lambda: large("gfx942", 1, groups=8, near=True, placed=True),
+    "gemma3-gfx942-batch_1": lambda: published("gemma-3-1b-pt", 1),
+    "qwen3-gfx942-batch_16": lambda: published("Qwen3-0.6B", 16),
+    "olmo2-gfx942-batch_1": lambda: published("OLMo-2-1124-7B", 1),
     "windows-f32-gfx942-batch_3-placed": lambda: small("windows", "float32", "gfx942", 3, placed=True),
 }
 
