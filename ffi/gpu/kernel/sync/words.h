@@ -217,6 +217,7 @@ template <int count, bool near = false, typename WordsOf>
 MK_DEVICE void wait_words(Waiter& waiter, const Site& site, const u32* p, int step, Vec4 (&v)[count], WordsOf words_of) {
   wait_places<count, near>(waiter, site, [&](int i) { return p + i * step; }, v, words_of, [&] {
     Missing first = {kNoWord, 0, 0};
+    Look<near>::again();
     MK_NO_UNROLL
     for (int i = count - 1; i >= 0; i--) {
       Vec4 now = {};
@@ -246,6 +247,7 @@ MK_DEVICE void wait_single_words(Waiter& waiter, const Site& site, const u32* p,
     if (missing) missing = load();
     const auto find = [&] {
       Missing first = {kNoWord, 0, 0};
+      Look<near>::again();
       MK_NO_UNROLL
       for (int i = count - 1; i >= 0; i--) {
         Vec4 now = {};
