@@ -28,6 +28,10 @@ LAUNCHES = (
     "unknown_reason",
     "invalid_token",
     "invalid_position",
+    "misses_activations",
+    "misses_token",
+    "misses_places",
+    "misses_no_more",
 )
 VARIABLES = {
     "cuda": ("MONOKERNEL_CUDA_LIBRARY", "MONOKERNEL_NVRTC_LIBRARY"),

@@ -72,6 +72,13 @@ def test_a_call_launches_the_kernel_and_returns_its_results(fake, batch, log_pro
             r"DEADLINE_EXCEEDED.*more than 10 s.*Unit 5 waited in layer 3 of token 17 for word 123 of h4_projected: "
             r"expected parity 1, saw 0x0000beef",
         ),
+        (
+            "misses_activations",
+            r"waited in layer 1 of token 2 for word 40 of h5_inner: expected activations that are not 0, saw 0x00003f",
+        ),
+        ("misses_token", r"waited after the layers of token 2 for word 0 of h8_token: expected parity 1, saw"),
+        ("misses_places", r"waited at the start for h12_places: expected all 304 units .*, saw 0x0000012f"),
+        ("misses_no_more", r"waited in layer 1 of token 2 for a word of h5_inner, which came too late\. The device"),
         ("fails_to_launch", r"INTERNAL.*could not launch the kernel.*720"),
         ("crashes", r"INTERNAL.*could not run the kernel: an illegal memory access"),
         ("unknown_reason", r"INTERNAL.*unknown reason \(77\)"),

@@ -46,8 +46,10 @@ std::string missed(const mk::Report& r) {
     return "at the start for h12_places: expected all " + std::to_string(r.expected) + " units to have looked where they are, saw " + hex(r.seen);
   }
   const bool of_a_token = handoff == "h7_candidate" || handoff == "h8_token" || handoff == "h9_final" || handoff == "h15_final_squares";
-  return (of_a_token ? "after the layers of token " : "in layer " + std::to_string(r.layer) + " of token ") + std::to_string(r.token) +
-         " for word " + std::to_string(r.word) + " of " + handoff + ": expected " +
+  const std::string where =
+      (of_a_token ? "after the layers of token " : "in layer " + std::to_string(r.layer) + " of token ") + std::to_string(r.token);
+  if (r.word == mk::kNotLooked) return where + " for a word of " + handoff + ", which came too late";
+  return where + " for word " + std::to_string(r.word) + " of " + handoff + ": expected " +
          (r.expected == mk::kNotZero ? "activations that are not 0" : "parity " + std::to_string(r.expected)) + ", saw " + hex(r.seen);
 }
 

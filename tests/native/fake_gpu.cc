@@ -22,7 +22,8 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-enum Launch : int { kRuns, kTimesOut, kUntilCancelled, kFailsToLaunch, kCrashes, kUnknownReason, kInvalidToken, kInvalidPosition };
+enum Launch : int { kRuns, kTimesOut, kUntilCancelled, kFailsToLaunch, kCrashes, kUnknownReason, kInvalidToken, kInvalidPosition,
+                    kMissesActivations, kMissesToken, kMissesPlaces, kMissesNoMore };
 enum Error : int { kInvalidValue = 1, kNoBinary = 209, kNotReady = 600, kIllegalAddress = 700, kTooLarge = 720 };
 
 #define VARIABLE __attribute__((visibility("default")))
@@ -89,6 +90,14 @@ bool progress(Running& r) {
     r.args.report->reason = mk::kCancelled;
   } else if (fake_launch == kTimesOut) {
     *r.args.report = {mk::kTimeout, 4, 3, 17, 5, 123, 1, 0xbeef};
+  } else if (fake_launch == kMissesActivations) {
+    *r.args.report = {mk::kTimeout, 5, 1, 2, 5, 40, mk::kNotZero, 0x3f80};
+  } else if (fake_launch == kMissesToken) {
+    *r.args.report = {mk::kTimeout, 8, 0, 2, 5, 0, 1, 6};
+  } else if (fake_launch == kMissesPlaces) {
+    *r.args.report = {mk::kTimeout, 12, 0, 0, 5, 0, 304, 303};
+  } else if (fake_launch == kMissesNoMore) {
+    *r.args.report = {mk::kTimeout, 5, 1, 2, 5, mk::kNotLooked, 0, 0};
   } else if (fake_launch == kUnknownReason) {
     r.args.report->reason = 77;
   } else if (fake_launch == kInvalidToken || fake_launch == kInvalidPosition) {
