@@ -174,6 +174,8 @@ def assert_as_exact_as_plain_jax(got, spec, weights, state, wide_state, times=1.
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", sorted(_ONE_EACH.values()))
 def test_every_family_in_16_bits_is_as_exact_as_plain_jax(target, name, dtype):
+    if target.platform == "cpu" and (sorted(_ONE_EACH.values()).index(name) % 2 == 0) != (dtype == "bfloat16"):
+        pytest.skip("on a CPU families take turns: plain JAX, which is what takes the time, is slow there")
     case, steps = golden.read(name), 64
     model = golden_model(case, dtype)
     spec, weights, length = model.spec, model.decoder_weights(), len(case.prompt)
