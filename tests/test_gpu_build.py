@@ -18,7 +18,8 @@ from gpu_fakes import PLATFORMS, make_call, register, spec_of
 from naive import random_weights
 from typer.testing import CliRunner
 
-from jax_monokernel import DecoderSpec, LayerSpec, RopeSpec, _gpu, _native, cli, decode, models
+from jax_monokernel import LayerSpec, _gpu, _native, cli, decode, models
+from jax_monokernel._bench.shapes import SHAPES
 from jax_monokernel._program import program
 from jax_monokernel.models.loading import pretrained_spec
 from jax_monokernel.plan import Plan, make_plan
@@ -669,27 +670,7 @@ def test_nvrtc_compiles_the_kernel_for_every_architecture_that_is_accepted(envir
 def test_nvrtc_takes_at_most_20_s_for_a_large_model(environment, tmp_path, batch):
     """Of Llama-3.2-1B's shape, at its first use. It is CPU time: what else this machine does is not counted."""
     environment("MONOKERNEL_CACHE_DIR", str(tmp_path))
-    rope = RopeSpec(
-        theta=5e5,
-        rotary_dim=64,
-        scaling="llama3",
-        factor=32.0,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_position=8192,
-    )
-    spec = DecoderSpec(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=64,
-        layers=(LayerSpec(rope=0),) * 16,
-        ropes=(rope,),
-        tied_head=True,
-        dtype="bfloat16",
-    )
+    spec = SHAPES["llama3.2-1b"].spec()
     start = time.process_time()
     compiled = _gpu.compile_ahead(spec, _gpu.Target("cuda", "sm_90", 132), batch=batch, capacity=2048)
     assert compiled.seconds > 0

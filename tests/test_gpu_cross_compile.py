@@ -10,37 +10,14 @@ import amd_code
 import pytest
 from amd_code import Kernel, blocks, instructions, metadata, needs_clang, read_elf, waits
 from decoding import spec_of
-from published import PUBLISHED
+from kernel_registers import published_spec
 
-from jax_monokernel import DecoderSpec, LayerSpec, RopeSpec
-from jax_monokernel.models.registry import family_of
+from jax_monokernel._bench.shapes import SHAPES
 from jax_monokernel.plan import Plan, attention_tasks, geometry, make_plan
 
 pytestmark = needs_clang
 
-# Llama-3.2-1B
-LARGE = DecoderSpec(
-    vocab_size=128256,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=64,
-    layers=(LayerSpec(),) * 16,
-    ropes=(
-        RopeSpec(
-            theta=5e5,
-            rotary_dim=64,
-            scaling="llama3",
-            factor=32.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position=8192,
-        ),
-    ),
-    tied_head=True,
-    dtype="bfloat16",
-)
+LARGE = SHAPES["llama3.2-1b"].spec()
 UNITS = {"gfx942": 304, "gfx950": 256}
 IN_FLIGHT = 8  # loads of weights that a wave has on their way at least, 1 KiB each
 
@@ -58,7 +35,7 @@ def small(name: str, dtype: str, arch: str, batch: int, units: int = 7, *, place
 
 
 def published(name: str, batch: int, arch: str = "gfx942") -> Kernel:
-    spec = family_of(PUBLISHED[name]).spec_from_config(PUBLISHED[name], dtype="bfloat16")
+    spec = published_spec(name)
     plan = make_plan(spec, platform="rocm", units=UNITS[arch])
     return Kernel(spec, plan, batch, *attention_tasks(spec, plan, batch, 2048), arch=arch)
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from decoding import decode, params_of, spec_of, state_of, tape_of
 from gpu_decode import Kernel, decode_on_host, gpu_plan
+from kernel_registers import published_spec
 from published import PUBLISHED
 
 from jax_monokernel import DecoderSpec, LayerSpec, RopeSpec, _native
 from jax_monokernel._program import program
-from jax_monokernel.models.registry import family_of
 from jax_monokernel.plan import Plan, attention_tasks, make_plan
 
 UNITS = {"gfx942": 304, "gfx950": 256, "sm_90": 132}
@@ -51,9 +51,7 @@ def complaint(
 @pytest.mark.parametrize("arch", UNITS)
 @pytest.mark.parametrize("name", [*PUBLISHED, "large heads"])
 def test_published_models_have_room(name, arch, batch):
-    spec = LARGE_HEADS
-    if name in PUBLISHED:
-        spec = family_of(PUBLISHED[name]).spec_from_config(PUBLISHED[name], dtype="bfloat16")
+    spec = published_spec(name) if name in PUBLISHED else LARGE_HEADS
     plan = make_plan(spec, platform="cuda" if arch == "sm_90" else "rocm", units=UNITS[arch])
     assert complaint(spec, plan, batch, _native.gpu_shared_bytes(arch)) == ""
 

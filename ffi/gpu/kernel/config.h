@@ -435,8 +435,7 @@ constexpr bool fits(const SharedLayout& s) {
   return s.ring + arch::kReservedShared <= MK_SHARED_BYTES;
 #endif
 }
-// What takes no part in every phase goes to the workspace where many requests leave no room for it: a unit's own copy of the residual
-// stream, also where it is large, and angles.
+// Where many requests leave no room, a unit's own copy of the residual stream and its angles are in the workspace; so is a large copy.
 constexpr bool kResidualInShared = !kPostNorm || (kBatch * kHidden * 4 <= 32 * 1024 && fits(make_shared_layout(true, false)));
 constexpr bool kAnglesInShared = fits(make_shared_layout(kResidualInShared, true));
 constexpr SharedLayout kShared = make_shared_layout(kResidualInShared, kAnglesInShared);

@@ -34,10 +34,10 @@
 //   store_half(p, v)            likewise, 16 bits
 //   halves_not_zero(v)          whether none of a vector's 16-bit halves is 0
 //   load_byte(p), store_byte(p, v)   likewise, of a word whose other bytes may be other units' or nobody's
+//   shared_number(p)            an int of shared memory that all lanes read: of all lanes for the compiler too, which knows nothing else of it
 //   With MK_NEAR or MK_PLACED only:
 //   die()                       the number of the die where this lane is, from 0 to kDies - 1
 //   add(p, v)                   device scope: adds to a u32 and returns what it was
-//   shared_number(p)            an int of shared memory that all lanes read, of which the compiler knows nothing
 //   With MK_NEAR only, for words that are written and read on one die, whose units share a cache:
 //   load_near_word(p), load_near_words(p), store_near_word(p, v)   as those above, of this scope
 //   look_again()                before such loads, that may otherwise give what they gave before

@@ -109,17 +109,10 @@ MK_DEVICE bool ready(const Vec4& v, u32 parity) {
 }
 
 // A word that a lane still waits for, for the report.
+constexpr u32 kNoWord = ~0u;
 struct Missing {
   u32 word, expected, seen;
-
-  MK_METHOD void take(const Missing& m) {
-    const bool any = m.word != ~0u;
-    word = any ? m.word : word;
-    expected = any ? m.expected : expected;
-    seen = any ? m.seen : seen;
-  }
 };
-constexpr u32 kNoWord = ~0u;
 
 // A word of 4, of which `count` are waited for, that is missing; expected in its lowest bit.
 MK_DEVICE Missing missing_of(const Vec4& v, int count, u32 word, u32 expected) {
@@ -129,6 +122,22 @@ MK_DEVICE Missing missing_of(const Vec4& v, int count, u32 word, u32 expected) {
   const u32 which = x & 1u ? 0 : y & 1u ? 1 : z & 1u ? 2 : 3;
   const bool any = ((x | y | z | w) & 1u) != 0;
   return {any ? word + which : kNoWord, expected, (which == 0 ? x : which == 1 ? y : which == 2 ? z : w) ^ expected};
+}
+
+// The first that a lane misses of `count` places; of(i): of the ith.
+template <bool near, typename Of>
+MK_DEVICE Missing first_missing(int count, Of of) {
+  Missing first = {kNoWord, 0, 0};
+  Look<near>::again();
+  MK_NO_UNROLL
+  for (int i = count - 1; i >= 0; i--) {
+    const Missing here = of(i);
+    const bool any = here.word != kNoWord;  // field by field: a choice of structs goes through memory
+    first.word = any ? here.word : first.word;
+    first.expected = any ? here.expected : first.expected;
+    first.seen = any ? here.seen : first.seen;
+  }
+  return first;
 }
 
 // Called now and then by a wave that waits. Returns true when there is no use in waiting. find: what this lane misses; only called
@@ -216,16 +225,11 @@ MK_DEVICE void wait_places(Waiter& waiter, const Site& site, Place place, Vec4 (
 template <int count, bool near = false, typename WordsOf>
 MK_DEVICE void wait_words(Waiter& waiter, const Site& site, const u32* p, int step, Vec4 (&v)[count], WordsOf words_of) {
   wait_places<count, near>(waiter, site, [&](int i) { return p + i * step; }, v, words_of, [&] {
-    Missing first = {kNoWord, 0, 0};
-    Look<near>::again();
-    MK_NO_UNROLL
-    for (int i = count - 1; i >= 0; i--) {
+    return first_missing<near>(count, [&](int i) {
       Vec4 now = {};
       if (words_of(i) > 0) now = Look<near>::words(p + i * step);
-      const Missing here = missing_of(now, words_of(i), (u32)(p + i * step - site.words), site.parity);
-      first.take(here);
-    }
-    return first;
+      return missing_of(now, words_of(i), (u32)(p + i * step - site.words), site.parity);
+    });
   });
 }
 
@@ -246,16 +250,11 @@ MK_DEVICE void wait_single_words(Waiter& waiter, const Site& site, const u32* p,
   for (int spins = 1; arch::any(missing); spins++) {
     if (missing) missing = load();
     const auto find = [&] {
-      Missing first = {kNoWord, 0, 0};
-      Look<near>::again();
-      MK_NO_UNROLL
-      for (int i = count - 1; i >= 0; i--) {
+      return first_missing<near>(count, [&](int i) {
         Vec4 now = {};
         if (wanted(i)) now.x = Look<near>::word(p + i * step);
-        const Missing here = missing_of(now, wanted(i), (u32)(p + i * step - site.words), site.parity);
-        first.take(here);
-      }
-      return first;
+        return missing_of(now, wanted(i), (u32)(p + i * step - site.words), site.parity);
+      });
     };
     if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, spins == kSpinsBetweenLooks, deadline, find)) return;
   }
