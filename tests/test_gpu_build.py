@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from decoding import DECODE_ERRORS, params_of, state_of
@@ -547,7 +548,7 @@ def test_the_command_that_the_error_names_gives_the_kernel(
     make_fake(platform)
     environment("MONOKERNEL_NO_COMPILE", "1")
     with pytest.raises(DECODE_ERRORS, match="forbids compiling") as error:
-        decode(tape, state, params, max_new_tokens=1)
+        jax.block_until_ready(decode(tape, state, params, max_new_tokens=1))
     (command,) = re.findall("ahead of time: jax-monokernel compile (.*)", str(error.value))
     assert f"--arch {arch} " in command
 
@@ -557,7 +558,7 @@ def test_the_command_that_the_error_names_gives_the_kernel(
 
     fake = make_fake(platform)
     environment("MONOKERNEL_NO_COMPILE", "1")
-    decode(tape, state, params, max_new_tokens=1)
+    jax.block_until_ready(decode(tape, state, params, max_new_tokens=1))
     assert (fake.compiles, fake.launches) == (0, 1)
 
 

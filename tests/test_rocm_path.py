@@ -202,7 +202,7 @@ def test_what_the_compiler_says_is_raised(rocm, monkeypatch):
     spec = spec_of("plain").replace(vocab_size=43)
     message = r"INTERNAL.*hiprtc-6\.2.*compile the kernel for gfx942:\nstream\.h:7: no such thing[\s\S]*COMPILATION"
     with pytest.raises(DECODE_ERRORS, match=re.compile(message, re.DOTALL)):
-        run(tape_for(spec), state_of(spec), params_of(spec, 3))
+        jax.block_until_ready(run(tape_for(spec), state_of(spec), params_of(spec, 3)))
 
 
 # ---- Ends that nobody wants ----

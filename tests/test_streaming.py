@@ -390,7 +390,7 @@ def test_a_mailbox_in_a_function_of_ones_own():
         return decode(tape, state, params, max_new_tokens=16, return_log_probs=True, mailbox=mailbox)
 
     for box in boxes:  # one compilation
-        result = run(operand(box))
+        result = jax.block_until_ready(run(operand(box)))
         pieces = box.take()
         assert box.take() == []
         for row in range(3):
@@ -401,9 +401,8 @@ def test_a_mailbox_in_a_function_of_ones_own():
     # Mapped over calls: a row each.
     box = Mailbox(6, 16)
     twice = jax.tree.map(lambda x: jnp.stack([x, x]), (state, params))
-    jax.vmap(lambda state, params, mailbox: decode(tape, state, params, max_new_tokens=16, mailbox=mailbox))(
-        *twice, operand(box).reshape(2, 3, 2)
-    )
+    mapped = jax.vmap(lambda state, params, mailbox: decode(tape, state, params, max_new_tokens=16, mailbox=mailbox))
+    jax.block_until_ready(mapped(*twice, operand(box).reshape(2, 3, 2)))
     got = [[piece[2] for piece in box_row] for _, box_row in itertools.groupby(sorted(box.take()), lambda p: p[0])]
     assert got == np.tile(np.asarray(want.tokens), (2, 1)).tolist()
 
