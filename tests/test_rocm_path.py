@@ -94,7 +94,7 @@ def test_a_16_bit_model(rocm, monkeypatch):
 @pytest.mark.parametrize(("policy", "stores"), [("forward", "late"), ("reverse", "now"), ("starve", "random")])
 def test_bits_do_not_depend_on_the_order_of_units(rocm, policy, stores):
     spec = spec_of("windows")
-    want = run(*mixed(spec))
+    want = jax.block_until_ready(run(*mixed(spec)))
     rocm.policy, rocm.stores, rocm.seed = policy, stores, 7
     assert_bit_equal(run(*mixed(spec)), want)
 

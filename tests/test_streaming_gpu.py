@@ -136,7 +136,7 @@ def test_tokens_come_from_a_kernel_that_runs(rocm):
     # A larger one after a smaller one, whose memory is given back.
     spec = spec_of("plain")
     box = Mailbox(1, 1000)
-    got = run(tape_for(spec), state_of(spec, (3,)), params_of(spec, 1), operand(box), steps=1000)
+    got = jax.block_until_ready(run(tape_for(spec), state_of(spec, (3,)), params_of(spec, 1), operand(box), steps=1000))
     assert [p[2] for p in box.take()] == np.asarray(got.tokens)[0, : int(got.lengths[0])].tolist()
 
 
