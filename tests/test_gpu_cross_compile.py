@@ -54,7 +54,7 @@ CASES = {
     "llama-gfx942-batch_4-long-placed": lambda: large("gfx942", 4, capacity=32768, placed=True),
     "llama-gfx950-batch_16-placed": lambda: large("gfx950", 16, placed=True),
     "llama-gfx942-batch_1-groups-placed": lambda: large("gfx942", 1, groups=8, near=True, placed=True),
-    "gemma3-gfx942-batch_1": lambda: published("gemma-3-1b-pt", 1),
+    "gemma3-gfx942-batch_16": lambda: published("gemma-3-1b-pt", 16),
     "qwen3-gfx942-batch_16": lambda: published("Qwen3-0.6B", 16),
     "olmo2-gfx942-batch_1": lambda: published("OLMo-2-1124-7B", 1),
     "windows-f32-gfx942-batch_3-placed": lambda: small("windows", "float32", "gfx942", 3, placed=True),

@@ -188,6 +188,7 @@ MK_DEVICE void serve(const Args& args) {
       p6_head(service, opened);
       renew(service, [&](Service& s) { cancelled = !p7_sample(s); });
       service.token++;
+      go = arch::fresh_truth(go);  // not kept for all of a token
     }
   } while (go);
   renew(service, [&](Service& s) { finish_requests(s, cancelled); });

@@ -53,6 +53,7 @@ MK_DEVICE T fresh_uniform(T v) {
 }
 
 constexpr bool kRenew = true;
+MK_DEVICE bool fresh_truth(bool v) { return fresh_uniform((int)v) != 0; }
 MK_DEVICE int unit() { return fresh_uniform((int)__builtin_amdgcn_workgroup_id_x()); }
 MK_DEVICE int lane() { return fresh((int)(__builtin_amdgcn_workitem_id_x() & 63u)); }
 // Taken from the first lane, so that the compiler knows that it is uniform.

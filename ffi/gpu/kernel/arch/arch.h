@@ -6,11 +6,11 @@
 //   kWave                       lanes of a wave, 32 or 64
 //   unit(), wave(), lane()      where this lane is; wave() and everything derived from it is uniform over the wave
 //   shared()                    base of the unit's shared memory, 16-byte aligned
-//   kRenew, arguments(args), fresh(v)
+//   kRenew, arguments(args), fresh(v), fresh_truth(v)
 //                               true where values that follow from a lane's place or from the kernel's argument would fill the
 //                               registers if they were computed once for the whole launch; then unit(), wave(), lane(),
 //                               arguments(args) and fresh(v) return what the compiler knows nothing of, so that such values are
-//                               computed where they are needed
+//                               computed where they are needed; and fresh_truth(v), a bool that is the same in all lanes
 //   unknown(v)                  v, of which the compiler then knows nothing, so that what follows from it is computed where it is
 //                               needed
 //   enter()                     once, by all lanes, before anything else

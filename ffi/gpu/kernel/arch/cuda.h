@@ -31,6 +31,7 @@ MK_DEVICE char* shared() {
 constexpr bool kRenew = false;
 MK_DEVICE const Args& arguments(const Args& args) { return args; }
 MK_DEVICE u32 fresh(u32 v) { return v; }
+MK_DEVICE bool fresh_truth(bool v) { return v; }
 MK_DEVICE int unknown(int v) {
   asm volatile("" : "+r"(v));
   return v;

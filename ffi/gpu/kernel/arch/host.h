@@ -107,6 +107,7 @@ MK_DEVICE char* shared() { return host::shared_memory(); }
 constexpr bool kRenew = kWave == 64;  // as on the machines with such waves
 MK_DEVICE const Args& arguments(const Args& args) { return args; }
 MK_DEVICE u32 fresh(u32 v) { return v; }
+MK_DEVICE bool fresh_truth(bool v) { return v; }
 MK_DEVICE int unknown(int v) { return v; }
 
 MK_DEVICE void enter() {}
