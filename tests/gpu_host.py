@@ -44,9 +44,10 @@ _FLAGS = (
     "-Wall",
 )
 _EXECUTOR_FLAGS = (*_FLAGS, "-O2", "-Wextra")
-_KERNEL_FLAGS = (*_FLAGS, "-O1", "-DMK_HOST")
+# Kernels are small and run once or twice, so compiling them is most of what tests wait for.
+_KERNEL_FLAGS = (*_FLAGS, "-Og", "-DMK_HOST")
 # The instrumentation of these two, with run times of our own (races.cc).
-_CHECKS = ("-g1", "-fsanitize=thread,undefined")
+_CHECKS = ("-O0", "-g1", "-fsanitize=thread,undefined")
 
 
 class HostError(Exception):
