@@ -1,13 +1,14 @@
 // What compute-sanitizer's racecheck makes of hand-overs between two warps that are right, each by a kernel of its own:
 //
-//   nvcc -arch=sm_90a -o racecheck racecheck.cu && for i in $(seq 0 11); do compute-sanitizer --tool racecheck ./racecheck $i; done
+//   nvcc -arch=sm_90a -o racecheck racecheck.cu && for i in $(seq 0 14); do compute-sanitizer --tool racecheck ./racecheck $i; done
 //
-// It calls those a race where one side of a named barrier only arrives (0), where a lane arrives at an mbarrier for its warp, after
-// __syncwarp (3, 5), and where some of the warps that meet at two barriers by turns meet each other between them (8). The others are
-// the same hand-overs with both sides waiting (1, and 6 where the writers wait for each other before they meet the readers), all
-// lanes arriving (2, 4), and nothing between the two barriers (7, and 9 where some lanes write nothing). Not known yet: what it says
-// where those that read products meet each other when they have read them (10), and there and between the two (11). The decode kernel
-// does 0, 3, 5, 8, 10 and 11; with MONOKERNEL_RACECHECK it does 1, 4, 6, 8, 10 and 11 instead (ffi/gpu/kernel/arch/cuda.h).
+// On an H200 with CUDA 13.0 it calls those a race where one side of a named barrier only arrives (0), where a lane arrives at an
+// mbarrier for its warp, after __syncwarp (3, 5), and where some of the warps that meet at two barriers by turns meet each other at a
+// named barrier, between them (8), when they have read what others wrote (10), or both (11). The others are the same hand-overs with
+// both sides waiting (1, and 6 where the writers wait for each other before they meet the readers), all lanes arriving (2, 4), nothing
+// between the two barriers (7, and 9 where some lanes write nothing), and an mbarrier at which all lanes arrive instead of the named
+// barrier of some (12, 13, 14). The decode kernel does 0, 3, 5, 8, 10 and 11; with MONOKERNEL_RACECHECK it does 1, 4, 6, 12, 13 and 14
+// instead (ffi/gpu/kernel/arch/cuda.h).
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -141,11 +142,33 @@ __global__ void copies(const int* from, int* out) {
   out[threadIdx.x] = sum;
 }
 
+enum Meeting { kNone, kNamed, kMbarrier };
+
+// Of some warps: at a named barrier, or at an mbarrier at which all their lanes arrive.
+template <Meeting by, int warps>
+__device__ void meet(uint64_t* barrier) {
+  if constexpr (by == kNamed) asm volatile("barrier.sync 1, %0;" ::"n"(warps * 32) : "memory");
+  if constexpr (by == kMbarrier) {
+    uint64_t state;
+    uint32_t over = 0;
+    asm volatile("mbarrier.arrive.shared::cta.b64 %0, [%1];" : "=l"(state) : "r"(shared_address(barrier)) : "memory");
+    while (!over) {
+      asm volatile("{ .reg .pred p; mbarrier.test_wait.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                   : "=r"(over)
+                   : "r"(shared_address(barrier)), "l"(state)
+                   : "memory");
+    }
+  }
+}
+
 // Seven warps write for six, which read it and write something back: all meet twice in a round. between: the seven also meet each other
 // between the two. some: some of their lanes write nothing. after: the seven also meet each other when they have read.
-template <bool between, bool some, bool after = false>
+template <Meeting between, bool some, Meeting after = kNone>
 __global__ void two_sides(int* out) {
   constexpr int kReaders = 6, kWriters = 7;
+  __shared__ uint64_t barrier;
+  if (threadIdx.x == 0) init(&barrier, kWriters * 32);
+  __syncthreads();
   __shared__ volatile int there[kWriters * 32], back[2][kReaders * 32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int sum = 0;
@@ -155,11 +178,11 @@ __global__ void two_sides(int* out) {
       if (!some || lane < 24) there[writer * 32 + lane] = round + lane;
       __syncwarp();
       asm volatile("barrier.sync 8, %0;" ::"n"((kReaders + kWriters) * 32) : "memory");
-      if (between) asm volatile("barrier.sync 1, %0;" ::"n"(kWriters * 32) : "memory");
+      meet<between, kWriters>(&barrier);
       asm volatile("barrier.sync 9, %0;" ::"n"((kReaders + kWriters) * 32) : "memory");
       for (int i = writer * 32 + lane; i < kReaders * 32; i += kWriters * 32) sum += back[round % 2][i];
       __syncwarp();
-      if (after) asm volatile("barrier.sync 1, %0;" ::"n"(kWriters * 32) : "memory");
+      meet<after, kWriters>(&barrier);
     } else {
       asm volatile("barrier.sync 8, %0;" ::"n"((kReaders + kWriters) * 32) : "memory");
       for (int i = 0; i < kWriters; i++) sum += there[i * 32 + (lane + warp) % 24];
@@ -186,11 +209,14 @@ int main(int count, char** arguments) {
     case 4: copies<true><<<1, 64>>>(from, out); break;
     case 5: copies<false><<<1, 64>>>(from, out); break;
     case 6: inner_barrier<<<1, 96>>>(out); break;
-    case 7: two_sides<false, false><<<1, 13 * 32>>>(out); break;
-    case 8: two_sides<true, false><<<1, 13 * 32>>>(out); break;
-    case 9: two_sides<false, true><<<1, 13 * 32>>>(out); break;
-    case 10: two_sides<false, false, true><<<1, 13 * 32>>>(out); break;
-    case 11: two_sides<true, false, true><<<1, 13 * 32>>>(out); break;
+    case 7: two_sides<kNone, false><<<1, 13 * 32>>>(out); break;
+    case 8: two_sides<kNamed, false><<<1, 13 * 32>>>(out); break;
+    case 9: two_sides<kNone, true><<<1, 13 * 32>>>(out); break;
+    case 10: two_sides<kNone, false, kNamed><<<1, 13 * 32>>>(out); break;
+    case 11: two_sides<kNamed, false, kNamed><<<1, 13 * 32>>>(out); break;
+    case 12: two_sides<kMbarrier, false><<<1, 13 * 32>>>(out); break;
+    case 13: two_sides<kNone, false, kMbarrier><<<1, 13 * 32>>>(out); break;
+    case 14: two_sides<kMbarrier, false, kMbarrier><<<1, 13 * 32>>>(out); break;
   }
   const cudaError_t error = cudaDeviceSynchronize();
   printf("%d: %s\n", which, cudaGetErrorString(error));

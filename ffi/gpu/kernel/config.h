@@ -337,6 +337,7 @@ struct SharedLayout {
   int sampling;     // scratch of p6 and p7
   int control;      // struct Control
   int stop;         // u32: the feed wave is to stop
+  int meeting;      // u64: where service waves meet, for racecheck
   int place;        // int [2]: the unit's number; not 0: it has one (sync/place.h)
   int barriers;     // the ring's
   int cache_barriers;  // u64 [service waves][kCacheSlots]
@@ -418,6 +419,7 @@ constexpr SharedLayout make_shared_layout(bool residual, bool angles) {
   s.control = at;
   at += round_up(64 + kBatch * 64, 128);  // checked in control.h
   s.stop = at;
+  s.meeting = at + 32;
   s.place = at + 64;
   at += 128;
   s.barriers = at;
@@ -445,6 +447,12 @@ template <typename T>
 MK_DEVICE T* shared_at(int offset) {
   return (T*)(arch::shared() + offset);
 }
+
+#if defined(MK_FEED_WAVE)
+namespace arch {
+MK_DEVICE u64* meeting() { return shared_at<u64>(kShared.meeting); }
+}  // namespace arch
+#endif
 
 // The unit that this work-group is: its number, or what it has found at the start (sync/place.h).
 MK_DEVICE int unit() {

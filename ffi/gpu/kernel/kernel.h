@@ -205,6 +205,7 @@ MK_KERNEL(mk::kThreads) void monokernel(mk::Args args) {
   const bool feeds = mk::arch::wave() == mk::kWaves + mk::kServiceWaves;
   if (feeds) {
     *mk::shared_at<mk::u32>(mk::kShared.stop) = 0;
+    if (mk::arch::lane() == 0) mk::arch::make_meeting();
     mk::Ring::make_barriers(mk::shared_at<char>(mk::kShared.barriers));
   }
   mk::arch::unit_sync();
