@@ -98,8 +98,8 @@ def test_copies_of_the_cache_give_the_same_bits(dtype, head_dim, window, batch, 
         ("phases/cache.h", r"arch::wave_sync\(\);\n    request", "request"),
         (
             "kernel.h",
-            r"(?s)opened = kCopiesCache \? false : (.*?)if constexpr \(kCopiesCache\) opened = opens_early<kO>\(s\);",
-            r"opened = \1",
+            r"(?s)(renew\(service, \[&\]\(Service& s\) \{\n    if constexpr \(arch::kRenew.*?project<kO>\(service, layer, )false",
+            r"opened = opens_early<kO>(service);\n  \1opened",
         ),
     ],
 )

@@ -123,7 +123,7 @@ constexpr int most_tiles(int phase) {
 // Tiles of a segment. Products of a segment take shared memory from the ring, many requests' most of it. Where each of its tiles
 // is in one chunk, or one segment has all tiles, the stream is the same for shorter ones.
 #if !defined(MK_PRODUCTS_BYTES)
-#define MK_PRODUCTS_BYTES (16 * 1024)  // at most, where that can be
+#define MK_PRODUCTS_BYTES (larger(8, 2 * kBatch) * 1024)  // at most, where that can be
 #endif
 constexpr bool can_have_segments_of(int tiles) {
   for (int phase = 0; phase < kPhases; phase++) {
@@ -210,13 +210,13 @@ constexpr bool kPaced = kLayerBytes > 128 * 1024 && !kLongLayers;
 // With several requests fewer while waves use the last MK_CALM_BEFORE_BYTES before a hand-off that all wait for: what they then look at comes sooner.
 // Which phases are followed by one: bits 1 << Phase.
 #if !defined(MK_CALM_PHASES)
-#define MK_CALM_PHASES (kBatch == 1 || !kLongLayers ? 0 : 1 << kO | 1 << kDown | (kBatch > 4 ? 1 << kGateUp : 0))
+#define MK_CALM_PHASES (kBatch == 1 || !kLongLayers ? 0 : 1 << kQkv | 1 << kO | 1 << kDown | (kBatch > 4 ? 1 << kGateUp : 0))
 #endif
 #if !defined(MK_CALM_BEFORE_BYTES)
 #define MK_CALM_BEFORE_BYTES (64 * 1024)
 #endif
 #if !defined(MK_CALM_FLIGHT_BYTES)
-#define MK_CALM_FLIGHT_BYTES (32 * 1024)
+#define MK_CALM_FLIGHT_BYTES ((kBatch > 8 ? 16 : 32) * 1024)
 #endif
 
 // Whether sums of squares are looked for only after the activations that they belong to. Where layers are long there is time for that.
@@ -228,7 +228,7 @@ constexpr bool kLateSquares = MK_LATE_SQUARES;
 // How long stream waves wait before they first look for packed activations, which are not there yet as a rule. Looks in vain hold up
 // other units' words, and all that memory brings.
 #if !defined(MK_FIRST_LOOK_NS)
-#define MK_FIRST_LOOK_NS 500
+#define MK_FIRST_LOOK_NS (kBatch > 4 ? 800 : 500)
 #endif
 
 // Registers of a stream wave's lane where it gives some of its 128 to the service waves, which attend: 0, none. With several
@@ -327,12 +327,12 @@ constexpr int kSquareWords = (int)square_words(kBatch, kTileRows, arch::kWave, k
 // Offsets in bytes. Lives for the whole launch unless said otherwise.
 struct SharedLayout {
   int activations;  // weights' dtype [kHolders][batch], rows of kRowBytes
-  int cache;        // keys and values in p2_attend: [service waves][kCacheSlots][2][kCacheCopyBytes]. In place of activations, of
-                    // which there are none between the products of qkv and the gate of o
+  int cache;        // keys and values in p2_attend: [service waves][kCacheSlots][2][kCacheCopyBytes]
+  int attention;    // scratch of p2_attend. Both are in place of activations, of which there are none between the products of qkv and
+                    // the gate of o
   int products;     // f32 [2][kSegmentTiles][batch][kTileRows][kWaves]
   int squares;      // f32 [2][batch][kSquareParts]: partial sums of squares
   int residual;     // f32 [batch][own rows], or with post-norms [batch][kHidden], if kResidualInShared
-  int attention;    // scratch of p2_attend and p2_combine
   int angles;       // f32 [batch][ropes][2][kHalfRotary]: cosines, then sines; if kAnglesInShared
   int sampling;     // scratch of p6 and p7
   int control;      // struct Control
@@ -374,7 +374,7 @@ constexpr bool kLongParts = true;
 constexpr bool kLongParts = false;
 #endif
 #if !defined(MK_COPY_CACHE)
-#define MK_COPY_CACHE (kLongParts || (kBatch == 1 && kSplits == 1 && !kLongLayers))
+#define MK_COPY_CACHE (kLongParts || (kBatch == 1 && kSplits == 1 && !kLongLayers) || (kBatch == 2 && kLongLayers))
 #endif
 constexpr bool kCopiesCache = arch::kWave == 32 && kKvAligned && kStepPlaces <= 64 && MK_COPY_CACHE;  // 64: kSplitBlock
 #if !defined(MK_CACHE_SLOTS)
@@ -389,14 +389,11 @@ constexpr int kPackedWords = kKvType == kF32 ? 0 : round_up(kTaskVectors * kHead
 constexpr int kAttentionFloats =
     kPackedWords + 4 + kTaskVectors * kHeadDim + kServiceWaves * kTaskHeads * (kHeadDim + 2) + 2 * kServiceWaves + 8;
 constexpr int kSamplingBytes = 16 * 1024;
-// Whether attention has memory of its own. It can do with that of the activations, of which there are none between the end of a phase
-// that multiplies and the beginning of the next one, unless stream waves gather what o multiplies meanwhile.
 #if defined(MK_REGISTER_RING)
-constexpr bool kAttentionApart = false;
-constexpr int kBarrierBytes = 0;
+constexpr int kMostSlots = 0;
 #else
-constexpr bool kAttentionApart = true;
-constexpr int kBarrierBytes = 4096;
+constexpr int kSlotsBytes = kWaves * kGroup * arch::kWave * 16;  // a slot of each stream wave
+constexpr int kMostSlots = smaller(256, MK_SHARED_BYTES / kSlotsBytes);
 #endif
 
 // residual, angles: whether those are in shared memory, too.
@@ -404,7 +401,8 @@ constexpr SharedLayout make_shared_layout(bool residual, bool angles) {
   SharedLayout s{};
   int at = 0;
   s.activations = s.cache = at;
-  at += round_up(larger(larger(kHolders * kBatch * kRowBytes, kCacheBytes), larger(kSamplingBytes, kAttentionApart ? 0 : kAttentionFloats * 4)), 128);
+  s.attention = at + round_up(kCacheBytes, 128);
+  at = round_up(larger(larger(kHolders * kBatch * kRowBytes, kSamplingBytes), s.attention + kAttentionFloats * 4), 128);
   s.products = at;
   at += round_up(2 * kSegmentTiles * kBatch * kTileRows * kWaves * 4, 128);
   s.squares = at;
@@ -412,8 +410,6 @@ constexpr SharedLayout make_shared_layout(bool residual, bool angles) {
   s.residual = at;
   at += residual ? round_up(kBatch * (kPostNorm ? kHidden : kOwnRows) * 4, 128) : 0;
   s.sampling = s.activations;  // between the products of the head and the next token
-  s.attention = kAttentionApart ? at : s.activations;
-  at += kAttentionApart ? round_up(kAttentionFloats * 4, 128) : 0;
   s.angles = at;
   at += angles ? round_up(kAngles * 4, 128) : 0;
   s.control = at;
@@ -423,11 +419,13 @@ constexpr SharedLayout make_shared_layout(bool residual, bool angles) {
   s.place = at + 64;
   at += 128;
   s.barriers = at;
-  at += kBarrierBytes;
+  at += round_up(kMostSlots * 16, 128);
   s.cache_barriers = at;
   at += kCopiesCache ? round_up(kServiceWaves * kCacheSlots * 8, 128) : 0;
   s.ring = at;
-  s.ring_slots = smaller((MK_SHARED_BYTES - at) / (kWaves * kGroup * arch::kWave * 16), 4096 / 16);
+#if !defined(MK_REGISTER_RING)
+  s.ring_slots = smaller((MK_SHARED_BYTES - at) / kSlotsBytes, kMostSlots);
+#endif
   return s;
 }
 constexpr bool fits(const SharedLayout& s) {

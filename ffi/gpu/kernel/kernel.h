@@ -114,15 +114,14 @@ MK_DEVICE bool run_layer(Service& service, int layer, bool opened) {
         if constexpr (!arch::kRenew && !kCopiesCache) start_first_task(s, layer, loads);
       },
       [&](Service& s, const Tiles& deal, int segment, float scale, auto wait) { publish_rows<kQkv>(s, layer, deal, segment, scale, wait); });
-  // Copies of keys and values are where the activations of o will be.
-  opened = kCopiesCache ? false : opens_early<kO>(service);
   renew(service, [&](Service& s) {
     if constexpr (arch::kRenew || kCopiesCache) start_first_task(s, layer, loads);
     p2_attend(s, layer, loads);
-    if constexpr (kCopiesCache) opened = opens_early<kO>(s);
     p2_combine(s, layer);
   });
-  opened = project<kO>(service, layer, opened);
+  // Its gate was not opened before: looks in vain for what o multiplies would hold up attention, and copies of keys and values are
+  // where that goes.
+  opened = project<kO>(service, layer, false);
   if constexpr (kPostNorm) {
     renew(service, [&](Service& s) {
       add_projection<aligned_in_layer(MK_ATTN_POST_NORM)>(

@@ -434,19 +434,18 @@ MK_DEVICE void p2_combine(Service& s, int layer) {
       const u32* words = site.words + among_all * kSplits * line(kHeadDim + 2);
       float sum = 0.0f, weights = 0.0f, top = kLowest;
       for (int split = 0; split < kSplits; split += at_once) {
-        u32 values[at_once], tops[at_once], totals[at_once];
+        u32 v[3 * at_once];  // of each part: the value, the highest score, the sum of weights; all at once, as each look is a round trip
         const u32* from = words + split * line(kHeadDim + 2);
         auto in_head = [&](int j) { return split + j < kSplits; };
-        wait_single_words<at_once, is_near(h3_partial)>(s.waiter, site, from + (d < kHeadDim ? d : 0), line(kHeadDim + 2), values, in_head);
-        wait_single_words<at_once, is_near(h3_partial)>(s.waiter, site, from + kHeadDim, line(kHeadDim + 2), tops, in_head);
-        wait_single_words<at_once, is_near(h3_partial)>(s.waiter, site, from + kHeadDim + 1, line(kHeadDim + 2), totals, in_head);
+        auto place = [&](int i) { return from + i / 3 * line(kHeadDim + 2) + (i % 3 > 0 ? kHeadDim - 1 + i % 3 : d < kHeadDim ? d : 0); };
+        wait_word_places<3 * at_once, is_near(h3_partial)>(s.waiter, site, place, v, [&](int i) { return in_head(i / 3); });
         MK_UNROLL
         for (int j = 0; j < at_once; j++) {
           if (!in_head(j)) continue;
-          const float t = decode(tops[j]), higher = t > top ? t : top;
+          const float t = decode(v[3 * j + 1]), higher = t > top ? t : top;
           const float fade = weight_of(top - higher), weight = weight_of(t - higher);
-          sum = sum * fade + decode(values[j]) * weight;
-          weights = weights * fade + decode(totals[j]) * weight;
+          sum = sum * fade + decode(v[3 * j]) * weight;
+          weights = weights * fade + decode(v[3 * j + 2]) * weight;
           top = higher;
         }
       }

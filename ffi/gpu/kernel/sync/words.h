@@ -233,14 +233,14 @@ MK_DEVICE void wait_words(Waiter& waiter, const Site& site, const u32* p, int st
   });
 }
 
-// One word per lane and i, at p + i * step; of those only wanted(i).
-template <int count, bool near = false, typename Wanted>
-MK_DEVICE void wait_single_words(Waiter& waiter, const Site& site, const u32* p, int step, u32 (&v)[count], Wanted wanted) {
+// One word per lane and i, at place(i); of those only wanted(i).
+template <int count, bool near = false, typename Place, typename Wanted>
+MK_DEVICE void wait_word_places(Waiter& waiter, const Site& site, Place place, u32 (&v)[count], Wanted wanted) {
   auto load = [&] {
     bool missing = false;
     Look<near>::again();
     MK_UNROLL
-    for (int i = 0; i < count; i++) v[i] = wanted(i) ? Look<near>::word(p + i * step) : site.parity;
+    for (int i = 0; i < count; i++) v[i] = wanted(i) ? Look<near>::word(place(i)) : site.parity;
     MK_UNROLL
     for (int i = 0; i < count; i++) missing |= ((v[i] ^ site.parity) & 1u) != 0;
     return missing;
@@ -252,12 +252,18 @@ MK_DEVICE void wait_single_words(Waiter& waiter, const Site& site, const u32* p,
     const auto find = [&] {
       return first_missing<near>(count, [&](int i) {
         Vec4 now = {};
-        if (wanted(i)) now.x = Look<near>::word(p + i * step);
-        return missing_of(now, wanted(i), (u32)(p + i * step - site.words), site.parity);
+        if (wanted(i)) now.x = Look<near>::word(place(i));
+        return missing_of(now, wanted(i), (u32)(place(i) - site.words), site.parity);
       });
     };
     if (spins % kSpinsBetweenLooks == 0 && give_up(waiter, site, spins == kSpinsBetweenLooks, deadline, find)) return;
   }
+}
+
+// The same at p + i * step.
+template <int count, bool near = false, typename Wanted>
+MK_DEVICE void wait_single_words(Waiter& waiter, const Site& site, const u32* p, int step, u32 (&v)[count], Wanted wanted) {
+  wait_word_places<count, near>(waiter, site, [&](int i) { return p + i * step; }, v, wanted);
 }
 
 }  // namespace mk
