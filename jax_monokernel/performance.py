@@ -184,8 +184,8 @@ def choose_groups(
 ) -> int:
     """Groups of the plan for a device: those of its topology if `predict` finds them faster by `LEAST_GAIN`, else 1.
 
-    Also 1 on NVIDIA's devices, where what groups save has not been measured, where groups are not equally large or the
-    model cannot be dealt to them, and where constants are missing.
+    Also 1 on NVIDIA's devices, where groups were measured to be slower (docs/performance-log.md), where groups are not
+    equally large or the model cannot be dealt to them, and where constants are missing.
 
     Args:
       spec: the model.

@@ -367,7 +367,7 @@ constexpr int kStepPlaces = kMatrixAttention ? kStepPositions : kWavePositions *
 
 // Whether waves that attend have keys and values copied to shared memory, kCacheSlots steps ahead, instead of loading those of one
 // step to registers. What served best on one H200 (docs/performance-log.md): the ring gets smaller, which long layers feel, and
-// several requests' short parts, which are in registers by the time their queries are there.
+// more requests' short parts, which are in registers by the time their queries are there.
 #if defined(MK_LONG_PARTS)
 constexpr bool kLongParts = true;
 #else
