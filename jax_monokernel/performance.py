@@ -36,17 +36,17 @@ _BLOCK = 64  # positions that are dealt to a part of the context together (kSpli
 class Calibration:
     """Parts of the work that a topology does not say. Microseconds and GB/s."""
 
-    consume_gb_s: float = 378.3  # weights that a unit multiplies when they are in its ring
-    multiply_us: float = 0.4045  # of a phase beside that: first products, sums of waves
-    publish_us: float = 0.2482
-    gather_gb_s: float = 17.91  # activations that a unit gathers, as they travel, all requests of a batch together
-    heads_us: float = 0.162  # until an attention task's heads are prepared
-    round_us: float = 1.067  # of attention, beyond the first one: what a unit's waves look at together
-    combine_us: float = 5.765  # of the parts of a context, beside their hand-off
-    squares_us: float = 1.254  # of a norm whose sums of squares are a hand-off: with several requests on NVIDIA
-    head_us: float = 13.87  # of the LM head beside its stream, the choice of a token and the start of the next
-    load_factor: float = 0.8106  # hand-offs in the kernel over those of idle memory
-    exponent: float = 1.775  # n above: 1 adds chain and stream, infinity hides the shorter one
+    consume_gb_s: float = 399.0  # weights that a unit multiplies when they are in its ring
+    multiply_us: float = 0.3995  # of a phase beside that: first products, sums of waves
+    publish_us: float = 0.2484
+    gather_gb_s: float = 16.90  # activations that a unit gathers, as they travel, all requests of a batch together
+    heads_us: float = 0.2206  # until an attention task's heads are prepared
+    round_us: float = 1.069  # of attention, beyond the first one: what a unit's waves look at together
+    combine_us: float = 5.870  # of the parts of a context, beside their hand-off
+    squares_us: float = 0.919  # of a norm whose sums of squares are a hand-off: with several requests on NVIDIA
+    head_us: float = 15.30  # of the LM head beside its stream, the choice of a token and the start of the next
+    load_factor: float = 0.8296  # hand-offs in the kernel over those of idle memory
+    exponent: float = 1.911  # n above: 1 adds chain and stream, infinity hides the shorter one
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,7 +85,7 @@ def test_scope_bits_where_pages_are_placed():
 
 def loads_words(instruction: Instruction) -> bool:
     """Whether it loads words of a hand-off, until they are there."""
-    waits = {"wait_words", "wait_single_words"} & set(instruction.functions)
+    waits = {"wait_words", "wait_word_places"} & set(instruction.functions)
     return bool(waits) and instruction.text.startswith("global_load") and "give_up" not in instruction.functions
 
 

@@ -98,7 +98,7 @@ def test_copies_of_the_cache_give_the_same_bits(dtype, head_dim, window, batch, 
         ("phases/cache.h", r"arch::wave_sync\(\);\n    request", "request"),
         (
             "kernel.h",
-            r"(?s)(renew\(service, \[&\]\(Service& s\) \{\n    if constexpr \(arch::kRenew.*?project<kO>\(service, layer, )false",
+            r"(?s)(renew\(service, [^\n]*\n    if constexpr \(arch::kRenew.*?project<kO>\(service, layer, )false",
             r"opened = opens_early<kO>(service);\n  \1opened",
         ),
     ],
