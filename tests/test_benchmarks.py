@@ -360,3 +360,18 @@ def test_nvrtc_keeps_a_fence_before_slots_are_given_back(batch):
         assert last.startswith("fence")
     assert any(event.startswith("cp") for event in events) == (batch == 1)
     assert ("fence.proxy.async.global" in ptx) == (batch == 1)  # after keys and values are appended
+
+
+@pytest.mark.skipif(nvrtc_version() is None, reason="NVRTC is not installed (pip install nvidia-cuda-nvrtc)")
+@pytest.mark.parametrize("racecheck", [False, True])
+def test_nvrtc_kernels_for_racecheck_meet_as_it_can_follow(racecheck):
+    """Waves that only arrive, or also meet without the others, are a race to it (tests/native/racecheck.cu)."""
+    spec = SHAPES["qwen3-0.6b"].spec()
+    variant = gpu_kernel.Variant(defines=(("MK_RACECHECK", "1"),) if racecheck else ())
+    plan = variant.make_plan(spec, 132)
+    ptx = gpu_kernel.compile_kernel(variant.stub(spec, plan, 2, 160), as_text=True).decode()
+    lanes = 32 * (plan.waves + plan.service_waves)
+    of_some = [count for count in re.findall(r"barrier\.sync \d+, (\d+);", ptx) if int(count) != lanes]
+    only_arrives = re.search(r"\bbarrier\.arrive", ptx) is not None
+    assert bool(of_some) == only_arrives == (not racecheck)
+    assert ("mbarrier.test_wait.shared::cta.b64" in ptx) == racecheck  # the others are told by a parity
