@@ -92,21 +92,22 @@ def test_copies_of_the_cache_give_the_same_bits(dtype, head_dim, window, batch, 
     assert np.asarray(got.state.k_cache).tobytes() == np.asarray(want.state.k_cache).tobytes()
 
 
-@pytest.mark.parametrize(
-    ("file", "pattern", "replacement"),
-    [
-        ("phases/cache.h", r"arch::wave_sync\(\);\n    request", "request"),
-        (
-            "kernel.h",
-            r"(?s)(renew\(service, [^\n]*\n    if constexpr \(arch::kRenew.*?project<kO>\(service, layer, )false",
-            r"opened = opens_early<kO>(service);\n  \1opened",
-        ),
-    ],
+OPENED_EARLY = (
+    "kernel.h",
+    r"(?s)(renew\(service, [^\n]*\n    if constexpr \(arch::kRenew.*?project<kO>\(service, layer, )false",
+    r"opened = opens_early<kO>(service);\n  \1opened",
 )
-def test_copies_of_the_cache_without_order_are_a_race(tmp_path, file, pattern, replacement):
+
+
+@pytest.mark.parametrize(
+    ("copies", "file", "pattern", "replacement"),
+    [(1, "phases/cache.h", r"arch::wave_sync\(\);\n    request", "request"), (1, *OPENED_EARLY), (0, *OPENED_EARLY)],
+    ids=["slots", "gate, copies", "gate, scratch"],
+)
+def test_attention_without_order_is_a_race(tmp_path, copies, file, pattern, replacement):
     """One stream wave multiplies the even heads, which are other units' than the one that starves."""
     source = gpu_host.broken_copy(tmp_path, file, pattern, replacement)
-    defines = (("MK_COPY_CACHE", 1), ("MK_CACHE_SLOTS", 2))
+    defines = (("MK_COPY_CACHE", copies), ("MK_CACHE_SLOTS", 2))
     kernel = cache_kernel("float32", 32, None, 1, source=source, sanitize=True, defines=defines)
     kernel = dataclasses.replace(kernel, spec=kernel.spec.replace(num_heads=8, num_kv_heads=8), splits=1)
     state, params = state_of(kernel.spec, (150,), capacity=200), params_of(kernel.spec, 1)

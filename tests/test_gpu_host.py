@@ -259,7 +259,9 @@ def test_a_batch_of_sixteen(wave, dtype):
     np.testing.assert_array_equal(got.state.seen, want.state.seen)
 
 
-@pytest.mark.parametrize(("name", "wave", "sanitize"), [("plain", 64, True), ("windows", 32, False)])
+@pytest.mark.parametrize(
+    ("name", "wave", "sanitize"), [("plain", 64, True), ("plain", 32, True), ("windows", 32, False)]
+)
 def test_more_units_than_tiles(name, wave, sanitize):
     spec = spec_of(name).replace(vocab_size=7, hidden_size=8, intermediate_size=8)
     kernel = Kernel(spec, gpu_plan(spec, wave, 25), batch=1, sanitize=sanitize)

@@ -3,12 +3,12 @@
 //   nvcc -arch=sm_90a -o racecheck racecheck.cu && for i in $(seq 0 14); do compute-sanitizer --tool racecheck ./racecheck $i; done
 //
 // On an H200 with CUDA 13.0 it calls those a race where one side of a named barrier only arrives (0), where a lane arrives at an
-// mbarrier for its warp, after __syncwarp (3, 5), and where some of the warps that meet at two barriers by turns meet each other at a
-// named barrier, between them (8), when they have read what others wrote (10), or both (11). The others are the same hand-overs with
-// both sides waiting (1, and 6 where the writers wait for each other before they meet the readers), all lanes arriving (2, 4), nothing
-// between the two barriers (7, and 9 where some lanes write nothing), and an mbarrier at which all lanes arrive instead of the named
-// barrier of some (12, 13, 14). The decode kernel does 0, 3, 5, 8, 10 and 11; with MONOKERNEL_RACECHECK it does 1, 4, 6, 12, 13 and 14
-// instead (ffi/gpu/kernel/arch/cuda.h).
+// mbarrier for its warp, after __syncwarp (3, 5), and where one side meets at a named barrier of its own between a barrier of all and the
+// access that this one orders: when it has written (8), before it writes again (10), or both (11). The others are the same hand-overs
+// with both sides waiting (1, and 6 where the writers wait for each other before they meet the readers), all lanes arriving (2, 4),
+// nothing between the two barriers (7, and 9 where some lanes write nothing), and an mbarrier at which all lanes arrive instead of the
+// named barrier of one side (12, 13, 14). The decode kernel does 0, 3, 5, 8, 10 and 11; with MONOKERNEL_RACECHECK it does 1, 4, 12, 13
+// and 14 instead (ffi/gpu/kernel/arch/cuda.h).
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>

@@ -366,8 +366,8 @@ constexpr bool kKvAligned = kCacheRowBytes % 16 == 0;
 constexpr int kStepPlaces = kMatrixAttention ? kStepPositions : kWavePositions * kUnroll;
 
 // Whether waves that attend have keys and values copied to shared memory, kCacheSlots steps ahead, instead of loading those of one
-// step to registers. What served best on one H200 (docs/performance-log.md): the ring gets smaller, which long layers feel, and
-// more requests' short parts, which are in registers by the time their queries are there.
+// step to registers. What served best on one H200 (docs/performance-log.md): copies make the ring smaller, which a single request's
+// long layers feel, and with more than two requests short parts are in registers anyway by the time their queries are there.
 #if defined(MK_LONG_PARTS)
 constexpr bool kLongParts = true;
 #else

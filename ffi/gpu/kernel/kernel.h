@@ -119,8 +119,8 @@ MK_DEVICE bool run_layer(Service& service, int layer, bool opened) {
     p2_attend(s, layer, loads);
     p2_combine(s, layer);
   });
-  // Its gate was not opened before: looks in vain for what o multiplies would hold up attention, and copies of keys and values are
-  // where that goes.
+  // Its gate was not opened before: looks in vain for what o multiplies would hold up attention, and attention's scratch and copies of
+  // keys and values are where that goes.
   opened = project<kO>(service, layer, false);
   if constexpr (kPostNorm) {
     renew(service, [&](Service& s) {

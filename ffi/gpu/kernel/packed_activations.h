@@ -82,7 +82,7 @@ MK_DEVICE void gather_packed(Service& s, int layer, int fill, int wave, char* ow
   constexpr int items = Columns::at_once(at_once), requests = smaller(kBatch, at_once / items);
   const Columns columns = packed_columns<phase>(s, fill, wave);
   const Packed from = packed_source<phase>(s, layer);
-  if (phase != kO && fill == 0) arch::pause(MK_FIRST_LOOK_NS);  // before o it is attention that takes the time
+  if (phase != kO && fill == 0) arch::pause(MK_FIRST_LOOK_NS);  // the gate of o is opened after attention
   MK_NO_UNROLL
   for (int request = 0; request < kBatch; request += requests) {
     MK_NO_UNROLL

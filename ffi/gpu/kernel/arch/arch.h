@@ -24,7 +24,8 @@
 //   hand_over()                 by all stream waves: what they have written is there for the service waves
 //   take_over()                 by all service waves: waits for that. The four take turns in this order
 //   hand_over_squares(), take_over_squares()   the same for sums of squares, between pass_gate and hand_over
-//   MK_FEED_WAVE                defined where another wave, after stream and service waves, runs Ring::feed
+//   MK_FEED_WAVE                defined where another wave, after stream and service waves, runs Ring::feed. It also calls
+//                               make_meeting(), for builds of MK_RACECHECK
 //   shuffle(v, lane), shuffle_xor(v, mask)   u32 and float; all lanes take part
 //   sum_fours(v)                wave 64: float, the sum over the lanes of the same 16 whose numbers differ by multiples of 4, in all of them
 //   sum_quarters(v)             wave 64: float, the sum over the lanes whose numbers differ by multiples of 16, in all of them
