@@ -389,10 +389,10 @@ constexpr int kPackedWords = kKvType == kF32 ? 0 : round_up(kTaskVectors * kHead
 constexpr int kAttentionFloats =
     kPackedWords + 4 + kTaskVectors * kHeadDim + kServiceWaves * kTaskHeads * (kHeadDim + 2) + 2 * kServiceWaves + 8;
 constexpr int kSamplingBytes = 16 * 1024;
+constexpr int kSlotsBytes = kWaves * kGroup * arch::kWave * 16;  // a slot of each stream wave
 #if defined(MK_REGISTER_RING)
 constexpr int kMostSlots = 0;
 #else
-constexpr int kSlotsBytes = kWaves * kGroup * arch::kWave * 16;  // a slot of each stream wave
 constexpr int kMostSlots = smaller(256, MK_SHARED_BYTES / kSlotsBytes);
 #endif
 
@@ -423,9 +423,7 @@ constexpr SharedLayout make_shared_layout(bool residual, bool angles) {
   s.cache_barriers = at;
   at += kCopiesCache ? round_up(kServiceWaves * kCacheSlots * 8, 128) : 0;
   s.ring = at;
-#if !defined(MK_REGISTER_RING)
   s.ring_slots = smaller((MK_SHARED_BYTES - at) / kSlotsBytes, kMostSlots);
-#endif
   return s;
 }
 constexpr bool fits(const SharedLayout& s) {
